@@ -1,0 +1,102 @@
+# Every command of the project. `make help` lists them.
+#
+#   make reproduce            a fresh machine with Python 3.11+ and make is enough
+#   make reproduce ARGS=--full
+#   make test ARGS="-m 'not slow' tests/kernels"
+#   make report RUN=runs/collapse
+#
+# PYTHON       interpreter that makes the environment          (python3)
+# VENV         where the environment is                        (.venv)
+# TORCH_INDEX  one more package index, for a build of PyTorch without CUDA (a tenth of the
+#              download): TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+RESULTS ?= results/gpu
+ARGS ?=
+RUN ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INSTALLED_TEST := $(VENV)/.installed-test
+INSTALLED_BENCH := $(VENV)/.installed-bench
+ROOMS := kernels analysis experiments
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help reproduce report test check types format bench gpu-check clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | \
+		while IFS="$$(printf '\t')" read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
+	@sed -nE 's/^# ?//; /^(PYTHON|VENV|TORCH_INDEX)/,$$ { /^$$/q; p; }' Makefile
+
+reproduce: $(INSTALLED) ## run the collapse experiment in its quick form and write the report
+	@$(BIN)/moe-rl reproduce $(or $(ARGS),--quick)
+
+report: $(INSTALLED) ## redraw the report of a finished study from its files: RUN=folder
+	@test -n "$(RUN)" || { echo "make report: say which study: make report RUN=folder" >&2; exit 2; }
+	@$(BIN)/moe-rl report "$(RUN)" $(ARGS)
+
+test: $(INSTALLED_TEST) ## run the test suite
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED_TEST) ## format, lint and types, changing nothing
+	@$(BIN)/ruff format --check --quiet . || { echo "formatting: make format rewrites these" >&2; \
+		$(BIN)/ruff format --check .; exit 1; }
+	@$(BIN)/ruff check .
+	@$(MAKE) --no-print-directory types
+
+# The rooms beside moe_rl/ import as moe_rl.kernels, moe_rl.analysis, ..., which no type checker can
+# tell from the folders. A tree of links says it; paths in messages are then import names.
+types: $(INSTALLED_TEST) ## the type checker alone
+	@rm -rf $(VENV)/types && mkdir -p $(VENV)/types/moe_rl
+	@ln -s "$(CURDIR)"/moe_rl/* $(ROOMS:%="$(CURDIR)"/%) $(VENV)/types/moe_rl
+	@root="$$PWD" bin="$$(cd $(BIN) && pwd)"; cd $(VENV)/types && \
+		"$$bin/mypy" --config-file "$$root/pyproject.toml" --cache-dir "$$root/.mypy_cache" -p moe_rl
+
+format: $(INSTALLED_TEST) ## rewrite the sources in the project's format
+	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
+
+bench: $(INSTALLED_BENCH) ## training speed against TRL, measured side by side
+	@$(BIN)/moe-rl bench training $(ARGS)
+
+gpu-check: $(INSTALLED_TEST) $(INSTALLED_BENCH) ## the tests and benchmarks that need a GPU; JSON in RESULTS
+	@$(BIN)/python -c 'import sys, torch; print(torch.cuda.get_device_name()) \
+		if torch.cuda.is_available() else sys.exit( \
+		"make gpu-check: PyTorch sees no CUDA device here, so nothing was checked")'
+	@mkdir -p $(RESULTS)
+	@$(BIN)/python -m pytest -m gpu --junitxml=$(RESULTS)/tests.xml $(ARGS)
+	@$(BIN)/moe-rl bench training --out $(RESULTS)/bench-training.json
+
+clean: ## remove the environment and everything a command can make again, but no run
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find $(ROOMS) moe_rl tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(call install,.)
+	@touch $@
+
+$(INSTALLED_TEST): pyproject.toml constraints.txt
+	$(call install,.[test])
+	@touch $(INSTALLED) $@
+
+$(INSTALLED_BENCH): pyproject.toml constraints.txt
+	$(call install,.[bench])
+	@touch $(INSTALLED) $@
+
+# An interrupted first run can leave an environment without pip: then it is made again.
+define install
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo "moe-rl needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1):" \
+	"make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+@echo "installing moe-rl into $(VENV) (the first time downloads PyTorch)"
+@$(PIP_INSTALL) --editable "$(1)"
+endef

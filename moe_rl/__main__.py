@@ -1,0 +1,6 @@
+"""`python -m moe_rl`: the command line without the installed script."""
+
+from moe_rl.cli import main
+
+if __name__ == "__main__":
+    main()
