@@ -1,0 +1,28 @@
+"""Routing room: record, replay and perturb the expert choices of transformers MoE models.
+
+This room depends on torch and transformers only, so it can be lifted into any trainer.
+
+    routed_experts.py  the record `[B, S, L, K]`: its checks, and where a forward lies in it
+    taps.py            find the routers of a model
+    router_call.py     listen to, or answer, the topk of one router call
+    switchboard.py     the taps on a model, and gradient checkpointing
+    record.py, replay.py, noise.py   the three contexts
+    statistics.py      churn, disagreement, margin, load: pure functions of tensors
+"""
+
+from .noise import router_noise
+from .record import RecordedRouting, record_routing
+from .replay import ReplayedRouting, replay_routing
+from .routed_experts import check_routed_experts
+from .taps import RouterTap, find_routers
+
+__all__ = [
+    "RecordedRouting",
+    "ReplayedRouting",
+    "RouterTap",
+    "check_routed_experts",
+    "find_routers",
+    "record_routing",
+    "replay_routing",
+    "router_noise",
+]

@@ -1,0 +1,60 @@
+"""Routing room: record which experts a model chooses."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from .routed_experts import RoutingBuffer
+from .switchboard import Recorder, tapped
+
+
+class RecordedRouting:
+    """What `record_routing` has seen so far. Readable inside the block and after it."""
+
+    def __init__(self, buffer: RoutingBuffer) -> None:
+        self._buffer = buffer
+
+    @property
+    def routed_experts(self) -> Tensor:
+        """int16 expert ids `[B, S, L, K]` in the router's order, -1 where nothing ran."""
+        return self._buffer.routed_experts()
+
+    @property
+    def router_logits(self) -> Tensor:
+        """Raw router logits `[B, S, L, E]` float32, detached, NaN where nothing ran.
+
+        Raises:
+            ValueError: the context was opened without `scores=True`.
+        """
+        return self._buffer.router_logits()
+
+
+@contextmanager
+def record_routing(model: nn.Module, *, scores: bool = False) -> Iterator[RecordedRouting]:
+    """Record the experts that every token of every forward in the block is sent to.
+
+        with record_routing(model) as recorded:
+            model(input_ids)
+        recorded.routed_experts  # int16 [B, S, L, K]
+
+    Forwards that continue a KV cache (generation, chunked prefill) are joined along S; forwards
+    that start over are joined along B, the shorter ones padded with -1. Generation by `generate`
+    records every token that was fed to the model, that is all but the last. Beam search reorders
+    the rows of the cache unseen and must not be recorded. Under `replay_routing` or
+    `router_noise` the ids that were used are recorded. Changes nothing about the forward.
+
+    Args:
+        model: a transformers MoE model, or a wrapper that contains one.
+        scores: keep the raw router logits `[B, S, L, E]` too.
+
+    Raises:
+        ValueError: the model has no router that can be recorded, see `find_routers`.
+    """
+    with tapped(model) as board:
+        recorder = Recorder(RoutingBuffer(len(board.taps), scores=scores))
+        board.recorders.append(recorder)
+        try:
+            yield RecordedRouting(recorder.buffer)
+        finally:
+            board.recorders.remove(recorder)

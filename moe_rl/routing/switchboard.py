@@ -1,0 +1,333 @@
+"""Routing room: the taps on a model's routers while any routing context is open.
+
+One Switchboard a model, shared by every context on it. It replaces the routers' `forward`,
+watches forwards of the model that contains them, and takes everything off again when the last
+context is closed, or, where gradient checkpointing may still recompute a layer, when the graphs
+of the forwards made inside are gone.
+
+A router call outside a forward of the model is a recomputation by gradient checkpointing. It is
+never recorded, and it is answered with the ids of the forward that is being recomputed. Which
+forward that is tells a gradient hook on that forward's outputs: backward passes through them
+before it reaches a layer. State lives on plain attributes, because on CUDA recomputation runs in
+threads of the autograd engine, where ContextVars and thread-locals are empty.
+"""
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .routed_experts import Cursor, RoutingBuffer, Span
+from .router_call import RouterCall
+from .taps import RouterTap, survey
+
+Forward = Callable[..., Any]
+
+
+class Replays(Protocol):
+    """What the switchboard asks of a replay."""
+
+    cursor: Cursor
+    live: RoutingBuffer
+
+    def ids(self, layer: int, span: Span, live: Tensor) -> Tensor:
+        """Ids of the shape of `live` to serve: recorded, and live where there is no record."""
+        ...
+
+
+class Perturbs(Protocol):
+    """What the switchboard asks of router noise."""
+
+    def choose(self, layer: int, tap: RouterTap, scores: Tensor, logits: Tensor | None) -> Tensor:
+        """Ids `[..., K]` of the perturbed choice."""
+        ...
+
+
+class Recorder:
+    """A buffer with its own place in the stream of forwards."""
+
+    def __init__(self, buffer: RoutingBuffer) -> None:
+        self.buffer = buffer
+        self.cursor = Cursor()
+
+
+class Pass:
+    """One forward of the model: who listens, and which ids it used."""
+
+    def __init__(self) -> None:
+        self.with_grad = torch.is_grad_enabled()
+        self.checkpointed = False
+        self.tokens = 0
+        self.recorders: list[tuple[Recorder, Span]] = []
+        self.replay: tuple[Replays, Span] | None = None
+        self.noise: Perturbs | None = None
+        self.served: dict[int, Tensor] = {}
+        self.backward: int | None = None
+        self.recomputed: set[int] = set()
+
+    @property
+    def listening(self) -> bool:
+        """Does any context want to know about this forward?"""
+        return bool(self.recorders) or self.replay is not None or self.noise is not None
+
+    def listeners(self) -> Iterator[tuple[RoutingBuffer, Cursor, Span]]:
+        """Every buffer that collects this forward, and its place there."""
+        for recorder, span in self.recorders:
+            yield recorder.buffer, recorder.cursor, span
+        if self.replay is not None:
+            replay, span = self.replay
+            yield replay.live, replay.cursor, span
+
+
+class Switchboard:
+    """Taps and state of one model. Opened by `tapped(model)`."""
+
+    def __init__(self, taps: list[RouterTap], backbone: nn.Module) -> None:
+        self.taps = taps
+        self.backbone = backbone
+        self.recorders: list[Recorder] = []
+        self.replay: Replays | None = None
+        self.noise: Perturbs | None = None
+        self._parameters = list(inspect.signature(backbone.forward).parameters)
+        self._running: Pass | None = None
+        self._begun: weakref.ref[Pass] | None = None
+        self._pending = 0
+        self._handles: list[RemovableHandle] = []
+        self._own_forwards: list[Forward | None] = []
+        self._install()
+
+    def _install(self) -> None:
+        for layer, tap in enumerate(self.taps):
+            self._own_forwards.append(tap.module.__dict__.get("forward"))
+            tap.module.forward = self._tapped(layer, tap.module.forward)
+        self._handles = [
+            self.backbone.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.backbone.register_forward_hook(self._after_forward, always_call=True),
+        ]
+
+    def _tapped(self, layer: int, forward: Forward) -> Forward:
+        def routed(*args: Any, **kwargs: Any) -> Any:
+            if self._running is None:
+                return self._recompute(layer, forward, args, kwargs)
+            return self._route(self._running, layer, forward, args, kwargs)
+
+        return routed
+
+    def release(self) -> None:
+        """Take the taps off, unless a context or a pending recomputation needs them."""
+        if self.recorders or self.replay or self.noise:
+            return
+        self._running = None
+        if self._pending or not self._handles:
+            return
+        for tap, own in zip(self.taps, self._own_forwards, strict=True):
+            if own is None:
+                del tap.module.forward
+            else:
+                tap.module.forward = own
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        _switchboards.pop(self.backbone, None)
+
+    # A forward of the model.
+
+    def _before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._begun = None
+        self._running = None
+        running = Pass()
+        if self.recorders or self.replay or self.noise:
+            named = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+            batch, length = _batch_and_length(named)
+            cache = named.get("past_key_values")
+            cached = 0 if cache is None else int(cache.get_seq_length())
+            running.tokens = batch * length
+            running.noise = self.noise
+            running.recorders = [
+                (r, r.cursor.place(batch=batch, length=length, cached=cached))
+                for r in self.recorders
+            ]
+            if self.replay is not None:
+                span = self.replay.cursor.place(batch=batch, length=length, cached=cached)
+                running.replay = (self.replay, span)
+            for buffer, _, span in running.listeners():
+                buffer.open(span)
+        self._running = running
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        running, self._running = self._running, None
+        if running is None:
+            return
+        if output is None:  # the forward raised
+            for _, cursor, _ in running.listeners():
+                cursor.undo()
+            return
+        for buffer, _, span in running.listeners():
+            missing = [self.taps[layer].name for layer in buffer.missing()]
+            if missing:
+                raise ValueError(
+                    f"model: the forward did not call the routers {', '.join(missing)}. A record "
+                    "needs every MoE layer; switch layer dropping off."
+                )
+            buffer.close(span)
+        if running.checkpointed:
+            self._expect_recomputation(running, output)
+
+    # A router inside a forward.
+
+    def _route(
+        self, running: Pass, layer: int, forward: Forward, args: Any, kwargs: Any
+    ) -> Any:
+        if running.with_grad and not running.checkpointed:
+            running.checkpointed = _inside_checkpoint()
+        if not running.listening:
+            return forward(*args, **kwargs)
+        tap = self.taps[layer]
+        live: Tensor | None = None
+
+        def decide(scores: Tensor, logits: Tensor | None) -> Tensor:
+            nonlocal live
+            if running.noise is None:
+                live = scores.topk(tap.top_k, dim=-1).indices
+            else:
+                live = running.noise.choose(layer, tap, scores, logits)
+            return _serve(running, layer, live)
+
+        if running.replay is not None and tap.num_groups is not None:
+            # The live choice comes first and apart: once the groups of the served ids are opened,
+            # the scores of the groups that the router would have opened are masked away.
+            with torch.no_grad():
+                alone = RouterCall(tap)
+                alone.run(forward, args, kwargs)
+            live = alone.chosen
+            assert live is not None
+            call = RouterCall(tap, ids=_serve(running, layer, live))
+        elif running.replay is not None or running.noise is not None:
+            call = RouterCall(tap, decide=decide)
+        else:
+            call = RouterCall(tap)
+        output = call.run(forward, args, kwargs)
+        self._note(running, layer, call, live)
+        return output
+
+    def _note(self, running: Pass, layer: int, call: RouterCall, live: Tensor | None) -> None:
+        tap = self.taps[layer]
+        assert call.chosen is not None
+        if call.chosen.numel() != running.tokens * tap.top_k:
+            raise ValueError(
+                f"model: router {tap.name!r} routed {call.chosen.numel() // tap.top_k} tokens of "
+                f"a forward of {running.tokens}. Routing can be recorded only where every router "
+                "sees every token; switch off padding removal and sequence parallelism."
+            )
+        for recorder, _ in running.recorders:
+            recorder.buffer.keep(layer, call.chosen, call.logits, tap)
+        if running.replay is not None and live is not None:
+            running.replay[0].live.keep(layer, live, call.logits, tap)
+
+    # A router outside a forward: recomputation.
+
+    def _expect_recomputation(self, running: Pass, output: Any) -> None:
+        reached = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        for tensor in reached:
+            tensor.register_hook(functools.partial(self._begin_backward, running))
+        if reached and running.served:
+            # The hooks hold the pass, and the graph holds the hooks: the pass dies with its graph.
+            self._pending += 1
+            weakref.finalize(running, self._graph_is_gone).atexit = False
+
+    def _graph_is_gone(self) -> None:
+        self._pending -= 1
+        self.release()
+
+    def _begin_backward(self, running: Pass, grad: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if running.backward != task:
+            running.backward = task
+            running.recomputed.clear()
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._end_backward)  # type: ignore[no-untyped-call]
+        self._begun = weakref.ref(running)
+
+    def _end_backward(self) -> None:
+        self._begun = None
+
+    def _recompute(self, layer: int, forward: Forward, args: Any, kwargs: Any) -> Any:
+        running = None if self._begun is None else self._begun()
+        if running is None or not running.served:
+            return forward(*args, **kwargs)
+        tap = self.taps[layer]
+        if layer in running.recomputed:
+            raise ValueError(
+                f"model: router {tap.name!r} is recomputed twice in one backward pass, so two "
+                "checkpointed forwards share it and their routes cannot be told apart (one was "
+                "made before the routing context, or on another device). Call backward for each "
+                "forward by itself."
+            )
+        running.recomputed.add(layer)
+        return RouterCall(tap, ids=running.served[layer]).run(forward, args, kwargs)
+
+
+_switchboards: weakref.WeakKeyDictionary[nn.Module, Switchboard] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def tapped(model: nn.Module) -> Iterator[Switchboard]:
+    """Open the switchboard of `model` for the length of a block."""
+    taps, backbone = survey(model)
+    board = _switchboards.get(backbone)
+    if board is None:
+        board = _switchboards[backbone] = Switchboard(taps, backbone)
+    try:
+        yield board
+    finally:
+        board.release()
+
+
+def _serve(running: Pass, layer: int, live: Tensor) -> Tensor:
+    ids = live
+    if running.replay is not None:
+        replay, span = running.replay
+        ids = replay.ids(layer, span, live)
+    if running.checkpointed:
+        running.served[layer] = ids
+    return ids
+
+
+def _batch_and_length(named: dict[str, Any]) -> tuple[int, int]:
+    for name in ("input_ids", "inputs_embeds"):
+        tokens = named.get(name)
+        if isinstance(tokens, Tensor):
+            return tokens.shape[0], tokens.shape[1]
+    raise ValueError(
+        "input_ids: the forward got neither input_ids nor inputs_embeds, so its tokens have no "
+        "place in a record. Pass one of them, [B, S] or [B, S, H]."
+    )
+
+
+def _inside_checkpoint() -> bool:
+    """Asked in a forward that began with gradients on: is this layer under checkpointing?
+
+    Reentrant checkpointing turns gradients off around the layer, the other kind sets hooks for
+    saved tensors. Offloading of activations sets them too, which only keeps the taps on longer.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
+    return not torch.is_grad_enabled() or hooks is not None
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
