@@ -1,0 +1,107 @@
+"""Losses: one algorithm a file, each a pure function of tensors; this file finds them by name.
+
+loss_function("gspo")(logprobs, old_logprobs, advantages, mask).loss.backward()
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import NamedTuple
+
+from moe_rl.losses import grpo, gspo
+from moe_rl.losses.base import LossFunction, LossOutput, check_clip_range
+from moe_rl.losses.grpo import grpo_loss
+from moe_rl.losses.gspo import gspo_loss
+from moe_rl.losses.gspo_token import gspo_token_loss
+
+__all__ = [
+    "ALGORITHMS",
+    "LossFunction",
+    "LossOutput",
+    "check_clip",
+    "default_clip",
+    "grpo_loss",
+    "gspo_loss",
+    "gspo_token_loss",
+    "loss_function",
+]
+
+# A token ratio moves by tens of percent, the geometric mean of a response's ratios by far less, so
+# that the clip ranges of the two do not overlap: GSPO's 4e-4 and GRPO's 0.2 (GSPO paper,
+# arXiv 2507.18071, 5.1) lie a factor of 500 apart. This is their geometric mean, 9e-3, rounded.
+SCALE_BOUNDARY = 1e-2
+
+
+class _Algorithm(NamedTuple):
+    loss: LossFunction
+    clip_low: float
+    clip_high: float
+    ratio: str  # "token" or "sequence"
+
+
+ALGORITHMS: dict[str, _Algorithm] = {
+    "grpo": _Algorithm(grpo_loss, grpo.CLIP_LOW, grpo.CLIP_HIGH, "token"),
+    "gspo": _Algorithm(gspo_loss, gspo.CLIP_LOW, gspo.CLIP_HIGH, "sequence"),
+    "gspo_token": _Algorithm(gspo_token_loss, gspo.CLIP_LOW, gspo.CLIP_HIGH, "sequence"),
+}
+
+
+def _find(algorithm: str) -> _Algorithm:
+    if algorithm in ALGORITHMS:
+        return ALGORITHMS[algorithm]
+    nearest = difflib.get_close_matches(algorithm, ALGORITHMS, n=1, cutoff=0.0)[0]
+    raise ValueError(
+        f"algorithm is {algorithm!r}; expected one of {', '.join(ALGORITHMS)}: "
+        f"did you mean {nearest!r}?"
+    )
+
+
+def loss_function(algorithm: str) -> LossFunction:
+    """The loss of `algorithm`: grpo, gspo or gspo_token.
+
+    Raises:
+        ValueError: for another name, with the nearest one.
+    """
+    return _find(algorithm).loss
+
+
+def default_clip(algorithm: str) -> tuple[float, float]:
+    """(clip_low, clip_high) of the GSPO paper (arXiv 2507.18071), 5.1, for `algorithm`.
+
+    Raises:
+        ValueError: for an unknown algorithm, with the nearest one.
+    """
+    found = _find(algorithm)
+    return found.clip_low, found.clip_high
+
+
+def check_clip(
+    algorithm: str, low: float, high: float, *, allow_any_scale: bool = False
+) -> tuple[float, float]:
+    """(low, high) if it is a clip range of the algorithm's scale.
+
+    Under the other algorithm's range a run goes on without an error and means little: GSPO at 0.2
+    clips nothing, GRPO at 3e-4 nearly everything.
+
+    Args:
+        algorithm: grpo, gspo or gspo_token.
+        low: a ratio's lower bound is 1 - low; from 0 to 1.
+        high: a ratio's upper bound is 1 + high; at least 0.
+        allow_any_scale: skip the comparison of scales (not that of bounds).
+
+    Raises:
+        ValueError: for an unknown algorithm, a range outside the bounds, or a scale on the other
+            side of SCALE_BOUNDARY.
+    """
+    found = _find(algorithm)
+    check_clip_range(low, high)
+    for name, value in (("clip_low", low), ("clip_high", high)):
+        scale = "token" if value >= SCALE_BOUNDARY else "sequence"
+        if scale != found.ratio and not allow_any_scale:
+            raise ValueError(
+                f"{name} is {value:g} for {algorithm}, which has one ratio a {found.ratio}; that is "
+                f"the scale of {scale} ratios. Token ratios (grpo) take about 0.2 and 0.27, "
+                "sequence ratios (gspo, gspo_token) about 3e-4 and 4e-4; the boundary is "
+                f"{SCALE_BOUNDARY:g}. Pass allow_any_scale=True to clip at this scale on purpose"
+            )
+    return low, high

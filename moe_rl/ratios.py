@@ -1,0 +1,232 @@
+"""Statistics of importance ratios: how far the policy being trained is from the one that sampled.
+
+Shapes: B sequences, T response positions; `mask` is bool [B, T], True at response tokens, and
+padding may hold anything. log w = logprobs - old_logprobs per token, raw, before any clip;
+log s = mean_t log w per sequence (GSPO's ratio, arXiv 2507.18071 eq. 7). All variances have the
+divisor N, so that the effective sample size is 1/(1 + CV^2) exactly and the parts of log w add up.
+
+Everything is computed in float64, without a host synchronisation until the values are read, all at
+once. A mask without a token makes every value NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# R3 (arXiv 2510.11370) reports the share of tokens whose ratio is off by more than a factor of 2;
+# 5 is IcePop's upper bound, beyond which it masks a token.
+DEFAULT_TAUS = (2.0, 5.0)
+
+
+def ratio_statistics(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    taus: Sequence[float] = DEFAULT_TAUS,
+) -> dict[str, float]:
+    """Every statistic of token and sequence ratios that an update logs.
+
+    With x standing for `token` (w, over response tokens) and `sequence` (s, over sequences that
+    have a token), and r for the ratio:
+
+        ratio/x_log_mean, _log_var, _log_p01, _log_p99, _log_max   of log r, nats (nats^2 for var)
+        ratio/x_var       variance of r; inf where float64 overflows
+        ratio/x_ess       (sum r)^2 / (N sum r^2) = 1/(1 + CV^2(r)), in [1/N, 1]; never overflows
+        ratio/extreme_T   share of tokens with max(w, 1/w) > T, for T in `taus`
+        kl                mean over tokens of -log w: k1 estimate of KL(old || new), nats
+        kl_k3             mean over tokens of w - 1 - log w: k3 estimate of the same, >= 0, nats
+
+    Quantiles interpolate linearly between order statistics. KL estimators: Schulman 2020,
+    "Approximating KL Divergence". An infinite log ratio makes `_log_var` NaN.
+
+    Args:
+        logprobs: [B, T], nats, of the policy being trained.
+        old_logprobs: [B, T], nats, of the policy that sampled.
+        mask: bool [B, T].
+        taus: thresholds > 1.
+
+    Raises:
+        ValueError: for shapes that differ, a mask that is not bool, or a threshold of 1 or less.
+    """
+    log_ratio = _masked_difference(logprobs, old_logprobs, mask, "logprobs", "old_logprobs")
+    lengths = mask.sum(1)
+    sequence_log_ratio = log_ratio.sum(1) / lengths.clamp(min=1)
+    values: dict[str, Tensor] = {}
+    for name, log_r, keep in (
+        ("token", log_ratio, mask),
+        ("sequence", sequence_log_ratio, lengths > 0),
+    ):
+        moments = _moments(log_r, keep)
+        values |= {f"ratio/{name}_{key}": value for key, value in moments.items()}
+    values |= {f"ratio/extreme_{t:g}": _extreme(log_ratio, mask, t) for t in taus}
+    values |= {"kl": _mean(-log_ratio, mask), "kl_k3": _mean(_k3(log_ratio), mask)}
+    return _read(values, mask)
+
+
+def mismatch_statistics(
+    logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, tau: float = 2.0
+) -> dict[str, float]:
+    """How far the trainer's log-probs are from the rollout engine's, on equal weights.
+
+        mismatch/kl_k1       mean of log r, with log r = rollout_logprobs - logprobs, nats
+        mismatch/kl_k3       mean of 1/r - 1 + log r, >= 0, nats
+        mismatch/extreme_T   share of tokens with max(r, 1/r) > T = tau
+
+    Both estimate KL(rollout || trainer), as the rollout engine sampled the tokens.
+
+    Raises:
+        ValueError: for shapes that differ, a mask that is not bool, or tau of 1 or less.
+    """
+    log_ratio = _masked_difference(logprobs, rollout_logprobs, mask, "logprobs", "rollout_logprobs")
+    values = {
+        "mismatch/kl_k1": _mean(-log_ratio, mask),
+        "mismatch/kl_k3": _mean(_k3(log_ratio), mask),
+        f"mismatch/extreme_{tau:g}": _extreme(log_ratio, mask, tau),
+    }
+    return _read(values, mask)
+
+
+def split_log_ratio(live: Tensor, replayed: Tensor, old: Tensor, mask: Tensor) -> dict[str, float]:
+    """The variance of log w = live - old, split into what routing and what weights contributed.
+
+        log w = [live - replayed] + [replayed - old]
+
+        ratio/routing_part      variance of live - replayed, nats^2
+        ratio/weight_part       variance of replayed - old, nats^2
+        ratio/part_covariance   covariance of the two, nats^2
+
+    var(log w) = routing_part + weight_part + 2 part_covariance exactly; it is the
+    `ratio/token_log_var` of `ratio_statistics(live, old, mask)`. A negative covariance means that
+    the change of routing undoes part of the change of weights.
+
+    Args:
+        live: [B, T], log-probs of the new weights under their own routing, nats.
+        replayed: [B, T], of the new weights under the old policy's routing.
+        old: [B, T], of the old weights under the old routing.
+        mask: bool [B, T].
+
+    Raises:
+        ValueError: for shapes that differ or a mask that is not bool.
+    """
+    routing = _masked_difference(live, replayed, mask, "live", "replayed")
+    weight = _masked_difference(replayed, old, mask, "replayed", "old")
+    routing = (routing - _mean(routing, mask)).masked_fill(~mask, 0.0)
+    weight = (weight - _mean(weight, mask)).masked_fill(~mask, 0.0)
+    values = {
+        "ratio/routing_part": _mean(routing * routing, mask),
+        "ratio/weight_part": _mean(weight * weight, mask),
+        "ratio/part_covariance": _mean(routing * weight, mask),
+    }
+    return _read(values, mask)
+
+
+def clip_shares(clipped_low: Tensor, clipped_high: Tensor, mask: Tensor) -> dict[str, float]:
+    """Shares of response tokens whose gradient the clip removed, from a `LossOutput`'s masks.
+
+        clip_ratio/low, clip_ratio/high   by the lower and by the upper bound
+        clip_ratio/region                 by either (a token is never clipped by both)
+
+    All three are in [0, 1]; GSPO paper (arXiv 2507.18071), figure 2, reports the last.
+
+    Raises:
+        ValueError: for shapes that differ or a mask that is not bool.
+    """
+    for name, value in (("clipped_low", clipped_low), ("clipped_high", clipped_high)):
+        _check_shape(name, value, mask.shape)
+    _check_mask(mask)
+    values = {
+        "clip_ratio/low": _mean(clipped_low.double(), mask),
+        "clip_ratio/high": _mean(clipped_high.double(), mask),
+        "clip_ratio/region": _mean((clipped_low | clipped_high).double(), mask),
+    }
+    return _read(values, mask)
+
+
+def _moments(log_ratio: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Statistics of `log_ratio` (0 in padding) and of its exponential, over `mask`."""
+    count = mask.sum()
+    mean = log_ratio.sum() / count
+    log_var = _mean((log_ratio - mean).square(), mask)
+    # Ascending with padding last, so that order statistics are at indices below `count`.
+    ordered = log_ratio.masked_fill(~mask, math.inf).flatten().sort().values
+    maximum = ordered[(count - 1).clamp(min=0)]
+    # Ratios relative to the largest are in [0, 1]: their sums cannot overflow, and the ESS does
+    # not depend on the scale. A variance taken as E[r^2] - E[r]^2 would lose GSPO's 1e-8.
+    relative = (log_ratio - maximum).exp().masked_fill(~mask, 0.0)
+    total, squares = relative.sum(), relative.square().sum()
+    relative_var = _mean((relative - total / count).square(), mask)
+    return {
+        "log_mean": mean,
+        "log_var": log_var,
+        "log_p01": _order_statistic(ordered, count, 0.01),
+        "log_p99": _order_statistic(ordered, count, 0.99),
+        "log_max": maximum,
+        # The product exp(2 max) * relative_var would be inf * 0 for equal, huge ratios.
+        "var": (2.0 * maximum + relative_var.log()).exp(),
+        "ess": total.square() / (count * squares),
+    }
+
+
+def _order_statistic(ordered: Tensor, count: Tensor, quantile: float) -> Tensor:
+    # In float64: an integer tensor times a Python float would round to float32.
+    position = (count - 1).clamp(min=0).double() * quantile
+    below = position.floor()
+    low, high = ordered[below.long()], ordered[position.ceil().long()]
+    # Equal neighbours may both be infinite, where the interpolation would be inf - inf.
+    return torch.where(low == high, low, low + (position - below) * (high - low))
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    return values.masked_fill(~mask, 0.0).sum() / mask.sum()
+
+
+def _k3(log_ratio: Tensor) -> Tensor:
+    """w - 1 - log w, with expm1 because near w = 1 it is the difference of equal numbers."""
+    return log_ratio.expm1() - log_ratio
+
+
+def _extreme(log_ratio: Tensor, mask: Tensor, tau: float) -> Tensor:
+    if not tau > 1.0:
+        raise ValueError(
+            f"tau is {tau}; expected a factor above 1: max(w, 1/w) is never below 1, so that the "
+            "share would say nothing"
+        )
+    return _mean((log_ratio.abs() > math.log(tau)).double(), mask)
+
+
+def _masked_difference(a: Tensor, b: Tensor, mask: Tensor, a_name: str, b_name: str) -> Tensor:
+    """a - b in float64, 0 in padding, outside the graph."""
+    if a.ndim != 2:
+        raise ValueError(
+            f"{a_name} has shape {list(a.shape)}; expected [B, T]: sequences by response positions"
+        )
+    _check_shape(b_name, b, a.shape)
+    _check_shape("mask", mask, a.shape)
+    _check_mask(mask)
+    return (a.detach().double() - b.detach().double()).masked_fill(~mask, 0.0)
+
+
+def _check_shape(name: str, value: Tensor, shape: torch.Size) -> None:
+    if value.shape != shape:
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}; expected {list(shape)}: pass response "
+            "positions only, padded alike"
+        )
+
+
+def _check_mask(mask: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask has dtype {mask.dtype}; expected torch.bool: pass mask.bool()")
+
+
+def _read(values: dict[str, Tensor], mask: Tensor) -> dict[str, float]:
+    """One transfer for all values; NaN for all if the mask is empty."""
+    numbers = torch.stack([*values.values(), mask.any().double()]).tolist()
+    if not numbers.pop():
+        return dict.fromkeys(values, math.nan)
+    return dict(zip(values, numbers, strict=True))
