@@ -1,0 +1,95 @@
+"""running_sum: n digits, to be answered by their running sums modulo 10.
+
+    3141=  ->  3489
+
+Each answer digit is the one before plus the next prompt digit, so that an early slip propagates
+and a response is right only if every step is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_rl.tasks.base import DIGITS, Problem, Task, check_draw, check_option, column
+
+MAX_DIGITS = 64  # keeps a sequence near 128 tokens, which a laptop trains on
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningSum(Task):
+    """10^digits problems; prompt `d1..dn=`, answer `s1..sn` with s_t = (s_(t-1) + d_t) mod 10."""
+
+    name: ClassVar[str] = "running_sum"
+
+    digits: int = 16
+    """Digits n in a prompt and in its answer, 1 to 64."""
+
+    def __post_init__(self) -> None:
+        check_option("digits", self.digits, 1, MAX_DIGITS, "it is the length of a response")
+
+    @property
+    def alphabet(self) -> str:
+        """Digits and the sign that ends a prompt."""
+        return DIGITS + "="
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of every prompt."""
+        return self.digits + 1
+
+    @property
+    def max_response_tokens(self) -> int:
+        """Tokens of every right response, end of sequence included."""
+        return self.digits + 1
+
+    def prompts(self, rng: np.random.Generator, count: int) -> list[Problem]:
+        """Digits are uniform."""
+        check_draw(count)
+        terms = self._draw_terms(rng, count)
+        answers = _to_text(terms.cumsum(axis=1) % 10)
+        return [
+            Problem(prompt=text + "=", columns={"answer": answer})
+            for text, answer in zip(_to_text(terms), answers, strict=True)
+        ]
+
+    def demonstrations(
+        self, rng: np.random.Generator, count: int, slip: float
+    ) -> list[tuple[str, str]]:
+        """At each step, with probability `slip`, the running sum becomes a uniformly random digit.
+
+        The random digit is the right one once in ten, and one wrong digit makes the whole answer
+        wrong: a demonstration is right with probability (1 - 0.9 slip)^digits.
+        """
+        check_draw(count, slip)
+        terms = self._draw_terms(rng, count)
+        slips = rng.random((count, self.digits)) < slip
+        noise = rng.integers(0, 10, (count, self.digits))
+        sums = np.empty_like(terms)
+        current = np.zeros(count, dtype=terms.dtype)
+        for step in range(self.digits):
+            current = np.where(slips[:, step], noise[:, step], (current + terms[:, step]) % 10)
+            sums[:, step] = current
+        prompts = (text + "=" for text in _to_text(terms))
+        return list(zip(prompts, _to_text(sums), strict=True))
+
+    def reward(
+        self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]
+    ) -> list[float]:
+        """1.0 where a completion is its problem's `answer` exactly, else 0.0."""
+        answers = column(columns, "answer", completions)
+        return [float(text == answer) for text, answer in zip(completions, answers, strict=True)]
+
+    def _draw_terms(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
+        return rng.integers(0, 10, (count, self.digits))
+
+
+def _to_text(digits: NDArray[np.int64]) -> list[str]:
+    """Rows of digits [N, n] as N strings."""
+    text = (digits + ord("0")).astype(np.uint8).tobytes().decode("ascii")
+    width = digits.shape[1]
+    return [text[i : i + width] for i in range(0, len(text), width)]
