@@ -1,0 +1,182 @@
+"""Supervised warm start on noisy demonstrations, cached by the hash of what made it.
+
+Each step of a demonstration slips with a small probability and goes on from the slip. The policy
+that has converged on them is calibrated: it is right as often as its teacher, and its mistakes are
+samples of a distribution that reinforcement learning can sharpen.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_rl.config import RunConfig
+from moe_rl.policy import Policy, build_policy
+from moe_rl.rollout.cached import generate
+from moe_rl.rollout.score import score
+from moe_rl.runlog import write_json
+from moe_rl.seeding import generator, uniforms
+from moe_rl.tasks import Task, make_task
+
+# Part of the hash: raise it when a change here makes other weights from the same config.
+_VERSION = 1
+# Threads are part of what makes the weights (the order of sums), so they are fixed.
+_THREADS = 2
+_EVALUATION_PROMPTS = 512
+
+
+def cold_start_hash(config: RunConfig) -> str:
+    """Hash of everything that decides the weights: model, task, cold start, code version."""
+    model = dataclasses.asdict(config.model)
+    model.pop("device")
+    made_of = {
+        "version": _VERSION,
+        "model": model,
+        "task": dataclasses.asdict(config.task),
+        "cold_start": dataclasses.asdict(config.cold_start),
+    }
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def ensure_cold_start(
+    config: RunConfig, task: Task, cache: Path, progress: Callable[[int, float], None] | None = None
+) -> Path:
+    """Folder of the cold-start checkpoint for `config`, made now if the cache lacks it.
+
+    Args:
+        config: the run; only its model, task and cold-start parts count.
+        task: the task of the run.
+        cache: folder of all cold starts.
+        progress: called with (supervised step, loss).
+    """
+    folder = cache / cold_start_hash(config)
+    if (folder / "cold_start.json").is_file():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(_THREADS)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
+    try:
+        policy = build_policy(config.model, task.alphabet, seed=config.cold_start.sft_seed)
+        loss = train_on_demonstrations(policy, task, config, progress)
+        report = {"loss": loss, "reward": evaluate(policy, task, config), **_made_of(config)}
+        policy.model.save_pretrained(scratch)
+        policy.tokenizer.save_pretrained(scratch)
+        write_json(scratch / "cold_start.json", report)
+        # Another process may have made the same folder meanwhile; either one will do.
+        if not folder.exists():
+            os.replace(scratch, folder)
+    finally:
+        torch.set_num_threads(threads)
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def prepare_cold_starts(configs: Sequence[RunConfig], cache: Path) -> None:
+    """Make every cold start that the runs need, before they race for it; prints what it does."""
+    seen = set()
+    for config in configs:
+        name = cold_start_hash(config)
+        if name in seen or config.cold_start.sft_steps == 0:
+            continue
+        seen.add(name)
+        made = (cache / name / "cold_start.json").is_file()
+        experts = f"{config.model.num_experts} experts"
+        if not made:
+            print(f"cold start {name} ({config.task.task}, {experts}): training", flush=True)
+        folder = ensure_cold_start(config, make_task(config.task.task, **config.task.options()), cache)
+        report = json.loads((folder / "cold_start.json").read_text(encoding="utf-8"))
+        print(f"cold start {name} ({experts}): reward {report['reward']:.3f}", flush=True)
+
+
+def _made_of(config: RunConfig) -> dict[str, Any]:
+    return {
+        "model": dataclasses.asdict(config.model),
+        "task": dataclasses.asdict(config.task),
+        "cold_start": dataclasses.asdict(config.cold_start),
+    }
+
+
+def train_on_demonstrations(
+    policy: Policy,
+    task: Task,
+    config: RunConfig,
+    progress: Callable[[int, float], None] | None = None,
+) -> float:
+    """Supervised training in place; returns the last loss in nats per response token."""
+    settings = config.cold_start
+    if settings.sft_steps == 0:
+        return float("nan")
+    model = policy.model.train()
+    balanced = config.model.num_experts > config.model.experts_per_token
+    model.config.router_aux_loss_coef = settings.load_balance_coef
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.sft_learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    loss = torch.tensor(float("nan"))
+    for step in range(settings.sft_steps):
+        for group in optimizer.param_groups:
+            decay = max(0.05, 1 - step / settings.sft_steps)
+            group["lr"] = settings.sft_learning_rate * min(1.0, step / 20) * decay
+        rng = generator(settings.sft_seed, "demonstrations", step=step)
+        pairs = task.demonstrations(rng, settings.sft_batch_size, settings.slip)
+        ids, mask, labels = _supervised_batch(policy, pairs)
+        loss = model(
+            input_ids=ids,
+            attention_mask=mask,
+            labels=labels,
+            output_router_logits=balanced,
+            use_cache=False,
+        ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if progress is not None:
+            progress(step, loss.item())
+    model.eval()
+    return loss.item()
+
+
+def _supervised_batch(
+    policy: Policy, pairs: list[tuple[str, str]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Right-padded ids, mask and labels [N, S]; the loss counts response tokens only."""
+    encode = policy.tokenizer
+    prompts = encode([p for p, _ in pairs], add_special_tokens=False)["input_ids"]
+    completions = encode([c for _, c in pairs], add_special_tokens=False)["input_ids"]
+    rows = [p + c + [policy.eos_id] for p, c in zip(prompts, completions, strict=True)]
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), policy.pad_id)
+    labels = torch.full((len(rows), width), -100)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        tokens = torch.tensor(row)
+        ids[i, : len(row)] = tokens
+        mask[i, : len(row)] = 1
+        labels[i, len(prompt) : len(row)] = tokens[len(prompt) :]
+    device = policy.device
+    return ids.to(device), mask.to(device), labels.to(device)
+
+
+def evaluate(policy: Policy, task: Task, config: RunConfig) -> float:
+    """Mean reward of one sample each on fresh prompts."""
+    seed = config.cold_start.sft_seed
+    problems = task.prompts(generator(seed, "cold_start_evaluation"), _EVALUATION_PROMPTS)
+    draws = uniforms(
+        seed,
+        "cold_start_evaluation_samples",
+        step=0,
+        prompts=range(len(problems)),
+        group_size=1,
+        count=task.max_response_tokens,
+    )
+    batch = generate(policy, [p.prompt for p in problems], torch.from_numpy(draws))
+    return float(score(policy, task, problems, batch.response_ids).mean())

@@ -1,0 +1,1 @@
+"""Rollout engines: sample responses, record log-probs and expert choices."""

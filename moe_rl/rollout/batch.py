@@ -1,0 +1,72 @@
+"""What a rollout is: prompts, G sampled responses each, and everything recorded while sampling."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBatch:
+    """P prompts and B = P * G responses; the responses to one prompt are neighbours.
+
+    Shapes: P prompts, G samples each, B sequences, Sp prompt and T response positions, L MoE
+    layers, K experts per token, E experts.
+    """
+
+    prompt_ids: Tensor
+    """int64 [P, Sp], left padded."""
+    prompt_mask: Tensor
+    """bool [P, Sp], False on padding."""
+    response_ids: Tensor
+    """int64 [B, T], right padded; the end-of-sequence token is part of the response."""
+    response_mask: Tensor
+    """bool [B, T], False after the end of sequence."""
+    rollout_logprobs: Tensor
+    """float32 [B, T], the engine's log-probs of the sampled tokens."""
+    routed_experts: Tensor | None
+    """int16 [B, Sp + T, L, K], the engine's expert choices. The last sampled token is never fed
+    back, so its row is -1 (no record)."""
+    router_logits: Tensor | None
+    """float32 [B, T, L, E], the engine's router logits where each response token is predicted."""
+    truncated: Tensor
+    """bool [B], no end of sequence within the response budget."""
+
+    @property
+    def group_size(self) -> int:
+        """Responses per prompt G."""
+        return self.response_ids.shape[0] // self.prompt_ids.shape[0]
+
+    def select(self, prompts: slice) -> "RolloutBatch":
+        """The sub-batch of whole groups of a contiguous range of prompts."""
+        group = self.group_size
+        sequences = slice(prompts.start * group, prompts.stop * group)
+        per_prompt = {"prompt_ids", "prompt_mask"}
+        parts: dict[str, Tensor | None] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            rows = prompts if field.name in per_prompt else sequences
+            parts[field.name] = None if value is None else value[rows]
+        return RolloutBatch(**parts)  # type: ignore[arg-type]
+
+
+def response_positions(sequence_values: Tensor, prompt_length: int) -> Tensor:
+    """Values at the positions that predict response tokens: [B, Sp + T, ...] -> [B, T, ...].
+
+    Response token t is predicted where token Sp + t - 1 is read.
+    """
+    return sequence_values[:, prompt_length - 1 : -1]
+
+
+def full_record(prompt_routes: Tensor, response_routes: Tensor, group_size: int) -> Tensor:
+    """Join the routes of shared prompts [P, Sp, L, K] and responses [B, T-1, L, K] to one record.
+
+    Returns int16 [B, Sp + T, L, K] whose last position is -1: that token is never read.
+    """
+    last = torch.full_like(response_routes[:, :1], -1) if response_routes.shape[1] else None
+    prompts = prompt_routes.repeat_interleave(group_size, dim=0)
+    if last is None:
+        last = torch.full_like(prompts[:, :1], -1)
+        return torch.cat([prompts, last], dim=1)
+    return torch.cat([prompts, response_routes, last], dim=1)

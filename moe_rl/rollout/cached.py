@@ -1,0 +1,93 @@
+"""The default rollout engine: the policy itself, decoding with a key-value cache.
+
+Prompts are read once per group. Sampling is by inverse distribution function from given uniforms,
+so a rollout is a pure function of (weights, prompts, uniforms, noise).
+"""
+
+import torch
+from torch import Tensor
+
+from moe_rl.policy import Pass, Policy
+from moe_rl.rollout.batch import RolloutBatch, full_record
+from moe_rl.rollout.noise import RouterNoise
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    prompts: list[str],
+    uniforms: Tensor,
+    *,
+    noise: RouterNoise | None = None,
+    scores: bool = False,
+) -> RolloutBatch:
+    """Sample G responses to each prompt at the policy's temperature.
+
+    Args:
+        policy: the model to sample from.
+        prompts: P texts.
+        uniforms: float64 [P * G, T_max] in [0, 1): one number decides one token.
+        noise: router noise of this pass.
+        scores: bring back router logits as well.
+
+    Returns:
+        The rollout; T is the longest response, at most T_max.
+    """
+    prompt_ids, prompt_mask = policy.encode_prompts(prompts)
+    sequences, budget = uniforms.shape
+    group = sequences // len(prompts)
+    uniforms = uniforms.to(policy.device)
+    options = Pass(scores=scores)
+    tokens: list[Tensor] = []
+    logprobs: list[Tensor] = []
+    masks: list[Tensor] = []
+    finished = torch.zeros(sequences, dtype=torch.bool, device=policy.device)
+    with policy.routing(options, None, noise and noise.for_prompts()) as seen_prompts:
+        hidden, cache = policy.read_prompts(prompt_ids, prompt_mask)
+    cache.batch_repeat_interleave(group)
+    hidden = hidden[:, -1].repeat_interleave(group, dim=0)
+    with policy.routing(options, None, noise and noise.for_responses()) as seen:
+        for step in range(budget):
+            token, logprob = sample(policy.logits(hidden), uniforms[:, step])
+            masks.append(~finished)
+            tokens.append(token.masked_fill(finished, policy.pad_id))
+            logprobs.append(logprob)
+            finished = finished | (token == policy.eos_id)
+            if step + 1 == budget or bool(finished.all()):
+                break
+            hidden = policy.read_on(tokens[-1][:, None], cache, prompt_mask, group)[:, -1]
+    prompt_routes = seen_prompts.routed_experts
+    last_scores = None
+    if scores:
+        last_scores = seen_prompts.router_logits[:, -1:].repeat_interleave(group, dim=0)
+    if len(tokens) == 1:
+        routes = full_record(prompt_routes, prompt_routes[:, :0], group)
+    else:
+        routes = full_record(prompt_routes, seen.routed_experts, group)
+        if last_scores is not None:
+            last_scores = torch.cat([last_scores, seen.router_logits], dim=1)
+    return RolloutBatch(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        response_ids=torch.stack(tokens, dim=1),
+        response_mask=torch.stack(masks, dim=1),
+        rollout_logprobs=torch.stack(logprobs, dim=1),
+        routed_experts=routes,
+        router_logits=last_scores,
+        truncated=~finished,
+    )
+
+
+def sample(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row by inverse distribution function: ids int64 [B], log-probs float32 [B].
+
+    The running sum is taken in float64, so that a vocabulary of 1e5 tokens leaves no tail that no
+    uniform can reach.
+    """
+    log_p = torch.log_softmax(logits, dim=-1)
+    cumulative = log_p.double().exp().cumsum(dim=-1)
+    threshold = uniforms[:, None] * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    # A zero-probability token at the end of the vocabulary must stay out of reach.
+    token = token.clamp(max=logits.shape[-1] - 1)
+    return token, log_p.gather(-1, token[:, None]).squeeze(-1)

@@ -1,0 +1,38 @@
+"""Randomness as a pure function of (run seed, purpose, step, prompt, sample).
+
+There is no generator state to save: any draw of any step can be made again from its address, in any
+order and on any rank. Built on NumPy's Philox, a counter-based generator (Salmon et al., SC 2011).
+"""
+
+import zlib
+
+import numpy as np
+
+_COUNTER_BLOCK = 2**64  # Draws at one address before the lowest counter word spills over.
+
+
+def generator(
+    seed: int, purpose: str, *, step: int = 0, prompt: int = 0, sample: int = 0
+) -> np.random.Generator:
+    """The generator at one address.
+
+    Args:
+        seed: run seed, >= 0.
+        purpose: what the draw is for ("sample", "prompts", ...); purposes never share draws.
+        step, prompt, sample: the address, each >= 0.
+    """
+    key = np.array([seed % _COUNTER_BLOCK, zlib.crc32(purpose.encode())], dtype=np.uint64)
+    counter = np.array([0, sample, prompt, step], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def uniforms(
+    seed: int, purpose: str, *, step: int, prompts: range, group_size: int, count: int
+) -> np.ndarray:
+    """Uniforms in [0, 1) for every sequence: float64 [len(prompts) * group_size, count]."""
+    rows = [
+        generator(seed, purpose, step=step, prompt=prompt, sample=sample).random(count)
+        for prompt in prompts
+        for sample in range(group_size)
+    ]
+    return np.stack(rows)

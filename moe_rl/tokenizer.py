@@ -1,0 +1,22 @@
+"""A character-level tokenizer in Hugging Face form, for models built from a config."""
+
+from transformers import PreTrainedTokenizerFast
+
+PAD, EOS = "<pad>", "<eos>"
+
+
+def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
+    """One token per character of `alphabet`, then padding (id 0 is padding, 1 end of sequence).
+
+    The result saves and loads as any tokenizer of transformers, so a policy trained here is an
+    ordinary checkpoint folder.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {PAD: 0, EOS: 1, **{c: i + 2 for i, c in enumerate(sorted(set(alphabet)))}}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left"
+    )
