@@ -1,0 +1,110 @@
+"""Find the router noise that stands for a given disagreement between two engines.
+
+Two passes over the same tokens with equal weights and independent noise disagree on a share of
+(token, layer) pairs. The share grows with the noise, so bisection finds the noise for a share.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_rl.config import ConfigError, RunConfig
+from moe_rl.policy import Pass, Policy
+from moe_rl.rollout.batch import RolloutBatch, response_positions
+from moe_rl.rollout.cached import generate
+from moe_rl.rollout.noise import RouterNoise
+from moe_rl.routing.statistics import churn, router_disagreement
+from moe_rl.seeding import generator, uniforms
+from moe_rl.tasks import make_task
+from moe_rl.trainer import starting_policy
+
+_LARGEST_NOISE = 64.0
+_BISECTIONS = 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Result of `calibrate_noise`."""
+
+    noise: float
+    """Standard deviation in logit units."""
+    router_disagreement: float
+    """Share of (token, layer) pairs whose expert sets differ at that noise."""
+    churn: float
+    """Share of expert slots that differ at that noise."""
+    tokens: int
+    """Response tokens measured."""
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return (
+            f"router_noise {self.noise:.4g}: {self.router_disagreement:.1%} of routers and "
+            f"{self.churn:.1%} of expert slots differ between two passes ({self.tokens} tokens)"
+        )
+
+
+def calibrate_noise(config: RunConfig, share: float, cold_start_cache: Path) -> Calibration:
+    """Noise at which `share` of routers differ, on one rollout of the cold-started policy.
+
+    Raises:
+        ConfigError: a share outside (0, 1), or one that no noise reaches.
+    """
+    if not 0.0 < share < 1.0:
+        raise ConfigError(f"share={share}: must lie between 0 and 1")
+    if config.model.num_experts == config.model.experts_per_token:
+        raise ConfigError(
+            f"num_experts={config.model.num_experts} with experts_per_token="
+            f"{config.model.experts_per_token}: every expert is always on, nothing can differ"
+        )
+    torch.set_num_threads(config.num_threads)
+    policy = starting_policy(config, cold_start_cache)
+    batch = _rollout(config, policy)
+    low, high = 0.0, _LARGEST_NOISE
+    if _measure(config, policy, batch, high).router_disagreement < share:
+        raise ConfigError(f"share={share}: not reached even with noise {high:g}; ask for less")
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if _measure(config, policy, batch, middle).router_disagreement < share:
+            low = middle
+        else:
+            high = middle
+    return _measure(config, policy, batch, high)
+
+
+def _rollout(config: RunConfig, policy: Policy) -> RolloutBatch:
+    task = make_task(config.task.task, **config.task.options())
+    problems = task.prompts(generator(config.seed, "calibrate"), config.prompts_per_rollout)
+    draws = uniforms(
+        config.seed,
+        "calibrate_samples",
+        step=0,
+        prompts=range(len(problems)),
+        group_size=config.group_size,
+        count=task.max_response_tokens,
+    )
+    return generate(policy, [p.prompt for p in problems], torch.from_numpy(draws))
+
+
+@torch.no_grad()
+def _measure(config: RunConfig, policy: Policy, batch: RolloutBatch, noise: float) -> Calibration:
+    routes = []
+    for purpose in ("first", "second"):
+        source = RouterNoise(
+            std=noise,
+            seed=config.seed,
+            step=0,
+            purpose=f"calibrate_{purpose}",
+            prompts=range(batch.prompt_ids.shape[0]),
+            group_size=batch.group_size,
+        )
+        output = policy.response_pass(batch, Pass(noise=source))
+        assert output.routed_experts is not None
+        routes.append(response_positions(output.routed_experts, batch.prompt_ids.shape[1]))
+    mask = batch.response_mask
+    return Calibration(
+        noise=noise,
+        router_disagreement=float(router_disagreement(*routes, mask).mean()),
+        churn=float(churn(*routes, mask).mean()),
+        tokens=int(mask.sum()),
+    )

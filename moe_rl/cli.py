@@ -1,0 +1,349 @@
+"""The command line: `moe-rl COMMAND`, also `python -m moe_rl COMMAND`.
+
+Options are the fields of the dataclasses below and of `moe_rl.config`; heavy imports wait until a
+command needs them. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted.
+"""
+
+import dataclasses
+import difflib
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from moe_rl import __version__
+from moe_rl.config import ConfigError, RunConfig, load_config, preset
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+_CACHE = Path("runs/cold_start")
+
+
+def _jobs() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduce:
+    """Run the collapse experiment and write its report."""
+
+    quick: bool = False
+    """Three main arms, two seeds, one setting (the default)."""
+    full: bool = False
+    """All arms and controls, five paired seeds, all settings."""
+    out: Path | None = None
+    """Study folder. Default: runs/collapse-quick or runs/collapse-full."""
+    jobs: int = dataclasses.field(default_factory=_jobs)
+    """Runs side by side, one torch thread each."""
+    cold_start_cache: Path = _CACHE
+    """Folder of cold starts, shared by all studies."""
+    dry_run: bool = False
+    """Print the runs of the study and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train one run."""
+
+    run: Annotated[RunConfig, tyro.conf.OmitArgPrefixes]
+    preset: str = "staleness"
+    """Settings to start from: staleness, engine-noise or tiny. Other options change them."""
+    config: Path | None = None
+    """JSON config (or a run folder's config.json) to start from instead of a preset."""
+    out: Path | None = None
+    """Run folder. Default: runs/SETTING-ARM-seedN."""
+    cold_start_cache: Path = _CACHE
+    """Folder of cold starts."""
+    dry_run: bool = False
+    """Print the resolved config as JSON and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Map:
+    """Map where each arm stays stable: learning rate x updates per rollout x router noise."""
+
+    learning_rates: tuple[float, ...] = (1e-4, 2e-4, 3e-4, 5e-4, 8e-4)
+    """Peak learning rates."""
+    updates: tuple[int, ...] = (4, 8, 16)
+    """Updates per rollout."""
+    noises: tuple[float, ...] = (0.0,)
+    """Router noises (logit units). Above 0, the replay arm replays the engine's record (R3)."""
+    arms: tuple[str, ...] = ("grpo", "grpo+replay", "gspo", "dense")
+    """Arms to map."""
+    seeds: tuple[int, ...] = (1, 2)
+    """Paired seeds."""
+    preset: str = "staleness"
+    """Settings that the map varies."""
+    out: Path = Path("runs/map")
+    """Study folder."""
+    jobs: int = dataclasses.field(default_factory=_jobs)
+    """Runs side by side, one torch thread each."""
+    cold_start_cache: Path = _CACHE
+    """Folder of cold starts."""
+    dry_run: bool = False
+    """Print the runs of the map and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate:
+    """Find the router noise at which two passes disagree on a given share of routers."""
+
+    run: Annotated[RunConfig, tyro.conf.OmitArgPrefixes]
+    share: float = 0.1
+    """Wanted share of (token, layer) pairs whose expert sets differ; R3 (2510.11370) has 0.1."""
+    preset: str = "staleness"
+    """Settings to start from."""
+    cold_start_cache: Path = _CACHE
+    """Folder of cold starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Redraw a study's report, figures and tables from its files."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """Study or run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Print versions, devices and which backend each choice takes, with the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure speed against peers in one interleaved run."""
+
+    what: tyro.conf.Positional[Literal["training"]] = "training"
+    """training: rollout steps per second against TRL's GRPOTrainer, and the cost of instruments."""
+    repeats: int = 5
+    """Interleaved measurements of each side."""
+    out: Path | None = None
+    """JSON file for the results."""
+
+
+def reproduce(options: Reproduce) -> int:
+    """`moe-rl reproduce`."""
+    from moe_rl.experiments import collapse
+
+    if options.quick and options.full:
+        raise ConfigError("quick=True with full=True: choose one")
+    study = collapse.full() if options.full else collapse.quick()
+    root = options.out or Path(f"runs/collapse-{study.mode}")
+    command = f"moe-rl reproduce --{study.mode}"
+    return _run_study(study, root, command, options.jobs, options.cold_start_cache, options.dry_run)
+
+
+def map_(options: Map) -> int:
+    """`moe-rl map`."""
+    from moe_rl.experiments import collapse_map
+
+    study = collapse_map.grid(
+        base=preset(options.preset),
+        learning_rates=options.learning_rates,
+        updates=options.updates,
+        noises=options.noises,
+        arms=options.arms,
+        seeds=options.seeds,
+    )
+    command = f"moe-rl map --preset {options.preset}"
+    return _run_study(
+        study, options.out, command, options.jobs, options.cold_start_cache, options.dry_run
+    )
+
+
+def _run_study(
+    study: Any, root: Path, command: str, jobs: int, cold_start_cache: Path, dry_run: bool
+) -> int:
+    configs = study.configs()
+    if dry_run:
+        for config in configs:
+            print(f"{config.setting:<24} {config.arm:<14} seed {config.seed}")
+        print(f"{len(configs)} runs into {root}")
+        return 0
+    from moe_rl.analysis.report import write_report
+    from moe_rl.cold_start import prepare_cold_starts
+    from moe_rl.experiments.runner import run_all
+
+    study.write(root, command)
+    prepare_cold_starts(configs, cold_start_cache)
+    failures = run_all(configs, root, jobs=jobs, cold_start_cache=cold_start_cache)
+    for failure in failures:
+        print(f"{failure.folder}: {failure.reason}", file=sys.stderr)
+    page = write_report(root)
+    _print_summary(root)
+    print(f"report: {page}")
+    return 1 if failures else 0
+
+
+def _print_summary(root: Path) -> None:
+    from moe_rl.analysis.load import load_study
+    from moe_rl.analysis.report import summarize
+
+    print(summarize(load_study(root)).to_string(index=False))
+
+
+def train(options: Train) -> int:
+    """`moe-rl train`."""
+    config = options.run
+    if options.dry_run:
+        print(json.dumps(config.to_dict(), indent=2))
+        return 0
+    from moe_rl.progress import cold_start_progress, run_progress
+    from moe_rl.runlog import check_run_folder, is_complete
+    from moe_rl.trainer import train as train_run
+
+    folder = options.out or Path(f"runs/{config.setting}-{config.arm}-seed{config.seed}")
+    check_run_folder(folder, config)
+    if is_complete(folder):
+        print(f"{folder}: this run is complete already")
+        return 0
+    with cold_start_progress() as on_cold_start, run_progress(config) as on_step:
+        summary = train_run(
+            config,
+            folder,
+            cold_start_cache=options.cold_start_cache,
+            on_step=on_step,
+            on_cold_start=on_cold_start,
+        )
+    print(f"final reward {summary['final_reward']:.3f} in {summary['seconds']:.0f} s: {folder}")
+    return 0
+
+
+def calibrate(options: Calibrate) -> int:
+    """`moe-rl calibrate`."""
+    from moe_rl.calibrate import calibrate_noise
+
+    result = calibrate_noise(options.run, options.share, options.cold_start_cache)
+    print(result.describe())
+    return 0
+
+
+def report(options: Report) -> int:
+    """`moe-rl report RUN_DIR`."""
+    from moe_rl.analysis.report import write_report
+
+    page = write_report(options.run_dir)
+    _print_summary(options.run_dir)
+    print(f"report: {page}")
+    return 0
+
+
+def doctor(_: Doctor) -> int:
+    """`moe-rl doctor`."""
+    from moe_rl.doctor import describe
+
+    print(describe())
+    return 0
+
+
+def bench(options: Bench) -> int:
+    """`moe-rl bench training`."""
+    from moe_rl.experiments.bench_training import bench_training
+
+    return bench_training(repeats=options.repeats, out=options.out)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its options, its function, and whether its options hold a RunConfig."""
+
+    options: type
+    run: Callable[[Any], int]
+    has_config: bool = False
+
+
+COMMANDS = {
+    "reproduce": Command(Reproduce, reproduce),
+    "train": Command(Train, train, has_config=True),
+    "map": Command(Map, map_),
+    "calibrate": Command(Calibrate, calibrate, has_config=True),
+    "report": Command(Report, report),
+    "doctor": Command(Doctor, doctor),
+    "bench": Command(Bench, bench),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else BAD_INPUT
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        return _bad_input(f"unknown command {name!r}{hint} (see moe-rl --help)")
+    try:
+        return COMMANDS[name].run(_parse(name, rest))
+    except KeyboardInterrupt:
+        print(
+            "interrupted; finished runs are kept, the same command goes on from here",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    except ValueError as error:
+        if os.environ.get("MOE_RL_TRACEBACK"):
+            raise
+        return _bad_input(str(error))
+    except OSError as error:
+        if os.environ.get("MOE_RL_TRACEBACK"):
+            raise
+        if error.errno == errno.ENOSPC:
+            return _bad_input(f"{error.filename or 'output'}: the disk is full; what was written stays")
+        return _bad_input(str(error))
+
+
+def _parse(name: str, arguments: list[str]) -> Any:
+    command = COMMANDS[name]
+    program = f"moe-rl {name}"
+    if not command.has_config:
+        return tyro.cli(command.options, args=arguments, prog=program)
+    base = _base_config(arguments)
+    return tyro.cli(
+        command.options,
+        args=arguments,
+        prog=program,
+        default=command.options(run=base),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _base_config(arguments: list[str]) -> RunConfig:
+    """The config that --config or --preset names, which the other options then change."""
+    named = {"--preset": "", "--config": ""}
+    for i, argument in enumerate(arguments):
+        key, _, value = argument.partition("=")
+        if key in named:
+            named[key] = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
+    if named["--config"] and named["--preset"]:
+        raise ConfigError("--config with --preset: choose one to start from")
+    if named["--config"]:
+        return load_config(named["--config"])
+    return preset(named["--preset"] or "staleness")
+
+
+def _bad_input(message: str) -> int:
+    print(f"moe-rl: {message}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _usage() -> str:
+    lines = ["usage: moe-rl COMMAND [OPTIONS]", ""]
+    lines += [
+        f"  {name:<10} {(command.options.__doc__ or '').splitlines()[0]}"
+        for name, command in COMMANDS.items()
+    ]
+    lines += ["", "moe-rl COMMAND --help lists a command's options."]
+    return "\n".join(lines)

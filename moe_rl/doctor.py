@@ -1,0 +1,54 @@
+"""What runs where, and why: versions, devices, and every backend choice with its reason."""
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from moe_rl import __version__
+from moe_rl.experts import choose_experts
+from moe_rl.policy import resolve_device
+
+_PACKAGES = ("torch", "transformers", "triton", "megablocks", "numpy", "pandas", "matplotlib")
+_OPTIONAL = ("trl", "liger-kernel", "vllm", "kernels")
+
+
+def describe() -> str:
+    """The report of `moe-rl doctor`, one aligned line a fact."""
+    device = resolve_device("auto")
+    rows = [
+        ("moe-rl", __version__),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        *((name, _version(name)) for name in _PACKAGES),
+        *((f"{name} (optional)", _version(name)) for name in _OPTIONAL),
+        ("cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"),
+        ("cuda", _cuda()),
+        ("device auto", f"{device.type}: {_device_reason()}"),
+        ("experts auto", choose_experts(device, "auto").reason),
+        ("log-probs", "reference: the only implementation there is"),
+        (
+            "rollout engine",
+            "cached: the policy itself with a key-value cache, prompts read once per group",
+        ),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        return "not available"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{', '.join(names)}, CUDA {torch.version.cuda}"
+
+
+def _device_reason() -> str:
+    return "CUDA is available" if torch.cuda.is_available() else "there is no CUDA device"

@@ -1,0 +1,138 @@
+"""The instruments: every metric of a rollout and of an update, from tensors to plain numbers.
+
+Routing that belongs to response token t is the routing where that token is predicted, one position
+before it; prompt-only and unread last positions never count. Definitions: docs/metrics.md.
+Everything here runs without gradients and reads the device once per call.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_rl.policy import PassOutput
+from moe_rl.ratios import clip_shares, mismatch_statistics, ratio_statistics, split_log_ratio
+from moe_rl.rollout.batch import RolloutBatch, response_positions
+from moe_rl.routing import statistics
+
+
+@torch.no_grad()
+def rollout_metrics(batch: RolloutBatch, old: PassOutput, top_k: int) -> dict[str, Any]:
+    """What the old policy's routing looks like on a rollout: spread, margin, load.
+
+    Args:
+        batch: the rollout.
+        old: its pass by the old policy, with router logits; entropy is left out if absent.
+        top_k: experts per token K.
+    """
+    assert old.routed_experts is not None and old.router_logits is not None
+    mask, logits = batch.response_mask, old.router_logits
+    routes = response_positions(old.routed_experts, batch.prompt_ids.shape[1])
+    load = statistics.load(routes, logits.shape[-1], mask)
+    layers = {
+        "routing/margin": statistics.per_layer(statistics.margin(logits, top_k, mask)),
+        "routing/confidence": statistics.per_layer(statistics.confidence(logits, routes, mask)),
+        "routing/entropy": statistics.per_layer(statistics.entropy(logits, mask)),
+        "routing/load_cv": statistics.load_cv(load),
+        "routing/max_vio": statistics.max_vio(load),
+        "routing/dead_experts": statistics.dead_experts(load),
+    }
+    metrics = _by_layer(layers)
+    if old.entropy is not None:
+        metrics["entropy"] = old.entropy[mask].mean().item()
+    return metrics
+
+
+@torch.no_grad()
+def mismatch_metrics(batch: RolloutBatch, old: PassOutput) -> dict[str, Any]:
+    """How far the rollout engine and the trainer are apart on equal weights."""
+    assert old.routed_experts is not None and batch.routed_experts is not None
+    mask, prompt_length = batch.response_mask, batch.prompt_ids.shape[1]
+    engine = response_positions(batch.routed_experts, prompt_length)
+    trainer = response_positions(old.routed_experts, prompt_length)
+    return {
+        **mismatch_statistics(old.logprobs, batch.rollout_logprobs, mask),
+        **_prefixed("mismatch", _disagreement(engine, trainer, mask)),
+    }
+
+
+@torch.no_grad()
+def update_metrics(
+    output: PassOutput,
+    *,
+    clipped_low: Tensor,
+    clipped_high: Tensor,
+    mask: Tensor,
+    old_logprobs: Tensor,
+    old_routes: Tensor,
+    old_scores: Tensor | None,
+    prompt_length: int,
+    other_logprobs: Tensor | None = None,
+    replayed: bool = False,
+    per_position: bool = False,
+) -> dict[str, Any]:
+    """Every metric of one optimiser update, from its forward pass, before the weights move.
+
+    Args:
+        output: the forward pass of the update, with live choices and router logits.
+        clipped_low, clipped_high: bool [B, T], tokens whose gradient the clip removes.
+        mask: bool [B, T], response tokens.
+        old_logprobs: float32 [B, T].
+        old_routes: int16 [B, Sp + T, L, K], live choices of the old policy.
+        old_scores: float32 [B, T, L, E], its router logits.
+        prompt_length: Sp.
+        other_logprobs: the same pass with replay switched over; asks for the split of the
+            log-ratio variance into routing part and weight part.
+        replayed: whether `output` was replayed (and `other_logprobs` is the live one).
+        per_position: add churn by response position.
+    """
+    assert output.routed_experts is not None
+    old = response_positions(old_routes, prompt_length)
+    new = response_positions(output.routed_experts, prompt_length)
+    metrics: dict[str, Any] = {
+        **clip_shares(clipped_low, clipped_high, mask),
+        **ratio_statistics(output.logprobs, old_logprobs, mask),
+        **_prefixed("routing", _disagreement(old, new, mask)),
+    }
+    if output.router_logits is not None:
+        top_k = old.shape[-1]
+        margins = statistics.margin(output.router_logits, top_k, mask)
+        metrics |= _by_layer({"routing/margin": statistics.per_layer(margins)})
+        if old_scores is not None:
+            shift = statistics.shift(old_scores, output.router_logits, old, mask)
+            metrics["routing/shift"] = shift.nanmean().item()
+    if per_position:
+        by_position = statistics.churn(old, new, mask).nanmean(dim=(0, 2))
+        metrics["routing/churn_per_position"] = by_position.tolist()
+    if other_logprobs is not None:
+        live, replay = output.logprobs, other_logprobs
+        if replayed:
+            live, replay = replay, live
+        metrics |= split_log_ratio(live, replay, old_logprobs, mask)
+    return metrics
+
+
+def _disagreement(a: Tensor, b: Tensor, mask: Tensor) -> dict[str, Any]:
+    """The three ten-percents: expert slots (GSPO), routers (R3), tokens (R3)."""
+    churn = statistics.churn(a, b, mask)
+    differ = torch.where(churn.isnan(), churn, (churn > 0).float())
+    token = differ.nan_to_num(0.0).amax(dim=-1)[mask].mean().item()
+    layers = {
+        "churn": statistics.per_layer(churn),
+        "router_disagreement": statistics.per_layer(differ),
+    }
+    return {**_by_layer(layers), "token_disagreement": token}
+
+
+def _by_layer(layers: dict[str, Tensor]) -> dict[str, Any]:
+    """Each quantity's mean over layers, and its list `<name>_per_layer`; one read for all."""
+    table = torch.stack(list(layers.values())).tolist()
+    metrics: dict[str, Any] = {}
+    for name, values in zip(layers, table, strict=True):
+        metrics[name] = sum(values) / len(values)
+        metrics[f"{name}_per_layer"] = values
+    return metrics
+
+
+def _prefixed(prefix: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}

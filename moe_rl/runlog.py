@@ -1,0 +1,111 @@
+"""The run folder: config.json, steps.jsonl, updates.jsonl, and summary.json written last.
+
+A run is complete when its summary.json is there. Lines are written whole and flushed, so a killed
+run loses at most the line being written. Everything the report shows is drawn from these files.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from moe_rl.config import ConfigError, RunConfig, load_config
+
+SCHEMA = 1
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with non-finite floats as the strings NaN, Infinity, -Infinity: JSON has none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, Mapping):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` so that `path` is either the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(jsonable(value), indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the run in `folder` has ended."""
+    return (folder / "summary.json").is_file()
+
+
+def check_run_folder(folder: Path, config: RunConfig) -> None:
+    """Refuse a folder that is in use for anything but this very run.
+
+    Raises:
+        ConfigError: the folder holds a run of another config (the first difference is named), or
+            files that are no run at all.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"out={str(folder)!r}: is a file; give a folder")
+    if not (folder / "config.json").is_file():
+        if any(folder.iterdir()):
+            raise ConfigError(f"out={str(folder)!r}: holds files that are no run; give a new folder")
+        return
+    ours, theirs = _flat(config.to_dict()), _flat(load_config(str(folder / "config.json")).to_dict())
+    for key, value in ours.items():
+        if theirs[key] != value:
+            raise ConfigError(
+                f"out={str(folder)!r}: holds a run with {key}={theirs[key]!r}, "
+                f"this one has {value!r}; give another folder"
+            )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+class RunLog:
+    """Writes one run folder.
+
+    Opening it starts the run anew: lines of an interrupted attempt at the same run are replaced.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        check_run_folder(folder, config)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        write_json(folder / "config.json", {"schema": SCHEMA, "config": config.to_dict()})
+        self._steps = (folder / "steps.jsonl").open("w", encoding="utf-8")
+        self._updates = (folder / "updates.jsonl").open("w", encoding="utf-8")
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        """Append one line to steps.jsonl."""
+        _append(self._steps, values)
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Append one line to updates.jsonl."""
+        _append(self._updates, values)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json, which marks the run as complete."""
+        self.close()
+        write_json(self.folder / "summary.json", {"schema": SCHEMA, "complete": True, **summary})
+
+    def close(self) -> None:
+        """Close the files; the run stays incomplete unless `finish` was called."""
+        self._steps.close()
+        self._updates.close()
+
+
+def _append(file: IO[str], values: Mapping[str, Any]) -> None:
+    file.write(json.dumps(jsonable(values)) + "\n")
+    file.flush()

@@ -1,0 +1,406 @@
+"""The training loop: rollout -> old log-probs and routes -> m minibatch updates -> metrics.
+
+Every random draw is a pure function of (run seed, step, prompt, sample, purpose), so a run is
+decided by its config alone. Minibatches are consecutive whole groups: prompts are drawn
+independently, so no shuffling is needed.
+"""
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from moe_rl import instruments
+from moe_rl.advantages import group_advantages
+from moe_rl.cold_start import ensure_cold_start
+from moe_rl.config import RunConfig
+from moe_rl.losses import LossOutput, check_clip, default_clip, loss_function
+from moe_rl.policy import Pass, PassOutput, Policy, build_policy
+from moe_rl.rollout.batch import RolloutBatch
+from moe_rl.rollout.cached import generate
+from moe_rl.rollout.noise import RouterNoise
+from moe_rl.rollout.score import score
+from moe_rl.routing import find_routers
+from moe_rl.runlog import RunLog
+from moe_rl.seeding import generator, uniforms
+from moe_rl.tasks import make_task
+
+StepCallback = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """One rollout with all that its updates need; tensors as in `RolloutBatch`."""
+
+    batch: RolloutBatch
+    advantages: Tensor
+    """float32 [B]."""
+    old_logprobs: Tensor
+    """float32 [B, T], under the routing that the updates replay, if they replay any."""
+    old_routes: Tensor
+    """int16 [B, Sp + T, L, K], the old policy's live choices: what churn is measured against."""
+    old_scores: Tensor | None
+    """float32 [B, T, L, E], the old policy's router logits."""
+    replay: Tensor
+    """int16 [B, Sp + T, L, K], what replay replays (R3: the engine's record), used or not."""
+
+
+class Trainer:
+    """Trains one policy on one task under one config, writing one run folder."""
+
+    def __init__(self, config: RunConfig, policy: Policy, log: RunLog) -> None:
+        self.config, self.policy, self.log = config, policy, log
+        self.task = make_task(config.task.task, **config.task.options())
+        self.clip = clip_range(config)
+        self.loss = loss_function(config.algorithm)
+        self.seconds: dict[str, float] = defaultdict(float)
+        if config.freeze_router:
+            freeze_routers(policy)
+        if config.gradient_checkpointing:
+            policy.model.gradient_checkpointing_enable()
+            policy.model.train()  # transformers checkpoints only in training mode
+        self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def run(self, on_step: StepCallback | None = None) -> dict[str, Any]:
+        """Train to the end and return the summary."""
+        rewards = []
+        for step in range(self.config.steps):
+            before = dict(self.seconds)
+            metrics = {"step": step, **self.step(step)}
+            spent = {k: self.seconds[k] - before.get(k, 0.0) for k in self.seconds}
+            metrics |= {f"seconds_{k}": v for k, v in spent.items() if k != "step"}
+            metrics["seconds"] = spent["step"]
+            rewards.append(metrics["reward"])
+            self.log.step(metrics)
+            if self.config.save_every and (step + 1) % self.config.save_every == 0:
+                self.save(f"policy_{step + 1:05d}")
+            if on_step is not None:
+                on_step(metrics)
+        if self.config.save_every and self.config.steps % self.config.save_every:
+            self.save(f"policy_{self.config.steps:05d}")
+        summary = self._summary(rewards)
+        self.log.finish(summary)
+        return summary
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One rollout and its updates; writes the update lines, returns the step line."""
+        with self._timed("step"):
+            rate = learning_rate(self.config, step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            experience, metrics = self.experience(step)
+            per_update = self.config.prompts_per_rollout // self.config.updates_per_rollout
+            for update in range(self.config.updates_per_rollout):
+                prompts = slice(update * per_update, (update + 1) * per_update)
+                values = self.update(experience, prompts, step, update)
+                self.log.update({"step": step, "update": update, "learning_rate": rate, **values})
+        return {"learning_rate": rate, **metrics}
+
+    def experience(self, step: int) -> tuple[Experience, dict[str, Any]]:
+        """Sample, score, and run the old policy over one rollout."""
+        config = self.config
+        with self._timed("rollout"):
+            problems = [
+                self.task.prompts(generator(config.seed, "prompts", step=step, prompt=p), 1)[0]
+                for p in range(config.prompts_per_rollout)
+            ]
+            draws = uniforms(
+                config.seed,
+                "sample",
+                step=step,
+                prompts=range(config.prompts_per_rollout),
+                group_size=config.group_size,
+                count=self.task.max_response_tokens,
+            )
+            batch = generate(
+                self.policy,
+                [problem.prompt for problem in problems],
+                torch.from_numpy(draws),
+                noise=self._noise(step, "rollout", slice(0, config.prompts_per_rollout)),
+                scores=config.instruments and config.old_logprobs == "rollout",
+            )
+            rewards = score(self.policy, self.task, problems, batch.response_ids)
+            advantages = group_advantages(rewards).flatten().to(self.policy.device)
+        with self._timed("old_logprobs"):
+            old = self.old_pass(batch, step)
+        assert old.routed_experts is not None
+        replay = old.routed_experts
+        if config.routing_replay == "R3":
+            assert batch.routed_experts is not None
+            replay = batch.routed_experts
+        metrics: dict[str, Any] = {
+            "reward": rewards.mean().item(),
+            "reward_std": rewards.std().item(),
+            "zero_std_groups": (rewards.std(dim=1) == 0).float().mean().item(),
+            "response_length": batch.response_mask.sum(1).float().mean().item(),
+            "truncated": batch.truncated.float().mean().item(),
+        }
+        if config.instruments:
+            with self._timed("instruments"):
+                metrics |= instruments.rollout_metrics(batch, old, config.model.experts_per_token)
+                if config.old_logprobs == "trainer":
+                    metrics |= instruments.mismatch_metrics(batch, old)
+        experience = Experience(
+            batch=batch,
+            advantages=advantages,
+            old_logprobs=old.logprobs,
+            old_routes=old.routed_experts,
+            old_scores=old.router_logits,
+            replay=replay,
+        )
+        return experience, metrics
+
+    @torch.no_grad()
+    def old_pass(self, batch: RolloutBatch, step: int) -> PassOutput:
+        """The old policy over the rollout, in the very batches that the updates will use.
+
+        Equal shapes make the first update's ratios exactly 1. Straight from the engine where
+        `old_logprobs` says so.
+        """
+        config = self.config
+        if config.old_logprobs == "rollout":
+            return PassOutput(
+                logprobs=batch.rollout_logprobs,
+                entropy=None,
+                routed_experts=batch.routed_experts,
+                router_logits=batch.router_logits,
+            )
+        outputs = []
+        for prompts in self._forward_slices(slice(0, config.prompts_per_rollout)):
+            part = batch.select(prompts)
+            options = Pass(
+                replay=part.routed_experts if config.routing_replay == "R3" else None,
+                scores=config.instruments,
+                entropy=config.instruments,
+                noise=self._noise(step, "old", prompts),
+            )
+            outputs.append(self.policy.response_pass(part, options))
+        return PassOutput.concatenate(outputs)
+
+    def update(
+        self, experience: Experience, prompts: slice, step: int, update: int
+    ) -> dict[str, Any]:
+        """One optimiser update on a range of prompts; returns its metrics."""
+        config = self.config
+        last = update == config.updates_per_rollout - 1
+        every = config.attribution_every
+        attribute = bool(config.instruments and last and every and step % every == 0)
+        sequences = (prompts.stop - prompts.start) * config.group_size
+        parts: list[tuple[slice, PassOutput, LossOutput]] = []
+        with self._timed("updates"):
+            for part in self._forward_slices(prompts):
+                output = self._forward(experience, part, step, f"update{update}")
+                rows = self._rows(part)
+                loss = self.loss(
+                    output.logprobs,
+                    experience.old_logprobs[rows],
+                    experience.advantages[rows],
+                    experience.batch.response_mask[rows],
+                    clip_low=self.clip[0],
+                    clip_high=self.clip[1],
+                    num_sequences=sequences,
+                )
+                loss.loss.backward()
+                parts.append((part, output, loss))
+        metrics: dict[str, Any] = {"loss": sum(loss.loss.item() for _, _, loss in parts)}
+        if config.instruments:
+            with self._timed("instruments"):
+                metrics |= self._observe(experience, prompts, parts, attribute, step, update)
+        with self._timed("updates"):
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return metrics | {"grad_norm": norm.item()}
+
+    def _forward(
+        self, experience: Experience, prompts: slice, step: int, purpose: str, flip: bool = False
+    ) -> PassOutput:
+        """The current policy over some prompts; `flip` turns replay on where it is off."""
+        rows = self._rows(prompts)
+        replayed = (self.config.routing_replay != "disabled") != flip
+        return self.policy.response_pass(
+            experience.batch.select(prompts),
+            Pass(
+                replay=experience.replay[rows] if replayed else None,
+                record=self.config.instruments and not flip,
+                scores=self.config.instruments and not flip,
+                noise=self._noise(step, purpose, prompts),
+            ),
+        )
+
+    @torch.no_grad()
+    def _observe(
+        self,
+        experience: Experience,
+        prompts: slice,
+        parts: list[tuple[slice, PassOutput, LossOutput]],
+        attribute: bool,
+        step: int,
+        update: int,
+    ) -> dict[str, Any]:
+        """All metrics of one update, taken before the weights move."""
+        rows = self._rows(prompts)
+        batch = experience.batch
+        output = PassOutput.concatenate([output for _, output, _ in parts])
+        other = None
+        if attribute:
+            flipped = [
+                self._forward(experience, part, step, f"update{update}", flip=True).logprobs
+                for part, _, _ in parts
+            ]
+            other = torch.cat(flipped)
+        return instruments.update_metrics(
+            output,
+            clipped_low=torch.cat([loss.clipped_low for _, _, loss in parts]),
+            clipped_high=torch.cat([loss.clipped_high for _, _, loss in parts]),
+            mask=batch.response_mask[rows],
+            old_logprobs=experience.old_logprobs[rows],
+            old_routes=experience.old_routes[rows],
+            old_scores=None if experience.old_scores is None else experience.old_scores[rows],
+            prompt_length=batch.prompt_ids.shape[1],
+            other_logprobs=other,
+            replayed=self.config.routing_replay != "disabled",
+            per_position=attribute,
+        )
+
+    def _forward_slices(self, prompts: slice) -> Iterator[slice]:
+        """The forward passes that a range of prompts is cut into."""
+        config = self.config
+        size = config.prompts_per_forward or config.prompts_per_rollout // config.updates_per_rollout
+        for start in range(prompts.start, prompts.stop, size):
+            yield slice(start, start + size)
+
+    def _rows(self, prompts: slice) -> slice:
+        return slice(prompts.start * self.config.group_size, prompts.stop * self.config.group_size)
+
+    def _noise(self, step: int, purpose: str, prompts: slice) -> RouterNoise | None:
+        if self.config.router_noise == 0.0:
+            return None
+        return RouterNoise(
+            std=self.config.router_noise,
+            seed=self.config.seed,
+            step=step,
+            purpose=purpose,
+            prompts=range(prompts.start, prompts.stop),
+            group_size=self.config.group_size,
+        )
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        if self.policy.device.type == "cuda":
+            torch.cuda.synchronize(self.policy.device)
+        start = time.perf_counter()
+        yield
+        if self.policy.device.type == "cuda":
+            torch.cuda.synchronize(self.policy.device)
+        self.seconds[name] += time.perf_counter() - start
+
+    def save(self, name: str) -> None:
+        """Save the policy as a Hugging Face checkpoint folder inside the run folder."""
+        self.policy.model.save_pretrained(self.log.folder / name)
+        self.policy.tokenizer.save_pretrained(self.log.folder / name)
+
+    def _summary(self, rewards: list[float]) -> dict[str, Any]:
+        tail = rewards[-max(1, len(rewards) // 8) :]
+        model = self.policy.model
+        return {
+            "steps": len(rewards),
+            "final_reward": sum(tail) / len(tail),
+            "seconds": self.seconds["step"],
+            **{f"seconds_{k}": v for k, v in self.seconds.items() if k != "step"},
+            "instruments_share": self.seconds["instruments"] / self.seconds["step"],
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "active_parameters": active_parameters(self.policy),
+            "experts": self.policy.experts,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
+        }
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """Learning rate of a rollout step: linear warm-up, then constant or linear to 0 at the end."""
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    decay = 1 - step / config.steps if config.learning_rate_schedule == "linear" else 1.0
+    return config.learning_rate * warm * decay
+
+
+def train(
+    config: RunConfig,
+    folder: Path,
+    *,
+    cold_start_cache: Path,
+    on_step: StepCallback | None = None,
+    on_cold_start: Callable[[int, float], None] | None = None,
+) -> dict[str, Any]:
+    """Run `config` into `folder` from its cold start; returns the summary.
+
+    Raises:
+        ConfigError: the folder holds another run, or the policy cannot be built.
+        ValueError: a clip range of the other algorithm's scale.
+    """
+    check_clip(config.algorithm, *clip_range(config))
+    torch.set_num_threads(config.num_threads)
+    log = RunLog(folder, config)
+    try:
+        policy = starting_policy(config, cold_start_cache, on_cold_start)
+        return Trainer(config, policy, log).run(on_step)
+    finally:
+        log.close()
+
+
+def starting_policy(
+    config: RunConfig,
+    cold_start_cache: Path,
+    on_cold_start: Callable[[int, float], None] | None = None,
+) -> Policy:
+    """The policy every arm and seed starts from: cold-started, or as built or loaded."""
+    task = make_task(config.task.task, **config.task.options())
+    model = config.model
+    if config.cold_start.sft_steps:
+        folder = ensure_cold_start(config, task, cold_start_cache, on_cold_start)
+        model = dataclasses.replace(model, checkpoint=str(folder))
+    return build_policy(
+        model, task.alphabet, seed=config.cold_start.sft_seed, temperature=config.temperature
+    )
+
+
+def clip_range(config: RunConfig) -> tuple[float, float]:
+    """The run's clip range; the algorithm's published one where the config leaves it out."""
+    low, high = default_clip(config.algorithm)
+    return (
+        low if config.clip_low is None else config.clip_low,
+        high if config.clip_high is None else config.clip_high,
+    )
+
+
+def freeze_routers(policy: Policy) -> None:
+    """Keep every router's weights as they are."""
+    for router in find_routers(policy.model):
+        router.module.requires_grad_(False)
+
+
+def active_parameters(policy: Policy) -> int:
+    """Parameters that one token passes through: all of them, but K of E experts a layer."""
+    experts = sum(
+        p.numel() for name, p in policy.model.named_parameters() if ".experts." in name
+    )
+    total = sum(p.numel() for p in policy.model.parameters())
+    routers = find_routers(policy.model)
+    return total - experts + experts * routers[0].top_k // routers[0].num_experts
