@@ -1,0 +1,223 @@
+"""Runs side by side: one process and one torch thread each, resumable, with one progress display.
+
+Every run is the command `moe-rl train --config FILE --out FOLDER`, so any run of a study can be
+made again alone. A run that is complete is skipped; one that was interrupted starts anew; a run
+that fails does not stop the others.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from moe_rl.config import ConfigError, RunConfig
+from moe_rl.runlog import SCHEMA, check_run_folder, is_complete, write_json
+
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A run that ended with an error."""
+
+    folder: Path
+    reason: str
+
+
+def run_folder(root: Path, config: RunConfig) -> Path:
+    """Where a study keeps one run: ROOT/runs/SETTING/ARM/seedN."""
+    return root / "runs" / config.setting / config.arm / f"seed{config.seed}"
+
+
+def run_all(
+    configs: Sequence[RunConfig], root: Path, *, jobs: int, cold_start_cache: Path
+) -> list[Failure]:
+    """Run every config that is not complete yet, `jobs` at a time; returns the failures.
+
+    On Ctrl-C or SIGTERM the runs under way are stopped, finished ones are kept, and
+    KeyboardInterrupt goes on to the caller.
+
+    Raises:
+        ConfigError: a run folder holds a run of another config; found before anything starts.
+    """
+    if jobs < 1:
+        raise ConfigError(f"jobs={jobs}: must be at least 1")
+    for config in configs:
+        check_run_folder(run_folder(root, config), config)
+    waiting = deque(c for c in configs if not is_complete(run_folder(root, c)))
+    done = len(configs) - len(waiting)
+    if done:
+        print(f"{done} of {len(configs)} runs are complete already")
+    running: list[_Process] = []
+    failures: list[Failure] = []
+    with _terminate_as_interrupt(), _Display(len(configs), done) as display:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    running.append(_Process(waiting.popleft(), root, cold_start_cache))
+                    display.start(running[-1])
+                time.sleep(_POLL_SECONDS)
+                for process in list(running):
+                    display.show(process)
+                    if process.poll() is None:
+                        continue
+                    running.remove(process)
+                    failure = process.failure()
+                    if failure is not None:
+                        failures.append(failure)
+                    display.end(process, failure)
+        finally:
+            for process in running:
+                process.stop()
+    return failures
+
+
+class _Process:
+    """One run in a process of its own."""
+
+    def __init__(self, config: RunConfig, root: Path, cold_start_cache: Path) -> None:
+        self.config = config
+        self.folder = run_folder(root, config)
+        self.started = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._log = (self.folder / "output.txt").open("w", encoding="utf-8")
+        write_json(self.folder / "config.json", {"schema": SCHEMA, "config": config.to_dict()})
+        command = [sys.executable, "-m", "moe_rl", "train"]
+        command += ["--config", str(self.folder / "config.json"), "--out", str(self.folder)]
+        command += ["--cold-start-cache", str(cold_start_cache)]
+        threads = str(config.num_threads)
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        # A session of its own: Ctrl-C reaches this process alone, which then stops the runs.
+        self._process = subprocess.Popen(
+            command,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def failure(self) -> Failure | None:
+        self._log.close()
+        code = self._process.returncode
+        if code == 0 and is_complete(self.folder):
+            return None
+        lines = (self.folder / "output.txt").read_text(encoding="utf-8").strip().splitlines()
+        if code < 0:
+            reason = f"killed by {signal.Signals(-code).name}"
+        else:
+            reason = f"exit code {code}: {lines[-1] if lines else 'no output'}"
+        return Failure(folder=self.folder, reason=reason)
+
+    def last_step(self) -> dict[str, float] | None:
+        """The newest whole line of steps.jsonl."""
+        try:
+            with (self.folder / "steps.jsonl").open("rb") as file:
+                file.seek(0, os.SEEK_END)
+                file.seek(max(0, file.tell() - 8192))
+                lines = file.read().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return None
+        if not lines:
+            return None
+        try:
+            values: dict[str, float] = json.loads(lines[-1])
+        except json.JSONDecodeError:
+            return None  # The window began inside a line longer than itself.
+        return values
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM stops the study as Ctrl-C does."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@dataclass
+class _Display:
+    """Bars on a terminal: one for the study, one a running run. Elsewhere one line a finished run."""
+
+    total: int
+    done: int
+    _bars: dict[int, TaskID] = field(default_factory=dict)
+
+    def __enter__(self) -> "_Display":
+        self._console = Console()
+        self._progress = Progress(
+            TextColumn("{task.description:<34}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:>4.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[note]:<14}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._progress.start()
+        self._study = self._progress.add_task(
+            "runs", total=self.total, completed=self.done, note=""
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def start(self, process: _Process) -> None:
+        self._bars[id(process)] = self._progress.add_task(
+            _title(process.config), total=process.config.steps, note="starting"
+        )
+
+    def show(self, process: _Process) -> None:
+        step = process.last_step()
+        if step is not None:
+            self._progress.update(
+                self._bars[id(process)],
+                completed=step["step"] + 1,
+                note=f"reward {step['reward']:.3f}",
+            )
+
+    def end(self, process: _Process, failure: Failure | None) -> None:
+        self._progress.remove_task(self._bars.pop(id(process)))
+        self.done += 1
+        self._progress.update(self._study, completed=self.done)
+        step = process.last_step()
+        reward = f"reward {step['reward']:.3f}" if step else "no step"
+        seconds = time.monotonic() - process.started
+        outcome = f"FAILED, {failure.reason}" if failure else f"{reward}  {seconds:5.0f} s"
+        width = shutil.get_terminal_size().columns
+        line = f"{self.done:>4}/{self.total}  {_title(process.config):<34} {outcome}"
+        self._progress.console.print(line[: max(width, 120)], highlight=False, markup=False)
+
+
+def _title(config: RunConfig) -> str:
+    return f"{config.setting} {config.arm} seed {config.seed}"
