@@ -48,8 +48,8 @@ test: $(INSTALLED_TEST) ## run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: $(INSTALLED_TEST) ## format, lint and types, changing nothing
-	@$(BIN)/ruff format --check --quiet . || { echo "formatting: make format rewrites these" >&2; \
-		$(BIN)/ruff format --check .; exit 1; }
+	@$(BIN)/ruff format --check --output-format concise . || \
+		{ echo "make check: make format rewrites these" >&2; exit 1; }
 	@$(BIN)/ruff check .
 	@$(MAKE) --no-print-directory types
 
@@ -67,13 +67,13 @@ format: $(INSTALLED_TEST) ## rewrite the sources in the project's format
 bench: $(INSTALLED_BENCH) ## training speed against TRL, measured side by side
 	@$(BIN)/moe-rl bench training $(ARGS)
 
-gpu-check: $(INSTALLED_TEST) $(INSTALLED_BENCH) ## the tests and benchmarks that need a GPU; JSON in RESULTS
+gpu-check: $(INSTALLED_TEST) ## the tests and benchmarks that need a GPU; JSON in RESULTS
 	@$(BIN)/python -c 'import sys, torch; print(torch.cuda.get_device_name()) \
 		if torch.cuda.is_available() else sys.exit( \
 		"make gpu-check: PyTorch sees no CUDA device here, so nothing was checked")'
 	@mkdir -p $(RESULTS)
 	@$(BIN)/python -m pytest -m gpu --junitxml=$(RESULTS)/tests.xml $(ARGS)
-	@$(BIN)/moe-rl bench training --out $(RESULTS)/bench-training.json
+	@$(MAKE) --no-print-directory bench ARGS="--out $(RESULTS)/bench-training.json"
 
 clean: ## remove the environment and everything a command can make again, but no run
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,7 +1,7 @@
 """The collapse experiment: the arms of one or two settings on paired seeds, then the report.
 
-    moe-rl reproduce --quick     three arms, two seeds, one setting: minutes
-    moe-rl reproduce --full      six arms, five seeds, two settings
+moe-rl reproduce --quick     three arms, two seeds, one setting: minutes
+moe-rl reproduce --full      six arms, five seeds, two settings
 """
 
 from collections.abc import Sequence

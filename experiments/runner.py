@@ -166,7 +166,7 @@ def _terminate_as_interrupt() -> Iterator[None]:
 
 @dataclass
 class _Display:
-    """Bars on a terminal: one for the study, one a running run. Elsewhere one line a finished run."""
+    """Bars on a terminal, one a running run and one for all; elsewhere one line a finished run."""
 
     total: int
     done: int

@@ -48,9 +48,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
     # the range of the largest rewards overflows itself.
     halves = exact / 2
     low, high = halves.amin(dim=1, keepdim=True), halves.amax(dim=1, keepdim=True)
-    equal = low == high
-    unit = (halves - low) / (high - low).masked_fill(equal, 1.0)
-    std = unit.std(dim=1, keepdim=True).masked_fill(equal, 1.0)
-    advantages = (unit - unit.mean(dim=1, keepdim=True)) / std
+    unit = (halves - low) / (high - low)
+    advantages = (unit - unit.mean(dim=1, keepdim=True)) / unit.std(dim=1, keepdim=True)
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    return advantages.masked_fill(equal, 0.0).to(dtype)
+    return advantages.masked_fill(low == high, 0.0).to(dtype)

@@ -301,7 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("MOE_RL_TRACEBACK"):
             raise
         if error.errno == errno.ENOSPC:
-            return _bad_input(f"{error.filename or 'output'}: the disk is full; what was written stays")
+            return _bad_input(
+                f"{error.filename or 'output'}: the disk is full; what was written stays"
+            )
         return _bad_input(str(error))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moe_rl.config import RunConfig
 from moe_rl.policy import Policy, build_policy
@@ -28,7 +29,7 @@ from moe_rl.tasks import Task, make_task
 # Part of the hash: raise it when a change here makes other weights from the same config.
 _VERSION = 1
 # Threads are part of what makes the weights (the order of sums), so they are fixed.
-_THREADS = 2
+_THREADS = 1
 _EVALUATION_PROMPTS = 512
 
 
@@ -91,7 +92,9 @@ def prepare_cold_starts(configs: Sequence[RunConfig], cache: Path) -> None:
         experts = f"{config.model.num_experts} experts"
         if not made:
             print(f"cold start {name} ({config.task.task}, {experts}): training", flush=True)
-        folder = ensure_cold_start(config, make_task(config.task.task, **config.task.options()), cache)
+        folder = ensure_cold_start(
+            config, make_task(config.task.task, **config.task.options()), cache
+        )
         report = json.loads((folder / "cold_start.json").read_text(encoding="utf-8"))
         print(f"cold start {name} ({experts}): reward {report['reward']:.3f}", flush=True)
 
@@ -115,8 +118,9 @@ def train_on_demonstrations(
     if settings.sft_steps == 0:
         return float("nan")
     model = policy.model.train()
+    model.config.router_aux_loss_coef = 0.0  # ours below balances every layer, not their sum
     balanced = config.model.num_experts > config.model.experts_per_token
-    model.config.router_aux_loss_coef = settings.load_balance_coef
+    top_k = config.model.experts_per_token
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.sft_learning_rate, betas=(0.9, 0.95), weight_decay=0.0
     )
@@ -128,13 +132,17 @@ def train_on_demonstrations(
         rng = generator(settings.sft_seed, "demonstrations", step=step)
         pairs = task.demonstrations(rng, settings.sft_batch_size, settings.slip)
         ids, mask, labels = _supervised_batch(policy, pairs)
-        loss = model(
+        output = model(
             input_ids=ids,
             attention_mask=mask,
             labels=labels,
             output_router_logits=balanced,
             use_cache=False,
-        ).loss
+        )
+        loss = output.loss
+        if balanced:
+            uneven = load_balancing_loss(output.router_logits, top_k, mask)
+            loss = loss + settings.load_balance_coef * uneven
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
@@ -145,9 +153,29 @@ def train_on_demonstrations(
     return loss.item()
 
 
+def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, mask: Tensor) -> Tensor:
+    """E * sum_i f_i P_i, averaged over layers: 1 when balanced, up to E / K.
+
+    f_i is the share of expert slots that expert i gets, P_i its mean probability (Switch
+    Transformer, arXiv 2101.03961, eq. 4-6), here per layer.
+
+    Args:
+        router_logits: for each layer [N, E].
+        top_k: experts per token K.
+        mask: bool or 0/1, N values in any shape: tokens that count.
+    """
+    logits = torch.stack([layer.float() for layer in router_logits])
+    kept = mask.flatten().to(logits.dtype)
+    probabilities = logits.softmax(-1)
+    chosen = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(top_k).indices, 1.0)
+    share = torch.einsum("lne,n->le", chosen, kept) / (kept.sum() * top_k)
+    mean = torch.einsum("lne,n->le", probabilities, kept) / kept.sum()
+    return logits.shape[-1] * (share * mean).sum(-1).mean()
+
+
 def _supervised_batch(
     policy: Policy, pairs: list[tuple[str, str]]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Right-padded ids, mask and labels [N, S]; the loss counts response tokens only."""
     encode = policy.tokenizer
     prompts = encode([p for p, _ in pairs], add_special_tokens=False)["input_ids"]

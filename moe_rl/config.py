@@ -93,7 +93,7 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ColdStartConfig:
-    """Supervised warm start on noisy demonstrations; every arm and seed starts from the same one."""
+    """Supervised warm start on noisy demonstrations; all arms and seeds start from the same one."""
 
     sft_steps: int = 400
     """Supervised steps; 0 leaves the policy as built or loaded."""
@@ -145,7 +145,7 @@ class RunConfig:
     routing_replay: RoutingReplay = "disabled"
     """R2 replays the expert choices of the old policy, R3 those of the rollout engine."""
     old_logprobs: Literal["trainer", "rollout"] = "trainer"
-    """Who computes the old log-probs: one trainer pass before the updates, or the rollout engine."""
+    """Who computes the old log-probs: a trainer pass before the updates, or the rollout engine."""
     router_noise: float = 0.0
     """Standard deviation of Gaussian noise on router logits at the expert choice (logit units)."""
     freeze_router: bool = False
@@ -221,7 +221,8 @@ class RunConfig:
         if self.prompts_per_forward is not None:
             prompts_per_update = self.prompts_per_rollout // self.updates_per_rollout
             _require(
-                self.prompts_per_forward >= 1 and prompts_per_update % self.prompts_per_forward == 0,
+                self.prompts_per_forward >= 1
+                and prompts_per_update % self.prompts_per_forward == 0,
                 f"prompts_per_forward={self.prompts_per_forward}: must divide the "
                 f"{prompts_per_update} prompts of an update",
             )
@@ -258,7 +259,7 @@ class RunConfig:
         return _from_dict(cls, values, prefix="")
 
     def replace(self, **changes: Any) -> "RunConfig":
-        """A copy with top-level or nested fields changed: replace(learning_rate=1e-4, num_experts=2).
+        """A copy with fields changed, nested ones too: replace(learning_rate=1e-4, num_experts=2).
 
         Nested field names are unique across the config, so no prefix is needed.
         """
@@ -345,8 +346,10 @@ def tiny() -> RunConfig:
             num_experts=8,
             experts_per_token=2,
         ),
-        task=TaskConfig(digits=4),
-        cold_start=ColdStartConfig(sft_steps=60, sft_batch_size=64, slip=0.2),
+        task=TaskConfig(digits=2),
+        cold_start=ColdStartConfig(
+            sft_steps=100, sft_batch_size=64, sft_learning_rate=1e-2, slip=0.2
+        ),
         steps=4,
         prompts_per_rollout=8,
         group_size=8,

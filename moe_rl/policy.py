@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 import transformers
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    DynamicCache,
+    Cache,
     PreTrainedTokenizerBase,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -26,9 +26,9 @@ from transformers import (
 
 from moe_rl.config import ConfigError, ModelConfig
 from moe_rl.experts import choose_experts
-from moe_rl.fused_layers import use_fused_layers
+from moe_rl.fused_layers import new_cache, use_fused_layers
 from moe_rl.kernels import token_logprobs
-from moe_rl.rollout.batch import RolloutBatch, full_record, response_positions
+from moe_rl.rollout.batch import RolloutBatch, full_record
 from moe_rl.rollout.noise import NoiseDraw, RouterNoise
 from moe_rl.routing import find_routers, record_routing, replay_routing, router_noise
 from moe_rl.tokenizer import character_tokenizer
@@ -109,17 +109,23 @@ class Policy:
     def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Left-padded ids and mask: int64 [P, Sp], bool [P, Sp]."""
         encoded = self.tokenizer(
-            prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
+            prompts,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+            return_tensors="pt",
         )
-        return encoded["input_ids"].to(self.device), encoded["attention_mask"].bool().to(self.device)
+        return encoded["input_ids"].to(self.device), encoded["attention_mask"].bool().to(
+            self.device
+        )
 
     def decode(self, response_ids: Tensor) -> list[str]:
         """Text of each response, without padding and end of sequence."""
         return self.tokenizer.batch_decode(response_ids, skip_special_tokens=True)
 
-    def read_prompts(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, DynamicCache]:
+    def read_prompts(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Cache]:
         """Hidden states [P, Sp, H] and the key-value cache of the prompts."""
-        cache = DynamicCache(config=self.model.config)
+        cache = new_cache(self.model)
         padded = not bool(prompt_mask.all())
         positions = (prompt_mask.long().cumsum(1) - 1).clamp(min=0) if padded else None
         output = self.model.base_model(
@@ -132,7 +138,7 @@ class Policy:
         return output.last_hidden_state, cache
 
     def read_on(
-        self, ids: Tensor, cache: DynamicCache, prompt_mask: Tensor, group_size: int
+        self, ids: Tensor, cache: Cache, prompt_mask: Tensor, group_size: int
     ) -> Tensor:
         """Hidden states [B, s, H] of the next s tokens of every response."""
         mask = positions = None
@@ -257,7 +263,7 @@ def _live(seen: Any) -> Tensor:
     return seen.routed_experts if live is None else live
 
 
-# A checkpoint of this size loads at once; the library's bars would break our one-line-a-step output.
+# Small checkpoints load at once; the library's bars would break our one line a step.
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -286,7 +292,9 @@ def build_policy(
         model, tokenizer = _load(config.checkpoint)
     model = model.to(device=device, dtype=dtype).eval()
     if getattr(model.config, "final_logit_softcapping", None):
-        raise ConfigError(f"{config.checkpoint}: models that softcap their logits are not supported")
+        raise ConfigError(
+            f"{config.checkpoint}: models that softcap their logits are not supported"
+        )
     choice = choose_experts(device, config.experts_implementation)
     model.set_experts_implementation(choice.name)
     fused = tuple(use_fused_layers(model)) if device.type == "cpu" else ()

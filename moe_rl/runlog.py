@@ -52,9 +52,14 @@ def check_run_folder(folder: Path, config: RunConfig) -> None:
         raise ConfigError(f"out={str(folder)!r}: is a file; give a folder")
     if not (folder / "config.json").is_file():
         if any(folder.iterdir()):
-            raise ConfigError(f"out={str(folder)!r}: holds files that are no run; give a new folder")
+            raise ConfigError(
+                f"out={str(folder)!r}: holds files that are no run; give a new folder"
+            )
         return
-    ours, theirs = _flat(config.to_dict()), _flat(load_config(str(folder / "config.json")).to_dict())
+    ours, theirs = (
+        _flat(config.to_dict()),
+        _flat(load_config(str(folder / "config.json")).to_dict()),
+    )
     for key, value in ours.items():
         if theirs[key] != value:
             raise ConfigError(

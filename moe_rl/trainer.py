@@ -282,7 +282,9 @@ class Trainer:
     def _forward_slices(self, prompts: slice) -> Iterator[slice]:
         """The forward passes that a range of prompts is cut into."""
         config = self.config
-        size = config.prompts_per_forward or config.prompts_per_rollout // config.updates_per_rollout
+        size = (
+            config.prompts_per_forward or config.prompts_per_rollout // config.updates_per_rollout
+        )
         for start in range(prompts.start, prompts.stop, size):
             yield slice(start, start + size)
 
@@ -398,9 +400,7 @@ def freeze_routers(policy: Policy) -> None:
 
 def active_parameters(policy: Policy) -> int:
     """Parameters that one token passes through: all of them, but K of E experts a layer."""
-    experts = sum(
-        p.numel() for name, p in policy.model.named_parameters() if ".experts." in name
-    )
+    experts = sum(p.numel() for name, p in policy.model.named_parameters() if ".experts." in name)
     total = sum(p.numel() for p in policy.model.parameters())
     routers = find_routers(policy.model)
     return total - experts + experts * routers[0].top_k // routers[0].num_experts

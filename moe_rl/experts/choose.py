@@ -10,7 +10,7 @@ from moe_rl.experts.cpu_sorted import NAME as CPU_SORTED
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A backend's name, as transformers' `experts_implementation` takes it, and why it was taken."""
+    """A backend's name, as `experts_implementation` takes it, and why it was taken."""
 
     name: str
     reason: str

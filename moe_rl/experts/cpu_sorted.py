@@ -61,7 +61,7 @@ def cpu_sorted_experts_forward(
 
 
 def register() -> None:
-    """Make `experts_implementation="cpu_sorted"` known to transformers. Repeating it is harmless."""
+    """Make `experts_implementation="cpu_sorted"` known to transformers; may be repeated."""
     ALL_EXPERTS_FUNCTIONS.register(NAME, cpu_sorted_experts_forward)
 
 
@@ -127,9 +127,7 @@ def _sum_of_rows(rows: Tensor, index: Tensor) -> Tensor:
     return F.embedding_bag(index, rows, mode="sum")
 
 
-def _gate_backward(
-    d_act: Tensor, gate_up_out: Tensor, silu: Tensor, width: int
-) -> Tensor:
+def _gate_backward(d_act: Tensor, gate_up_out: Tensor, silu: Tensor, width: int) -> Tensor:
     """Gradient of silu(gate) * up to [..., gate | up]. Overwrites d_act."""
     d_gate_up = torch.empty_like(gate_up_out)
     torch.mul(d_act, silu, out=d_gate_up[..., width:])
@@ -216,7 +214,14 @@ class _DenseExperts(torch.autograd.Function):
         scaled = (act * weights).flatten(1)
         side_by_side = down_proj.transpose(1, 2).reshape(num_experts * width, -1)
         ctx.save_for_backward(
-            hidden_states, top_k_index, weights, gate_up_out, silu, act, scaled, gate_up_proj,
+            hidden_states,
+            top_k_index,
+            weights,
+            gate_up_out,
+            silu,
+            act,
+            scaled,
+            gate_up_proj,
             side_by_side,
         )
         return torch.mm(scaled, side_by_side)

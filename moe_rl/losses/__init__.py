@@ -99,8 +99,8 @@ def check_clip(
         scale = "token" if value >= SCALE_BOUNDARY else "sequence"
         if scale != found.ratio and not allow_any_scale:
             raise ValueError(
-                f"{name} is {value:g} for {algorithm}, which has one ratio a {found.ratio}; that is "
-                f"the scale of {scale} ratios. Token ratios (grpo) take about 0.2 and 0.27, "
+                f"{name} is {value:g}, the scale of {scale} ratios; {algorithm} has one ratio a "
+                f"{found.ratio}. Token ratios (grpo) take about 0.2 and 0.27, "
                 "sequence ratios (gspo, gspo_token) about 3e-4 and 4e-4; the boundary is "
                 f"{SCALE_BOUNDARY:g}. Pass allow_any_scale=True to clip at this scale on purpose"
             )

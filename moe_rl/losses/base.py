@@ -40,7 +40,9 @@ class LossFunction(Protocol):
         clip_low: float = ...,
         clip_high: float = ...,
         num_sequences: int | None = None,
-    ) -> LossOutput: ...
+    ) -> LossOutput:
+        """Logprobs and mask [B, T], advantages [B], and what `grpo_loss` says of the rest."""
+        ...
 
 
 def check_inputs(

@@ -86,8 +86,8 @@ def sample(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """
     log_p = torch.log_softmax(logits, dim=-1)
     cumulative = log_p.double().exp().cumsum(dim=-1)
-    threshold = uniforms[:, None] * cumulative[:, -1:]
+    total = cumulative[:, -1:]
+    # The product may round up to the total, which only impossible tokens at the end would follow.
+    threshold = (uniforms[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
     token = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    # A zero-probability token at the end of the vocabulary must stay out of reach.
-    token = token.clamp(max=logits.shape[-1] - 1)
     return token, log_p.gather(-1, token[:, None]).squeeze(-1)

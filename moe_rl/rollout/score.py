@@ -9,9 +9,7 @@ from moe_rl.policy import Policy
 from moe_rl.tasks import Problem, Task
 
 
-def score(
-    policy: Policy, task: Task, problems: Sequence[Problem], response_ids: Tensor
-) -> Tensor:
+def score(policy: Policy, task: Task, problems: Sequence[Problem], response_ids: Tensor) -> Tensor:
     """Rewards of the G responses to each of P problems: float32 [P, G].
 
     Raises:

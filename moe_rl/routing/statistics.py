@@ -142,6 +142,7 @@ def load(routed_experts: Tensor, num_experts: int, mask: Tensor | None = None) -
     num_layers = routed_experts.shape[-2]
     counted = _recorded(routed_experts)
     if mask is not None:
+        _require_mask(mask, counted)
         counted = counted & mask.unsqueeze(-1)
     layers = torch.arange(num_layers, device=routed_experts.device).unsqueeze(-1)
     # One bucket a layer beyond its experts takes whatever does not count.
@@ -182,13 +183,17 @@ def _only(values: Tensor, mask: Tensor | None, recorded: Tensor | None) -> Tenso
     """Put NaN at the (token, layer) pairs of `values [..., L]` that do not count."""
     counted = recorded
     if mask is not None:
-        if mask.dtype != torch.bool or mask.shape != values.shape[:-1]:
-            raise ValueError(
-                f"mask: {mask.dtype} {list(mask.shape)} for tokens {list(values.shape[:-1])}. "
-                "Pass a boolean mask over the token axes, without the layer axis."
-            )
+        _require_mask(mask, values)
         counted = mask.unsqueeze(-1) if counted is None else counted & mask.unsqueeze(-1)
     return values if counted is None else values.masked_fill(~counted, torch.nan)
+
+
+def _require_mask(mask: Tensor, values: Tensor) -> None:
+    if mask.dtype != torch.bool or mask.shape != values.shape[:-1]:
+        raise ValueError(
+            f"mask: {mask.dtype} {list(mask.shape)} for tokens {list(values.shape[:-1])}. "
+            "Pass a boolean mask over the token axes, without the layer axis."
+        )
 
 
 def _max_over_layers(values: Tensor) -> Tensor:

@@ -183,9 +183,7 @@ class Switchboard:
 
     # A router inside a forward.
 
-    def _route(
-        self, running: Pass, layer: int, forward: Forward, args: Any, kwargs: Any
-    ) -> Any:
+    def _route(self, running: Pass, layer: int, forward: Forward, args: Any, kwargs: Any) -> Any:
         if running.with_grad and not running.checkpointed:
             running.checkpointed = _inside_checkpoint()
         if not running.listening:
@@ -253,7 +251,7 @@ class Switchboard:
             running.backward = task
             running.recomputed.clear()
             engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._end_backward)  # type: ignore[no-untyped-call]
+            engine.queue_callback(self._end_backward)
         self._begun = weakref.ref(running)
 
     def _end_backward(self) -> None:
@@ -318,7 +316,7 @@ def _inside_checkpoint() -> bool:
     Reentrant checkpointing turns gradients off around the layer, the other kind sets hooks for
     saved tensors. Offloading of activations sets them too, which only keeps the taps on longer.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return not torch.is_grad_enabled() or hooks is not None
 
 

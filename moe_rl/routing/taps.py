@@ -14,12 +14,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-WRAPPER_PREFIXES = (
-    "_fsdp_wrapped_module.",
-    "_checkpoint_wrapped_module.",
-    "_orig_mod.",
-    "base_model.model.",
-    "module.",
+WRAPPERS = re.compile(
+    r"(?<![^.])((_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|base_model\.model|module)\.)+"
 )
 
 ROUTER_CLASS_NAME = re.compile(r"(TopK|Topk|TokenChoice|MoE\w*|MoeV1)(Router|Gating|Gate)$")
@@ -120,8 +116,8 @@ def _recorded_classes(modules: Iterator[nn.Module]) -> set[type]:
         if not isinstance(module, PreTrainedModel):
             continue
         recorded: Any = (module._can_record_outputs or {}).get("router_logits", [])
-        for entry in recorded if isinstance(recorded, list) else [recorded]:
-            classes.add(getattr(entry, "target_class", entry))
+        entries: list[Any] = recorded if isinstance(recorded, list) else [recorded]
+        classes.update(getattr(entry, "target_class", entry) for entry in entries)
     return classes
 
 
@@ -152,9 +148,7 @@ def _tap(path: str, module: nn.Module, model: nn.Module) -> RouterTap:
 
 def strip_wrappers(path: str) -> str:
     """Return a module path without the components that wrappers put into it."""
-    for prefix in WRAPPER_PREFIXES:
-        path = re.sub(rf"(^|\.){re.escape(prefix)}", r"\1", path)
-    return path
+    return WRAPPERS.sub("", path)
 
 
 def _setting(module: nn.Module, model: nn.Module, names: tuple[str, ...], path: str) -> int:
@@ -173,7 +167,7 @@ def _owners(module: nn.Module, model: nn.Module) -> Iterator[Any]:
     """Where a router's sizes may be written. Lazy: contexts open in hot loops."""
     yield module
     yield getattr(module, "config", None)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     yield text
     yield getattr(text, "ffn_config", None)

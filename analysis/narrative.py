@@ -1,0 +1,121 @@
+"""Analysis room: sentences of the report that are computed from the data, none fixed in advance."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from moe_rl.analysis.collapse import stability_frontier
+from moe_rl.analysis.load import Study
+from moe_rl.analysis.page import bounds, number
+from moe_rl.analysis.plots.style import label
+from moe_rl.analysis.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+
+CONTROL_SENTENCES = {
+    REPRODUCED: "The dense control is stable in the same setting: the failure belongs to the MoE.",
+    NOT_REPRODUCED: "The dense control is unstable too, so the failure is not the MoE's own.",
+}
+
+
+def headline(setting: str, arms: pd.DataFrame, claims: pd.DataFrame) -> str:
+    """One paragraph: what happened in one setting, with numbers, and what it says of the claims.
+
+    `arms` and `claims` are the rows of `summarize` and `claims_table` for this setting.
+    """
+    done = arms[arms["runs"] > 0]
+    if done.empty:
+        return f"In {setting} no run is complete yet."
+    fewest, most = int(done["runs"].min()), int(done["runs"].max())
+    seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
+    plural = "seed" if most == 1 else "seeds"
+    sentences = [f"In {setting} ({seeds} {plural} an arm):"]
+    sentences += [_arm_sentence(row) for row in done.to_dict("records")]
+    return " ".join([*sentences, _control_sentence(claims), _count_sentence(claims)]).strip()
+
+
+def _arm_sentence(row: dict[str, Any]) -> str:
+    interval = bounds(row["final_low"], row["final_high"])
+    words = f"{label(row['arm'])} ended at {number(row['final'])}"
+    words += f" {interval}" if interval else ""
+    if math.isfinite(row["drawdown"]) and row["drawdown"] > 0.05:
+        words += f" after a peak of {number(row['peak'])}"
+    if row["collapsed"]:
+        when = number(row["collapse_step"], 0)
+        words += f" and collapsed in {row['collapsed']} of {row['runs']} (median step {when})"
+    elif row["unstable"]:
+        words += f", unstable in {row['unstable']} of {row['runs']}"
+    return words + "."
+
+
+def _control_sentence(claims: pd.DataFrame) -> str:
+    control = claims[claims["key"] == "dense_is_stable"]
+    if control.empty:
+        return ""
+    row = control.iloc[0]
+    unsettled = f"Whether the failure is the MoE's own is open ({row['reason']})."
+    return CONTROL_SENTENCES.get(str(row["verdict"]), unsettled)
+
+
+def _count_sentence(claims: pd.DataFrame) -> str:
+    paper = claims[claims["source"].str.startswith("GSPO")]
+    counts = paper["verdict"].value_counts()
+    parts = [
+        f"{int(counts.get(verdict, 0))} {verdict}"
+        for verdict in (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE)
+    ]
+    return f"Of the paper's {len(paper)} claims: {', '.join(parts)}."
+
+
+def map_headline(study: Study, measures: pd.DataFrame) -> str:
+    """One paragraph on a map: each arm's stability frontier, by updates per rollout and noise."""
+    done = measures[measures["complete"]]
+    table = stability_frontier(done)
+    sentences = [
+        f"The map has {len(done)} complete runs over {done['learning_rate'].nunique()} learning "
+        f"rates and {done['updates_per_rollout'].nunique()} numbers of updates per rollout."
+    ]
+    for (noise, updates), group in table.groupby(["router_noise", "updates_per_rollout"]):
+        order = [arm for arm in study.arms if (group["arm"] == arm).any()]
+        parts = [_frontier_words(group[group["arm"] == arm].iloc[0]) for arm in order]
+        noisy = f" and router noise {noise:g}" if table["router_noise"].nunique() > 1 else ""
+        sentences.append(
+            f"With {updates:g} updates per rollout{noisy} the largest stable learning rate is "
+            f"{', '.join(parts)}."
+        )
+    return " ".join(sentences)
+
+
+def _frontier_words(row: pd.Series) -> str:
+    if math.isnan(row["frontier"]):
+        return f"below {number(row['lowest'])} for {label(row['arm'])}"
+    least = "at least " if row["censored"] else ""
+    return f"{least}{number(row['frontier'])} for {label(row['arm'])}"
+
+
+def config_line(study: Study) -> str:
+    """The settings that made a figure, in a line; a value that differs between arms is a range."""
+    runs = study.runs
+    seeds = sorted(int(seed) for seed in runs["seed"].unique())
+    parts = [
+        _span(runs, "learning_rate", "learning rate {}"),
+        _span(runs, "learning_rate_schedule", "{}"),
+        _span(runs, "updates_per_rollout", "{} updates a rollout"),
+        _span(runs, "router_noise", "router noise {}"),
+        _span(runs, "num_layers", "{} layers"),
+        _span(runs, "num_experts", "{} experts"),
+        _span(runs, "experts_per_token", "top-{}"),
+        f"seeds {', '.join(map(str, seeds))}" if len(seeds) < 9 else f"{len(seeds)} seeds",
+    ]
+    return f"{' / '.join(study.settings)}: {', '.join(part for part in parts if part)}."
+
+
+def _span(runs: pd.DataFrame, name: str, form: str) -> str:
+    if name not in runs.columns:
+        return ""
+    values = sorted(runs[name].dropna().unique())
+    if not values:
+        return ""
+    shown = [f"{value:g}" if isinstance(value, int | float) else str(value) for value in values]
+    return form.format(shown[0] if len(shown) == 1 else f"{shown[0]} to {shown[-1]}")

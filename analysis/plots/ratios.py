@@ -1,0 +1,125 @@
+"""Analysis room, figures of the importance ratios: their variance and what causes it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moe_rl.analysis.attribution import (
+    ROUTING,
+    WEIGHT,
+    sampled_updates,
+    shares_by_arm,
+    shares_by_run,
+)
+from moe_rl.analysis.plots.routing import is_dense
+from moe_rl.analysis.plots.style import (
+    INK,
+    MUTED,
+    WIDE,
+    arms_in,
+    colour,
+    draw_arm,
+    footnote,
+    grid,
+    label,
+    legend,
+    log_axis,
+    per_step,
+    say,
+    styled,
+)
+
+
+@styled
+def ratio_variance(updates: pd.DataFrame, *, width: float = WIDE) -> Figure:
+    """Var(w) of token ratios and Var(s) of sequence ratios, mean over a rollout's updates, log."""
+    arms = arms_in(updates)
+    figure, panels = grid(2, width, columns=2, height=2.2)
+    for axes, kind in zip(panels, ("token", "sequence"), strict=True):
+        column = f"ratio/{kind}_var"
+        drawn = [
+            draw_arm(axes, per_step(updates, column), arm, "step", column, positive=True)
+            for arm in arms
+        ]
+        axes.set_title(f"{kind} ratio")
+        if any(drawn):
+            log_axis(axes)
+        else:
+            say(axes, "0 by construction:\nevery update is on-policy")
+    panels[0].set_ylabel("variance of the ratio")
+    figure.supxlabel("rollout step", fontsize=8)
+    legend(figure, arms)
+    return figure
+
+
+@styled
+def routing_against_weights(updates: pd.DataFrame, *, width: float = WIDE) -> Figure:
+    """The two parts of Var(log w) over time on one log scale, and the routing share by arm."""
+    sampled = sampled_updates(updates)
+    arms = arms_in(updates)
+    figure, panels = grid(
+        3, width, columns=3, height=2.2, narrow_columns=1, sharex=False, sharey=False
+    )
+    for axes, column, title in (
+        (panels[0], ROUTING, "Var of routing part"),
+        (panels[1], WEIGHT, "Var of weight part"),
+    ):
+        _part(axes, sampled, column, arms)
+        axes.set_title(title)
+        axes.set_xlabel("rollout step")
+    _same_log_range(panels[:2])
+    _shares(panels[2], sampled, arms)
+    legend(figure, arms)
+    return figure
+
+
+def _part(axes: Axes, sampled: pd.DataFrame, column: str, arms: list[str]) -> None:
+    drawn = [arm for arm in arms if draw_arm(axes, sampled, arm, "step", column, positive=True)]
+    if not drawn:
+        say(axes, "0 throughout")
+        return
+    log_axis(axes)
+    zero = [arm for arm in arms if arm not in drawn and (sampled["arm"] == arm).any()]
+    if zero:
+        dense = all(is_dense(sampled[sampled["arm"] == arm]) for arm in zero)
+        why = "0 by construction" if dense else "0 throughout"
+        footnote(axes, f"{', '.join(label(arm) for arm in zero)}: {why}")
+
+
+def _same_log_range(panels: list[Axes]) -> None:
+    """Parts are compared, so they share their scale; extra room on top for the note."""
+    drawn = [axes for axes in panels if axes.get_yscale() == "log"]
+    if drawn:
+        low = min(axes.get_ylim()[0] for axes in drawn)
+        high = max(axes.get_ylim()[1] for axes in drawn)
+        for axes in drawn:
+            axes.set_ylim(low, high * (high / low) ** 0.1)
+
+
+def _shares(axes: Axes, sampled: pd.DataFrame, arms: list[str]) -> None:
+    """Routing share of Var(log w): seeds as dots, IQM with its interval as a bar."""
+    by_run, by_arm = shares_by_run(sampled), shares_by_arm(sampled)
+    axes.set_title("routing share of Var(log w)")
+    if by_run.empty:
+        say(axes, "not measured")
+        return
+    shown = [arm for arm in arms if (by_run["arm"] == arm).any()]
+    for row, arm in enumerate(shown):
+        seeds = by_run.loc[by_run["arm"] == arm, "routing_share"]
+        total = by_arm[by_arm["arm"] == arm].iloc[0]
+        axes.plot(seeds, np.full(len(seeds), row), "o", markersize=3, alpha=0.5, color=colour(arm))
+        axes.plot(
+            [total["routing_low"], total["routing_high"]], [row, row], color=colour(arm), linewidth=3,
+            alpha=0.6, solid_capstyle="butt",
+        )  # fmt: skip
+        axes.plot([total["routing_share"]], [row], "|", markersize=10, color=INK)
+    axes.axvline(0.5, color=MUTED, linewidth=0.7, linestyle=":")
+    axes.set_yticks(range(len(shown)), [label(arm) for arm in shown])
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(-0.03, low), max(1.03, high))
+    axes.set_xlabel("share (IQM, 95%)")
+    axes.grid(visible=False, axis="y")

@@ -1,0 +1,185 @@
+"""Analysis room, figures of routing: churn by layer, update and position; engine mismatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from moe_rl.analysis.plots.style import (
+    CMAP,
+    COLUMN,
+    WIDE,
+    arms_in,
+    colour_bar,
+    draw_arm,
+    grid,
+    has,
+    label,
+    last_updates,
+    legend,
+    log_axis,
+    percent_axis,
+    say,
+    single,
+    step_axis,
+    styled,
+)
+
+PER_LAYER = "routing/churn_per_layer"
+PER_POSITION = "routing/churn_per_position"
+DENSE_TEXT = "0 by construction:\nevery expert is\nalways on"
+
+
+def is_dense(frame: pd.DataFrame) -> bool:
+    """Whether all rows come from models whose experts are all always on."""
+    if not has(frame, "num_experts", "experts_per_token"):
+        return False
+    return bool((frame["num_experts"] == frame["experts_per_token"]).all())
+
+
+@styled
+def churn_by_layer(updates: pd.DataFrame, *, width: float = WIDE) -> Figure:
+    """Heatmap of churn at every rollout's last update: layer against step, one panel an arm.
+
+    Median over seeds; one colour scale for all panels. Layer 1 is next to the embedding.
+    """
+    arms = arms_in(updates)
+    last = last_updates(updates)
+    pictures = {arm: _layer_by_step(last[last["arm"] == arm]) for arm in arms}
+    top = max((float(np.nanmax(p)) for p in pictures.values() if p.size), default=0.0)
+    layers = max((len(p) for p in pictures.values()), default=1)
+    figure, panels = grid(len(arms), width, columns=3, height=1.25)
+    image: Any = None
+    for axes, arm in zip(panels, arms, strict=True):
+        axes.set_title(label(arm))
+        axes.grid(visible=False)
+        picture = pictures[arm]
+        axes.set_ylim(0.5, layers + 0.5)
+        if is_dense(updates[updates["arm"] == arm]):
+            say(axes, DENSE_TEXT)
+            continue
+        steps = last.loc[last["arm"] == arm, "step"]
+        extent = (steps.min() - 0.5, steps.max() + 0.5, 0.5, len(picture) + 0.5)
+        image = axes.imshow(
+            picture, origin="lower", aspect="auto", interpolation="nearest", extent=extent,
+            cmap=CMAP, vmin=0, vmax=top or 1,
+        )  # fmt: skip
+        axes.set_yticks(_layer_ticks(layers))
+    if image is not None:
+        colour_bar(figure, image, panels, "churn", _percent)
+    figure.supxlabel("rollout step", fontsize=8)
+    figure.supylabel("MoE layer", fontsize=8)
+    return figure
+
+
+def _layer_by_step(last: pd.DataFrame) -> NDArray[np.float64]:
+    """Median over seeds of the per-layer lists: [layers, steps]."""
+    columns = []
+    for _, rows in last.groupby("step"):
+        lists = [np.asarray(value, dtype=float) for value in rows[PER_LAYER] if _is_list(value)]
+        columns.append(np.median(lists, axis=0) if lists else np.array([np.nan]))
+    if not columns:
+        return np.full((1, 1), np.nan)
+    height = max(len(column) for column in columns)
+    whole = [c if len(c) == height else np.full(height, np.nan) for c in columns]
+    return np.array(whole).T
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0
+
+
+def _layer_ticks(layers: int) -> list[int]:
+    return list(range(1, layers + 1)) if layers <= 6 else [1, (layers + 1) // 2, layers]
+
+
+def _percent(value: float, _position: int | None = None) -> str:
+    return f"{100 * value:.3g}%"
+
+
+@styled
+def churn_by_update(updates: pd.DataFrame, *, width: float = COLUMN) -> Figure:
+    """Churn against the number of optimiser steps since the old policy, mean over rollouts."""
+    keys = ["arm", "seed", "update"]
+    frame = updates[[*keys, "routing/churn"]].astype({"routing/churn": float})
+    frame = frame.groupby(keys, as_index=False)["routing/churn"].mean()
+    return _churn_lines(updates, frame, "update", "optimiser steps since the old policy", width)
+
+
+@styled
+def churn_by_position(updates: pd.DataFrame, *, width: float = COLUMN) -> Figure:
+    """Churn against the position of the response token, mean over sampled last updates."""
+    rows = updates[[_is_list(value) for value in updates[PER_POSITION]]]
+    exploded = [
+        pd.DataFrame(
+            {"arm": arm, "seed": seed, "position": np.arange(1, len(curve) + 1), "y": curve}
+        )
+        for (arm, seed), curve in _mean_lists(rows)
+    ]
+    frame = pd.concat(exploded, ignore_index=True).rename(columns={"y": "routing/churn"})
+    return _churn_lines(updates, frame, "position", "position in the response (tokens)", width)
+
+
+def _mean_lists(rows: pd.DataFrame) -> list[tuple[tuple[str, int], NDArray[np.float64]]]:
+    """Mean per-position curve of every run, over the positions all its lists have or NaN-padded."""
+    means = []
+    for key, own in rows.groupby(["arm", "seed"]):
+        lists = [np.asarray(value, dtype=float) for value in own[PER_POSITION]]
+        padded = np.full((len(lists), max(map(len, lists))), np.nan)
+        for row, values in enumerate(lists):
+            padded[row, : len(values)] = values
+        counts = np.isfinite(padded).sum(axis=0)
+        total = np.where(np.isfinite(padded), padded, 0.0).sum(axis=0)
+        curve = np.where(counts > 0, total / np.maximum(counts, 1), np.nan)
+        means.append(((str(key[0]), int(key[1])), curve))
+    return means
+
+
+def _churn_lines(
+    updates: pd.DataFrame, frame: pd.DataFrame, x: str, text: str, width: float
+) -> Figure:
+    arms = arms_in(frame)
+    figure, axes = single(width)
+    for arm in arms:
+        draw_arm(axes, frame, arm, x, "routing/churn")
+    dense = [label(arm) for arm in arms if is_dense(updates[updates["arm"] == arm])]
+    if dense:
+        axes.set_title(f"{', '.join(dense)}: 0 by construction", fontsize=7, loc="right")
+    axes.set_ylim(bottom=0)
+    percent_axis(axes)
+    axes.set_ylabel("routing churn")
+    step_axis(axes, text)
+    legend(figure, arms)
+    return figure
+
+
+MISMATCH = [
+    ("mismatch/kl_k3", "KL (k3, nats a token)", True),
+    ("mismatch/extreme_2", "share of tokens, ratio > 2", True),
+    ("mismatch/router_disagreement", "routers that disagree", False),
+]
+
+
+@styled
+def engine_mismatch(steps: pd.DataFrame, *, width: float = WIDE) -> Figure:
+    """Rollout engine against trainer on equal weights, one panel a measure."""
+    shown = [row for row in MISMATCH if has(steps, row[0])]
+    arms = arms_in(steps)
+    figure, panels = grid(len(shown), width, columns=3, height=1.7, narrow_columns=1, sharey=False)
+    for axes, (column, text, log) in zip(panels, shown, strict=True):
+        drawn = [draw_arm(axes, steps, arm, "step", column, positive=log) for arm in arms]
+        if log and any(drawn):
+            log_axis(axes)
+        elif not any(drawn):
+            say(axes, "0 throughout:\nengine and trainer agree")
+        if not log:
+            percent_axis(axes)
+            axes.set_ylim(bottom=0)
+        axes.set_title(text)
+    figure.supxlabel("rollout step", fontsize=8)
+    legend(figure, arms)
+    return figure

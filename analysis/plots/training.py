@@ -1,0 +1,171 @@
+"""Analysis room, figures of training itself: reward, gradient norm, clipping, the joined chain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moe_rl.analysis.collapse import outcome
+from moe_rl.analysis.plots.style import (
+    COLUMN,
+    GHOST,
+    MUTED,
+    WIDE,
+    arms_in,
+    colour,
+    draw_arm,
+    footnote,
+    grid,
+    has,
+    label,
+    last_updates,
+    legend,
+    log_axis,
+    per_step,
+    percent_axis,
+    say,
+    single,
+    step_axis,
+    styled,
+)
+
+
+@styled
+def reward_by_arm(steps: pd.DataFrame, *, width: float = WIDE) -> Figure:
+    """Reward against rollout step: the medians of all arms in one panel, then one panel an arm.
+
+    In an arm's panel every seed is a thin line and the median thick, the other medians are grey,
+    and a triangle on the axis marks the time of collapse of each collapsed seed.
+    """
+    arms = arms_in(steps)
+    count = len(arms) + 1 if len(arms) > 1 else 1
+    figure, panels = grid(count, width, columns=4, height=1.55)
+    if len(arms) > 1:
+        for arm in arms:
+            _median(panels[0], steps, arm, colour(arm), 1.9)
+        panels[0].set_title("medians")
+        legend(figure, arms)
+    for axes, arm in zip(panels[-len(arms) :], arms, strict=True):
+        for other in arms:
+            if other != arm:
+                _median(axes, steps, other, GHOST, 0.9)
+        draw_arm(axes, steps, arm, "step", "reward")
+        _mark_collapses(axes, steps, [arm])
+        axes.set_title(label(arm))
+    for axes in panels:
+        axes.set_ylim(-0.03, max(1.0, float(steps["reward"].astype(float).max())) + 0.03)
+    figure.supxlabel("rollout step", fontsize=8)
+    figure.supylabel("reward", fontsize=8)
+    return figure
+
+
+@styled
+def gradient_norm(updates: pd.DataFrame, *, width: float = COLUMN) -> Figure:
+    """Gradient norm before clipping (mean over a rollout's updates), log scale."""
+    return _lines(per_step(updates, "grad_norm"), "grad_norm", "gradient norm", width, log=True)
+
+
+@styled
+def clip_share(updates: pd.DataFrame, *, width: float = COLUMN) -> Figure:
+    """Share of tokens whose gradient the clip removes (mean over a rollout's updates), log scale."""
+    frame = per_step(updates, "clip_ratio/region")
+    return _lines(frame, "clip_ratio/region", "clipped share of tokens", width, log=True)
+
+
+@styled
+def effective_sample_size(updates: pd.DataFrame, *, width: float = COLUMN) -> Figure:
+    """ESS/N = 1/(1 + CV^2) of the token ratios at every rollout's last update, 0 to 1."""
+    frame = last_updates(updates)
+    figure = _lines(frame, "ratio/token_ess", "effective sample size / N", width, log=False)
+    figure.axes[0].set_ylim(-0.03, 1.03)
+    return figure
+
+
+@dataclass(frozen=True)
+class Link:
+    """One panel of the joined chain."""
+
+    column: str
+    text: str
+    log: bool = False
+    percent: bool = False
+    last: bool = False
+
+
+CHAIN = [
+    Link("routing/churn", "routing churn\n(last update)", percent=True, last=True),
+    Link("ratio/token_var", "Var of token\nratio", log=True),
+    Link("clip_ratio/region", "clipped share\nof tokens", log=True),
+    Link("grad_norm", "gradient\nnorm", log=True),
+]
+
+
+@styled
+def chain(steps: pd.DataFrame, updates: pd.DataFrame, *, width: float = WIDE) -> Figure:
+    """The causal chain on one time axis: churn, ratio variance, clipping, gradient norm, reward."""
+    arms = arms_in(steps)
+    links = [link for link in CHAIN if has(updates, link.column)]
+    figure = Figure(figsize=(width, 1.15 * (len(links) + 1) + 0.6), layout="constrained")
+    made = figure.subplots(len(links) + 1, 1, sharex=True, squeeze=False)
+    panels: list[Axes] = list(made.flat)
+    for axes, link in zip(panels[:-1], links, strict=True):
+        _chain_panel(axes, updates, link, arms)
+    for arm in arms:
+        draw_arm(panels[-1], steps, arm, "step", "reward")
+    _mark_collapses(panels[-1], steps, arms)
+    panels[-1].set_ylim(-0.03, max(1.0, float(steps["reward"].astype(float).max())) + 0.03)
+    panels[-1].set_ylabel("reward")
+    step_axis(panels[-1])
+    figure.align_ylabels(panels)
+    legend(figure, arms)
+    return figure
+
+
+def _chain_panel(axes: Axes, updates: pd.DataFrame, link: Link, arms: list[str]) -> None:
+    frame = last_updates(updates) if link.last else per_step(updates, link.column)
+    drawn = [draw_arm(axes, frame, arm, "step", link.column, positive=link.log) for arm in arms]
+    if link.log and any(drawn):
+        log_axis(axes)
+    if link.percent:
+        percent_axis(axes)
+        axes.set_ylim(bottom=0)
+    if not any(drawn):
+        say(axes, "0 throughout: every update is on-policy")
+    axes.set_ylabel(link.text)
+
+
+def _lines(frame: pd.DataFrame, column: str, text: str, width: float, *, log: bool) -> Figure:
+    arms = arms_in(frame)
+    figure, axes = single(width)
+    drawn = [arm for arm in arms if draw_arm(axes, frame, arm, "step", column, positive=log)]
+    if log and drawn:
+        log_axis(axes)
+    zero = [label(arm) for arm in arms if arm not in drawn]
+    if zero and drawn:
+        footnote(axes, f"0 throughout, not on a log axis: {', '.join(zero)}")
+    elif zero:
+        say(axes, "0 throughout in every arm")
+    axes.set_ylabel(text)
+    step_axis(axes)
+    legend(figure, arms)
+    return figure
+
+
+def _median(axes: Axes, steps: pd.DataFrame, arm: str, ink: str, width: float) -> None:
+    table = steps[steps["arm"] == arm].pivot_table(index="step", columns="seed", values="reward")
+    axes.plot(table.index, table.median(axis=1), color=ink, linewidth=width)
+
+
+def _mark_collapses(axes: Axes, steps: pd.DataFrame, arms: list[str]) -> None:
+    """A triangle at the foot of the panel at the time of collapse of every collapsed seed."""
+    for arm in arms:
+        for _, run in steps[steps["arm"] == arm].groupby("seed"):
+            result = outcome(run["reward"].astype(float), run["step"])
+            if result.collapsed:
+                axes.plot(
+                    [result.collapse_step], [0.0], marker="^", markersize=4, clip_on=False,
+                    color=colour(arm), markeredgecolor=MUTED, markeredgewidth=0.3, zorder=5,
+                )  # fmt: skip

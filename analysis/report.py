@@ -1,0 +1,206 @@
+"""Analysis room: one self-contained HTML report of a study, redrawn from its files alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from moe_rl.analysis.claims import claims_table
+from moe_rl.analysis.collapse import stability_frontier
+from moe_rl.analysis.figures import MAP_FIGURES, SETTING_FIGURES, FigureSpec, has_map
+from moe_rl.analysis.load import Study, load_study
+from moe_rl.analysis.measures import run_measures, summarize
+from moe_rl.analysis.methods import methods_section
+from moe_rl.analysis.narrative import config_line, headline, map_headline
+from moe_rl.analysis.page import Html, figure_block, join, page, tag, text
+from moe_rl.analysis.plots.frontier import map_cells
+from moe_rl.analysis.sections import (
+    absent_runs,
+    arms_section,
+    claims_section,
+    config_section,
+    environment_section,
+    paired_section,
+    paired_tests,
+    runs_section,
+    verdict_matrix,
+)
+from moe_rl.analysis.svg import inline, settle, to_png, to_svg
+
+CHAPTERS = 6  # above this many settings only the map is drawn, not every setting's time courses
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Draw the report of the study (or single run) in `run_dir`; returns the path of index.html.
+
+    Writes `run_dir/report/`: index.html (inline SVG, no script, no network), figures/*.svg and
+    *.png, data/*.csv. The same input files give byte for byte the same output.
+
+    Raises AnalysisError for a folder that cannot be read (see `load_study`).
+    """
+    study = load_study(run_dir)
+    out = Path(run_dir) / "report"
+    for folder, suffixes in (("figures", (".svg", ".png")), ("data", (".csv",))):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        # Figures of a setting that is gone would otherwise stay beside the new ones.
+        for file in sorted((out / folder).iterdir()):
+            if file.suffix in suffixes:
+                file.unlink()
+    measures, arms, claims = run_measures(study), summarize(study), claims_table(study)
+    tests = paired_tests(measures)
+    _write_data(out / "data", study, measures, arms, claims, tests)
+
+    mapped = has_map(study)
+    chapters = [] if mapped and len(study.settings) > CHAPTERS else study.settings
+    body: list[object] = [_title(study), _overview(study, measures, arms, claims, mapped, chapters)]
+    if mapped:
+        body += [_heading("map", "Map"), _figures(study, MAP_FIGURES, "map", out)]
+    for setting in chapters:
+        body.append(_chapter(study.setting(setting), setting, arms, claims, tests, out))
+    body += [
+        _heading("runs", "Runs that are not complete"),
+        runs_section(study),
+        _heading("methods", "Methods"),
+        methods_section(),
+        _heading("configuration", "Configuration"),
+        config_section(study),
+        _heading("environment", "Environment"),
+        environment_section(study),
+    ]
+    index = out / "index.html"
+    index.write_text(page(f"{study.name}: moe-rl report", join(body)), encoding="utf-8")
+    return index
+
+
+def _heading(anchor: str, words: str) -> Html:
+    return tag("h2", words, f'id="{text(anchor)}"')
+
+
+def _title(study: Study) -> Html:
+    complete, found = int(study.runs["complete"].sum()), len(study.runs)
+    planned = found + len(absent_runs(study))
+    counted = f"{complete} of {planned} runs complete"
+    made = f"; made by <code>{text(study.command)}</code>" if study.command else ""
+    return Html(
+        f"<header>{tag('h1', f'{study.name}: what routing did to training')}"
+        f'<p class="meta">moe-rl study, mode {text(study.mode)}; {counted}{made}. '
+        'Data: <a href="data/runs.csv">runs</a>, <a href="data/arms.csv">arms</a>, '
+        '<a href="data/claims.csv">claims</a>, <a href="data/paired.csv">paired tests</a>.</p>'
+        "</header>"
+    )
+
+
+def _overview(
+    study: Study,
+    measures: pd.DataFrame,
+    arms: pd.DataFrame,
+    claims: pd.DataFrame,
+    mapped: bool,
+    chapters: list[str],
+) -> Html:
+    """The headline of every chapter and of the map, links, and the verdicts of all settings."""
+    parts: list[object] = []
+    if mapped:
+        parts.append(tag("p", map_headline(study, measures), 'class="headline"'))
+    for setting in chapters:
+        own_arms, own_claims = _of(arms, setting), _of(claims, setting)
+        parts.append(tag("p", headline(setting, own_arms, own_claims), 'class="headline"'))
+    anchors = [("map", "Map")] if mapped else []
+    anchors += [(_slug(setting), setting) for setting in chapters]
+    anchors += [(name, name.capitalize()) for name in ("methods", "configuration", "environment")]
+    links = [tag("a", words, f'href="#{text(anchor)}"') for anchor, words in anchors]
+    parts.append(tag("nav", join(links, " ")))
+    if len(study.settings) > 1:
+        parts += [
+            _heading("verdicts", "Verdicts by setting"),
+            verdict_matrix(claims, study.settings),
+        ]
+    return join(parts)
+
+
+def _chapter(
+    study: Study,
+    setting: str,
+    arms: pd.DataFrame,
+    claims: pd.DataFrame,
+    tests: pd.DataFrame,
+    out: Path,
+) -> Html:
+    slug = _slug(setting)
+    return join(
+        [
+            _heading(slug, f"Setting: {setting}"),
+            tag("p", config_line(study), 'class="meta"'),
+            tag("h3", "Arms"),
+            arms_section(_of(arms, setting)),
+            tag("h3", "Claims of the GSPO paper"),
+            claims_section(_of(claims, setting)),
+            tag("h3", "Figures"),
+            _figures(study, SETTING_FIGURES, slug, out),
+            tag("h3", "Paired tests"),
+            paired_section(_of(tests, setting)),
+        ]
+    )
+
+
+def _figures(study: Study, specs: list[FigureSpec], slug: str, out: Path) -> Html:
+    """Draw every figure the data allows, write its files, and lay them out with captions."""
+    blocks: list[object] = []
+    left_out = []
+    config = config_line(study)
+    if len(study.settings) > CHAPTERS:
+        config = config.split(": ", 1)[-1]
+    for spec in specs:
+        missing = spec.missing(study)
+        if missing:
+            left_out.append(f"{spec.title} (no {', '.join(missing)})")
+            continue
+        name = f"{slug}-{spec.key}"
+        drawings = []
+        for index, width in enumerate(spec.widths):
+            figure = settle(spec.draw(study, width))
+            svg = to_svg(figure)
+            if index == 0:
+                (out / "figures" / f"{name}.svg").write_text(svg, encoding="utf-8")
+                (out / "figures" / f"{name}.png").write_bytes(to_png(figure))
+            drawings.append(inline(svg, f"{name}-{index}", spec.title))
+        blocks.append(
+            figure_block(
+                drawings, spec.title, spec.caption, config, f"figures/{name}",
+                half=len(spec.widths) == 1,
+            )
+        )  # fmt: skip
+    parts: list[object] = [Html(f'<div class="figures">\n{join(blocks)}\n</div>')]
+    if left_out:
+        words = f"Not drawn, because no run recorded it: {'; '.join(left_out)}."
+        parts.append(tag("p", words, 'class="meta"'))
+    return join(parts)
+
+
+def _write_data(
+    folder: Path,
+    study: Study,
+    measures: pd.DataFrame,
+    arms: pd.DataFrame,
+    claims: pd.DataFrame,
+    tests: pd.DataFrame,
+) -> None:
+    frames = {"runs": measures, "arms": arms, "claims": claims, "paired": tests}
+    if has_map(study):
+        done = measures[measures["complete"]]
+        frames |= {"map": map_cells(measures), "frontier": stability_frontier(done)}
+    else:
+        # A map's would be hundreds of megabytes, and they are in the run folders anyhow.
+        frames |= {"steps": study.steps, "updates": study.updates}
+    for name, frame in frames.items():
+        frame.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n", float_format="%.8g")
+
+
+def _of(frame: pd.DataFrame, setting: str) -> pd.DataFrame:
+    return frame[frame["setting"] == setting]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() or "setting"

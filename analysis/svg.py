@@ -1,0 +1,101 @@
+"""Analysis room: figures as files, and as SVG that lives inside the page and follows its theme.
+
+`inline` turns a standalone SVG into a fragment: no XML head, no metadata, every id under a prefix
+of its own, and the figure's colours replaced by CSS variables, so that one drawing serves the
+light and the dark page. Both forms are functions of the drawing alone: no dates, no random ids.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from html import escape
+
+from matplotlib.figure import Figure
+
+from moe_rl.analysis.plots.style import (
+    ARM_COLOURS,
+    GHOST,
+    GRID,
+    INK,
+    MUTED,
+    PAPER,
+    SPARE_COLOURS,
+    style_context,
+)
+
+# light colour -> dark partner; the CSS variable is named after the light one
+DARK_PARTNERS = {
+    INK: "#e8eaed",
+    MUTED: "#a3abb5",
+    GHOST: "#4a525c",
+    GRID: "#2a3037",
+    PAPER: "#14171b",
+    ARM_COLOURS["grpo"]: "#ff8a3d",
+    ARM_COLOURS["grpo+replay"]: "#4ba3e3",
+    ARM_COLOURS["gspo"]: "#2fc79a",
+    ARM_COLOURS["gspo+replay"]: "#8fd0f5",
+    ARM_COLOURS["dense"]: "#b4b4b4",
+    ARM_COLOURS["frozen-router"]: "#e295c8",
+} | dict(zip(SPARE_COLOURS, ["#d6a850", "#a9a4e0", "#e0814f", "#b3b34d"], strict=True))
+PNG_DPI = 200
+
+
+def variable(colour: str) -> str:
+    """The CSS variable that stands for one of the figures' colours."""
+    return f"var(--f-{colour.lstrip('#')})"
+
+
+def css_variables(*, dark: bool) -> str:
+    """The declarations of every such variable for one theme."""
+    return " ".join(
+        f"--f-{light.lstrip('#')}: {partner if dark else light};"
+        for light, partner in DARK_PARTNERS.items()
+    )
+
+
+def settle(figure: Figure) -> Figure:
+    """Compute the layout once and keep it, so that saving as PNG and SVG does not repeat it."""
+    with style_context():
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    return figure
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as a standalone SVG document without a date."""
+    buffer = io.StringIO()
+    with style_context():
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as PNG at 200 dots per inch, without software or date in it."""
+    buffer = io.BytesIO()
+    with style_context():
+        figure.savefig(buffer, format="png", dpi=PNG_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def inline(svg: str, prefix: str, title: str) -> str:
+    """An SVG document as a fragment for an HTML page; `prefix` must be unique on the page."""
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
+    body = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", body)
+    body = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', body)
+    body = body.replace("xlink:href", "href")
+    body = re.sub(r'\bhref="#([^"]+)"', rf'href="#{prefix}-\1"', body)
+    body = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", body)
+    for light in DARK_PARTNERS:
+        body = body.replace(light, variable(light))
+    body = body.replace("'DejaVu Sans'", "var(--figure-font)")
+    body = re.sub(r'\bd="[^"]*"', _short_numbers, body)
+    body = re.sub(r'<svg width="[^"]*" height="[^"]*"', "<svg", body, count=1)
+    head = f'<svg role="img" aria-label="{escape(title, quote=True)}"'
+    return body.replace("<svg", head, 1).strip()
+
+
+def _short_numbers(match: re.Match[str]) -> str:
+    """Path coordinates to a hundredth of a point: half the size, nothing to see."""
+    return re.sub(r"(\.\d{2})\d+", r"\1", match.group(0))

@@ -1,3 +1,0 @@
-"""Placeholder."""
-def use_fused_layers(model):
-    return []

@@ -1,0 +1,186 @@
+"""The definition of token log-probabilities against formulas written out in NumPy float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_rl.kernels import token_logprobs
+
+
+def inputs(
+    n: int, hidden_size: int, vocab: int, dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden [n, H], weight [V, H], targets [n], bias [V]; the same for the same sizes."""
+    draw = torch.Generator().manual_seed(n + 100 * hidden_size + 10_000 * vocab)
+    hidden = torch.randn(n, hidden_size, generator=draw, dtype=torch.float64) * scale
+    weight = torch.randn(vocab, hidden_size, generator=draw, dtype=torch.float64)
+    bias = torch.randn(vocab, generator=draw, dtype=torch.float64)
+    targets = torch.randint(vocab, (n,), generator=draw)
+    return hidden.to(dtype), weight.to(dtype), targets, bias.to(dtype)
+
+
+def probabilities(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, temperature: float
+) -> np.ndarray:
+    """softmax((h W^T + b) / temperature), one row a token, in NumPy float64."""
+    h, w, b = (tensor.detach().double().numpy() for tensor in (hidden, weight, bias))
+    exponentials = np.exp((np.einsum("nh,vh->nv", h, w) + b) / temperature)
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+@given(
+    n=st.integers(0, 5),
+    hidden_size=st.integers(1, 9),
+    vocab=st.integers(1, 17),
+    temperature=st.sampled_from([0.5, 1.0, 1.7]),
+)
+def test_values_equal_the_float64_formula(
+    n: int, hidden_size: int, vocab: int, temperature: float
+) -> None:
+    hidden, weight, targets, bias = inputs(n, hidden_size, vocab)
+    p = probabilities(hidden, weight, bias, temperature)
+    logprobs, entropy = token_logprobs(
+        hidden, weight, targets, bias=bias, temperature=temperature, entropy=True
+    )
+    np.testing.assert_allclose(logprobs, np.log(p[np.arange(n), targets]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(axis=1), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_equal_the_closed_form() -> None:
+    """d logprob / d h = (W[target] - p W) / T; d logprob / d W[v] = (1[v = target] - p_v) h / T."""
+    hidden, weight, targets, bias = inputs(6, 5, 11, torch.float64)
+    hidden, weight, bias = (tensor.requires_grad_() for tensor in (hidden, weight, bias))
+    token_logprobs(hidden, weight, targets, bias=bias, temperature=0.7).sum().backward()
+    p = torch.from_numpy(probabilities(hidden, weight, bias, 0.7))
+    residual = (torch.nn.functional.one_hot(targets, 11) - p) / 0.7
+    torch.testing.assert_close(hidden.grad, residual @ weight)
+    torch.testing.assert_close(weight.grad, residual.T @ hidden)
+    torch.testing.assert_close(bias.grad, residual.sum(0))
+
+
+def test_the_gradient_of_the_entropy_passes_a_numerical_check() -> None:
+    hidden, weight, targets, bias = inputs(3, 4, 5, torch.float64)
+    leaves = tuple(tensor.requires_grad_() for tensor in (hidden, weight, bias))
+
+    def entropy(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return token_logprobs(h, w, targets, bias=b, temperature=1.3, entropy=True)[1]
+
+    assert torch.autograd.gradcheck(entropy, leaves)
+
+
+def test_probabilities_of_all_words_sum_to_one() -> None:
+    hidden, weight, _, _ = inputs(4, 8, 9)
+    every = [token_logprobs(hidden, weight, torch.full((4,), v)).exp() for v in range(9)]
+    torch.testing.assert_close(torch.stack(every).sum(0), torch.ones(4))
+
+
+def test_asking_for_the_entropy_does_not_change_the_logprobs() -> None:
+    hidden, weight, targets, _ = inputs(40, 16, 50)
+    alone = token_logprobs(hidden, weight, targets)
+    assert torch.equal(alone, token_logprobs(hidden, weight, targets, entropy=True)[0])
+
+
+def test_equal_logits_give_log_v() -> None:
+    logprobs, entropy = token_logprobs(
+        torch.zeros(2, 3), torch.randn(7, 3), torch.tensor([0, 6]), entropy=True
+    )
+    torch.testing.assert_close(logprobs, torch.full((2,), -math.log(7)))
+    torch.testing.assert_close(entropy, torch.full((2,), math.log(7)))
+
+
+def test_any_leading_shape_is_kept() -> None:
+    hidden, weight, targets, _ = inputs(6, 5, 11)
+    flat = token_logprobs(hidden, weight, targets)
+    for shape in ((2, 3), (1, 3, 2)):
+        shaped = token_logprobs(hidden.view(*shape, 5), weight, targets.view(shape), entropy=True)
+        assert torch.equal(shaped[0], flat.view(shape)) and shaped[1].shape == shape
+    torch.testing.assert_close(token_logprobs(hidden[0], weight, targets[0]), flat[0])
+
+
+def test_half_precision_inputs_are_computed_in_float32() -> None:
+    hidden, weight, targets, bias = inputs(8, 32, 64, torch.bfloat16)
+    logprobs = token_logprobs(hidden, weight, targets, bias=bias)
+    assert logprobs.dtype == torch.float32
+    upcast = token_logprobs(hidden.float(), weight.float(), targets, bias=bias.float())
+    assert torch.equal(logprobs, upcast)
+
+
+def test_autocast_does_not_change_the_result() -> None:
+    hidden, weight, targets, _ = inputs(8, 32, 64)
+    expected = token_logprobs(hidden, weight, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(token_logprobs(hidden, weight, targets), expected)
+
+
+def test_float64_stays_float64() -> None:
+    hidden, weight, targets, _ = inputs(8, 32, 64, torch.float64)
+    assert token_logprobs(hidden, weight, targets).dtype == torch.float64
+    assert token_logprobs(hidden.float(), weight, targets).dtype == torch.float64
+
+
+def test_huge_logits_stay_finite() -> None:
+    hidden, weight, targets, _ = inputs(8, 32, 64, scale=1e4)
+    hidden.requires_grad_()
+    logprobs, entropy = token_logprobs(hidden, weight, targets, entropy=True)
+    (logprobs.sum() + entropy.sum()).backward()
+    assert logprobs.isfinite().all() and entropy.isfinite().all() and hidden.grad.isfinite().all()
+
+
+def test_a_bias_of_minus_infinity_removes_a_word() -> None:
+    hidden, weight, _, bias = inputs(4, 8, 9)
+    targets = torch.tensor([0, 1, 2, 3])
+    bias[8] = -torch.inf
+    hidden.requires_grad_()
+    logprobs, entropy = token_logprobs(hidden, weight, targets, bias=bias, entropy=True)
+    (logprobs.sum() + entropy.sum()).backward()
+    assert hidden.grad.isfinite().all()
+    fewer = token_logprobs(hidden, weight[:8], targets, bias=bias[:8], entropy=True)
+    torch.testing.assert_close((logprobs, entropy), fewer)
+
+
+@pytest.mark.parametrize("target", [-100, -1, 9])
+def test_a_target_outside_the_vocabulary_is_an_error(target: int) -> None:
+    hidden, weight, targets, _ = inputs(4, 8, 9)
+    targets[2] = target
+    for entropy in (False, True):
+        with pytest.raises((IndexError, RuntimeError)):
+            token_logprobs(hidden, weight, targets, entropy=entropy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(4, 7)}, r"hidden \[4, 7\] and weight \[9, 8\]"),
+        ({"weight": torch.zeros(9, 8, 1)}, r"weight \[9, 8, 1\]"),
+        ({"hidden": torch.zeros(2, 2, 8)}, r"leading shape \[2, 2\], got \[4\]"),
+        ({"targets": torch.zeros(4, dtype=torch.int32)}, "targets must be int64, got torch.int32"),
+        ({"hidden": torch.zeros(4, 8, dtype=torch.int64)}, "hidden must be floating point"),
+        ({"bias": torch.zeros(8)}, r"bias must have shape \[9\], got \[8\]"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, object], message: str) -> None:
+    hidden, weight, targets, _ = inputs(4, 8, 9)
+    arguments = {"hidden": hidden, "weight": weight, "targets": targets, **change}
+    with pytest.raises(ValueError, match=message):
+        token_logprobs(**arguments)
+
+
+@pytest.mark.gpu
+def test_a_gpu_agrees_with_float64() -> None:
+    hidden, weight, targets, bias = inputs(300, 96, 1000)
+    exact = token_logprobs(hidden.double(), weight.double(), targets, bias=bias, entropy=True)
+    on_cpu = token_logprobs(hidden, weight, targets, bias=bias, entropy=True)
+    on_gpu = token_logprobs(
+        hidden.cuda(), weight.cuda(), targets.cuda(), bias=bias.cuda(), entropy=True
+    )
+    for gpu, cpu, truth in zip(on_gpu, on_cpu, exact, strict=True):
+        cpu_error = (cpu.double() - truth).abs().max()
+        assert (gpu.cpu().double() - truth).abs().max() <= 2 * cpu_error + 1e-6

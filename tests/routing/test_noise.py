@@ -1,0 +1,171 @@
+"""Router noise: the choice is noisy, the weights are clean."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_rl.routing import find_routers, record_routing, replay_routing, router_noise
+
+SOFTMAX = ["qwen3_moe", "olmoe", "mixtral"]
+
+
+def gaussian(scale: float, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(layer: int, logits: Tensor) -> Tensor:
+        return scale * torch.randn(logits.shape, generator=generator)
+
+    return draw
+
+
+def record(model, tokens) -> Tensor:
+    with torch.no_grad(), record_routing(model) as recorded:
+        model(tokens)
+    return recorded.routed_experts
+
+
+@pytest.mark.parametrize("family", [*SOFTMAX, "gpt_oss", "llama4_text"])
+def test_no_noise_changes_nothing(build, tokens, family) -> None:
+    model = build(family)
+    with torch.no_grad():
+        plain = model(tokens).logits
+        with router_noise(model, lambda layer, logits: torch.zeros_like(logits)):
+            assert torch.equal(model(tokens).logits, plain)
+
+
+@pytest.mark.parametrize("family", SOFTMAX)
+def test_the_choice_is_the_topk_of_noisy_logits_and_is_recorded(build, tokens, family) -> None:
+    model, drawn = build(family), {}
+    noise = gaussian(1.0)
+
+    def draw(layer: int, logits: Tensor) -> Tensor:
+        assert logits.shape == (28, 8)
+        assert not logits.requires_grad
+        drawn[layer] = noise(layer, logits)
+        return drawn[layer]
+
+    with router_noise(model, draw), record_routing(model, scores=True) as recorded:
+        model(tokens)
+    noisy = recorded.router_logits + torch.stack([drawn[0], drawn[1]], dim=1).view(4, 7, 2, 8)
+    assert torch.equal(recorded.routed_experts.long(), noisy.topk(2, dim=-1).indices)
+    assert not torch.equal(recorded.routed_experts, record(model, tokens))
+
+
+@pytest.mark.parametrize("family", SOFTMAX)
+def test_weights_are_gathered_from_clean_scores(build, tokens, family) -> None:
+    model, seen = build(family), {}
+    router = find_routers(model)[0].module
+
+    def keep(module, args, output) -> None:
+        seen.update(hidden=args[0], weights=output[1], ids=output[2])
+
+    handle = router.register_forward_hook(keep)
+    with router_noise(model, gaussian(3.0)):
+        model(tokens)
+    handle.remove()
+    scores = F.linear(seen["hidden"].reshape(-1, 32), router.weight).softmax(-1)
+    expected = scores.gather(-1, seen["ids"])
+    if family != "olmoe":
+        expected = expected / expected.sum(-1, keepdim=True)
+    assert torch.allclose(seen["weights"], expected)
+    (pull,) = torch.autograd.grad(seen["weights"][:, 0].sum(), router.weight)
+    assert pull.abs().sum() > 0
+
+
+def test_the_same_draws_give_the_same_forward(model, tokens) -> None:
+    def run(seed: int) -> Tensor:
+        with torch.no_grad(), router_noise(model, gaussian(1.0, seed)):
+            return model(tokens).logits
+
+    assert torch.equal(run(0), run(0))
+    assert not torch.equal(run(0), run(1))
+
+
+def test_the_noisy_choice_replayed_without_noise_is_the_noisy_forward(model, tokens) -> None:
+    with torch.no_grad():
+        with router_noise(model, gaussian(1.0)), record_routing(model) as recorded:
+            noisy = model(tokens).logits
+        with replay_routing(model, recorded.routed_experts):
+            assert torch.equal(model(tokens).logits, noisy)
+
+
+@pytest.mark.parametrize("noise_is_outside", [True, False])
+def test_replayed_ids_win_and_the_noisy_choice_is_live(model, tokens, noise_is_outside) -> None:
+    routes = record(model, tokens).flip(0)
+    routes[1] = -1
+    contexts = [lambda: router_noise(model, gaussian(1.0)), lambda: replay_routing(model, routes)]
+    outer, inner = contexts if noise_is_outside else contexts[::-1]
+    with torch.no_grad(), outer() as a, inner() as b, record_routing(model) as used:
+        model(tokens)
+    live = (b if noise_is_outside else a).live_routed_experts
+    recorded = (routes >= 0).all(dim=-1)
+    assert torch.equal(used.routed_experts[recorded], routes[recorded])
+    assert torch.equal(used.routed_experts[~recorded], live[~recorded])
+    assert not torch.equal(live[:, :, 0], record(model, tokens)[:, :, 0])
+
+
+def test_noise_cannot_change_a_dense_control(build, tokens) -> None:
+    model = build(num_experts=2)
+    with torch.no_grad():
+        plain = model(tokens).logits
+        with router_noise(model, gaussian(5.0)):
+            assert torch.allclose(model(tokens).logits, plain, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("deepseek_v3", "limits the choice to groups"), ("deepseek_v2", "limits the choice to")],
+)
+def test_routers_limited_to_groups_are_refused(build, family, reason) -> None:
+    model = build(family)
+    with (
+        pytest.raises(ValueError, match=f"router noise is not defined for.*{reason}"),
+        router_noise(model, gaussian(1.0)),
+    ):
+        pass
+    assert "forward" not in find_routers(model)[0].module.__dict__
+
+
+def test_a_correction_bias_is_refused(model) -> None:
+    find_routers(model)[1].module.e_score_correction_bias = torch.ones(8)
+    with (
+        pytest.raises(ValueError, match="adds a correction bias to its scores"),
+        router_noise(model, gaussian(1.0)),
+    ):
+        pass
+
+
+def test_a_choice_in_another_order_than_the_logits_is_refused(model, tokens) -> None:
+    router = find_routers(model)[0].module
+
+    def by_smallest(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = F.linear(hidden.reshape(-1, 32), router.weight)
+        weights, ids = torch.topk(-logits, 2, dim=-1)
+        return logits, weights, ids
+
+    router.forward = by_smallest
+    with (
+        torch.no_grad(),
+        router_noise(model, gaussian(1.0)),
+        pytest.raises(ValueError, match="does not choose the experts of the highest logits"),
+    ):
+        model(tokens)
+
+
+def test_noise_of_another_shape_is_refused(model, tokens) -> None:
+    with (
+        torch.no_grad(),
+        router_noise(model, lambda layer, logits: logits[:1]),
+        pytest.raises(ValueError, match=r"draw: returned \[1, 8\] for the logits \[28, 8\] of la"),
+    ):
+        model(tokens)
+
+
+def test_nested_noise_is_refused(model) -> None:
+    with (
+        router_noise(model, gaussian(1.0)),
+        pytest.raises(ValueError, match="router noise already"),
+        router_noise(model, gaussian(1.0)),
+    ):
+        pass

@@ -1,0 +1,119 @@
+"""Finding the routers of a model."""
+
+import pytest
+import torch
+from torch import nn
+
+from moe_rl.routing import find_routers, record_routing
+from moe_rl.routing.taps import strip_wrappers
+
+EXPERTS = 8
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("qwen3_moe", ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]),
+        ("olmoe", ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]),
+        ("mixtral", ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]),
+        ("gpt_oss", ["model.layers.0.mlp.router", "model.layers.1.mlp.router"]),
+        ("deepseek_v3", ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]),
+        (
+            "llama4_text",
+            ["model.layers.0.feed_forward.router"] * 1 + ["model.layers.1.feed_forward.router"],
+        ),
+    ],
+)
+def test_every_family_shows_its_routers(build, family, names) -> None:
+    taps = find_routers(build(family))
+    assert [tap.name for tap in taps] == names
+    assert {(tap.num_experts, tap.top_k) for tap in taps} == {(EXPERTS, 2)}
+    grouped = family.startswith("deepseek")
+    assert {tap.num_groups for tap in taps} == {4 if grouped else None}
+
+
+def test_routers_are_ordered_by_layer_number_not_by_letters(build) -> None:
+    names = [tap.name for tap in find_routers(build(num_hidden_layers=11))]
+    assert names == [f"model.layers.{layer}.mlp.gate" for layer in range(11)]
+
+
+def test_dense_layers_have_no_router(build) -> None:
+    taps = find_routers(build(num_hidden_layers=4, mlp_only_layers=[0, 2]))
+    assert [tap.name for tap in taps] == ["model.layers.1.mlp.gate", "model.layers.3.mlp.gate"]
+
+
+@pytest.mark.parametrize(
+    ("path", "stripped"),
+    [
+        ("module.model.layers.3.mlp.gate", "model.layers.3.mlp.gate"),
+        ("_fsdp_wrapped_module._orig_mod.model.layers.3.gate", "model.layers.3.gate"),
+        ("model.layers.3._checkpoint_wrapped_module.mlp.gate", "model.layers.3.mlp.gate"),
+        ("base_model.model.model.layers.3.mlp.gate", "model.layers.3.mlp.gate"),
+        ("my_module.layers.3.submodule.gate", "my_module.layers.3.submodule.gate"),
+    ],
+)
+def test_wrappers_leave_no_trace_in_names(path, stripped) -> None:
+    assert strip_wrappers(path) == stripped
+
+
+def test_a_wrapped_model_records_like_the_model(model, tokens) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    wrapper = Wrapper(model)
+    assert [t.name for t in find_routers(wrapper)] == [t.name for t in find_routers(model)]
+    with torch.no_grad(), record_routing(wrapper) as outer, record_routing(model) as inner:
+        wrapper.module(tokens)
+    assert torch.equal(outer.routed_experts, inner.routed_experts)
+
+
+def test_a_router_unknown_to_transformers_is_found_by_its_class_name() -> None:
+    class MyTopKRouter(nn.Module):
+        num_experts, top_k = 4, 1
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([MyTopKRouter()])})
+    assert [(t.name, t.num_experts, t.top_k) for t in find_routers(model)] == [("layers.0", 4, 1)]
+
+
+def test_a_dense_model_is_refused_by_name(build) -> None:
+    with pytest.raises(ValueError, match=r"model: Qwen3ForCausalLM has no top-k router"):
+        find_routers(build("qwen3"))
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"), [("phimoe", "sparsemixer"), ("doge", "sub-key choices")]
+)
+def test_families_without_a_topk_over_experts_are_refused_with_the_reason(
+    build, family, reason
+) -> None:
+    with pytest.raises(ValueError, match=rf"cannot be recorded or replayed: {family}.*{reason}"):
+        find_routers(build(family))
+
+
+@pytest.mark.parametrize("name", ["SwitchTransformersConfig", "NllbMoeConfig"])
+def test_capacity_routers_are_refused_with_the_reason(name) -> None:
+    import transformers
+
+    small = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+    small |= {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16}
+    small |= {"decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = getattr(transformers, name)(vocab_size=32, num_experts=4, **small)
+    model = transformers.AutoModel.from_config(config)
+    with pytest.raises(ValueError, match="drops tokens above the capacity"):
+        find_routers(model)
+
+
+def test_routers_that_differ_in_size_are_refused(model) -> None:
+    find_routers(model)[1].module.top_k = 3
+    with pytest.raises(ValueError, match=r"differ in \(experts, experts per token\)"):
+        find_routers(model)
+
+
+def test_a_router_of_unknown_size_is_refused_by_name() -> None:
+    class BareTopKRouter(nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match=r"router 'gate' \(BareTopKRouter\) tells none of"):
+        find_routers(nn.ModuleDict({"gate": BareTopKRouter()}))

@@ -1,0 +1,209 @@
+"""The policy's forward pass: prompts shared within a group change nothing but the time."""
+
+import pytest
+import torch
+
+from moe_rl.config import ConfigError, ModelConfig, preset
+from moe_rl.policy import Pass, Policy, build_policy
+from moe_rl.rollout.batch import RolloutBatch, response_positions
+from moe_rl.rollout.cached import generate, sample
+from moe_rl.rollout.noise import RouterNoise
+from moe_rl.tokenizer import character_tokenizer
+
+ALPHABET = "0123456789="
+PROMPTS = ["1234=", "9876=", "5=", "31="]
+
+
+@pytest.fixture
+def policy() -> Policy:
+    config = preset("tiny").model
+    made = build_policy(config, ALPHABET, seed=3)
+    for parameter in made.model.parameters():
+        if parameter.ndim > 1:  # large enough that tokens differ and routes are not all near ties
+            parameter.data.mul_(4.0)
+    return made
+
+
+def rollout(policy: Policy, prompts: list[str], group: int = 3, length: int = 6) -> RolloutBatch:
+    rng = torch.Generator().manual_seed(0)
+    uniforms = torch.rand(len(prompts) * group, length, generator=rng, dtype=torch.float64)
+    return generate(policy, prompts, uniforms, scores=True)
+
+
+def whole(policy: Policy) -> Policy:
+    import dataclasses
+
+    return dataclasses.replace(policy, share_prompts=False)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:2], PROMPTS], ids=["equal length", "padded"])
+def test_sharing_prompts_changes_neither_values_nor_gradients(
+    policy: Policy, prompts: list[str]
+) -> None:
+    batch = rollout(policy, prompts)
+    options = Pass(scores=True, entropy=True)
+    gradients = []
+    outputs = []
+    for reader in (policy, whole(policy)):
+        policy.model.zero_grad()
+        output = reader.response_pass(batch, options)
+        output.logprobs[batch.response_mask].sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in policy.model.named_parameters()})
+        outputs.append(output)
+    shared, full = outputs
+    mask = batch.response_mask
+    torch.testing.assert_close(shared.logprobs[mask], full.logprobs[mask], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(shared.entropy[mask], full.entropy[mask], atol=2e-5, rtol=1e-5)
+    length = batch.prompt_ids.shape[1]
+    routes = [response_positions(o.routed_experts, length)[mask].sort(-1).values for o in outputs]
+    assert (routes[0] == routes[1]).float().mean() > 0.999
+    torch.testing.assert_close(
+        shared.router_logits[mask], full.router_logits[mask], atol=1e-4, rtol=1e-4
+    )
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(
+            gradient, gradients[1][name], atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_the_engine_and_the_trainer_agree_on_log_probs_and_routes(policy: Policy) -> None:
+    batch = rollout(policy, PROMPTS)
+    with torch.no_grad():
+        output = policy.response_pass(batch, Pass())
+    mask = batch.response_mask
+    torch.testing.assert_close(
+        output.logprobs[mask], batch.rollout_logprobs[mask], atol=2e-5, rtol=1e-5
+    )
+    read = mask[:, 1:]  # the route of a token is known once the next one has been predicted
+    length = batch.prompt_ids.shape[1]
+    ours = output.routed_experts[:, length:-1][read].sort(-1).values
+    theirs = batch.routed_experts[:, length:-1][read].sort(-1).values
+    assert (ours == theirs).float().mean() > 0.999
+
+
+def test_the_last_sampled_token_has_no_route(policy: Policy) -> None:
+    batch = rollout(policy, PROMPTS)
+    assert batch.routed_experts.shape[1] == batch.prompt_ids.shape[1] + batch.response_ids.shape[1]
+    assert (batch.routed_experts[:, -1] == -1).all()
+    assert (batch.routed_experts[:, :-1] >= 0).all()
+
+
+def test_replaying_its_own_record_changes_no_log_prob(policy: Policy) -> None:
+    batch = rollout(policy, PROMPTS)
+    with torch.no_grad():
+        live = policy.response_pass(batch, Pass())
+        replayed = policy.response_pass(batch, Pass(replay=live.routed_experts))
+    assert torch.equal(live.logprobs, replayed.logprobs)
+    assert torch.equal(live.routed_experts, replayed.routed_experts)
+
+
+def test_log_probs_of_a_sequence_do_not_depend_on_its_neighbours(policy: Policy) -> None:
+    batch = rollout(policy, PROMPTS)
+    with torch.no_grad():
+        together = policy.response_pass(batch, Pass()).logprobs
+        for p in range(len(PROMPTS)):
+            part = batch.select(slice(p, p + 1))
+            alone = policy.response_pass(part, Pass()).logprobs
+            rows = slice(3 * p, 3 * p + 3)
+            mask = part.response_mask
+            torch.testing.assert_close(alone[mask], together[rows][mask], atol=2e-5, rtol=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_gradient(policy: Policy) -> None:
+    batch = rollout(policy, PROMPTS)
+    with torch.no_grad():
+        record = policy.response_pass(batch, Pass()).routed_experts
+    other = (record + 1) % 8
+    other[record < 0] = -1
+    gradients = []
+    for checkpointing in (False, True):
+        policy.model.zero_grad()
+        if checkpointing:
+            policy.model.gradient_checkpointing_enable()
+            policy.model.train()
+        output = whole(policy).response_pass(batch, Pass(replay=other))
+        output.logprobs[batch.response_mask].sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)
+
+
+def test_responses_end_at_the_end_of_sequence(policy: Policy) -> None:
+    batch = rollout(policy, PROMPTS, group=16, length=40)
+    ended = (batch.response_ids == policy.eos_id) & batch.response_mask
+    assert ended.any(), "the test needs at least one response that ends"
+    for ids, mask, cut in zip(
+        batch.response_ids, batch.response_mask, batch.truncated, strict=True
+    ):
+        kept = ids[mask]
+        assert (policy.eos_id in kept.tolist()) != bool(cut)
+        assert policy.eos_id not in kept[:-1].tolist()
+        assert (ids[~mask] == policy.pad_id).all()
+
+
+def test_sampling_follows_the_distribution() -> None:
+    logits = torch.tensor([0.0, -1.0, float("-inf"), 2.0]).expand(100_000, 4)
+    uniforms = torch.linspace(0, 1, 100_001, dtype=torch.float64)[:-1]
+    token, logprob = sample(logits, uniforms)
+    expected = logits[0].softmax(-1)
+    shares = torch.bincount(token, minlength=4) / len(token)
+    torch.testing.assert_close(shares, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logprob, expected.log()[token])
+
+
+def test_a_uniform_that_rounds_to_one_never_reaches_an_impossible_token() -> None:
+    logits = torch.tensor([[1.0, 0.0, float("-inf")]])
+    token, _ = sample(logits, torch.ones(1, dtype=torch.float64))
+    assert token.item() == 1
+
+
+def test_noise_is_a_function_of_its_address_alone() -> None:
+    def noise(prompts: range, step: int = 0, purpose: str = "old") -> torch.Tensor:
+        source = RouterNoise(
+            std=0.5, seed=1, step=step, purpose=purpose, prompts=prompts, group_size=2
+        )
+        rows = len(prompts) * 2
+        return source.for_responses()(1, torch.zeros(rows * 3, 4)).view(rows, 3, 4)
+
+    everyone = noise(range(4))
+    assert torch.equal(everyone[4:], noise(range(2, 4)))
+    assert not torch.equal(everyone, noise(range(4), step=1))
+    assert not torch.equal(everyone, noise(range(4), purpose="update0"))
+    assert everyone.std().item() == pytest.approx(0.5, rel=0.3)
+
+
+def test_noise_read_token_by_token_is_noise_read_at_once() -> None:
+    source = RouterNoise(std=1.0, seed=1, step=0, purpose="rollout", prompts=range(2), group_size=2)
+    at_once = source.for_responses()(0, torch.zeros(4 * 3, 5)).view(4, 3, 5)
+    draw = source.for_responses()
+    by_token = torch.stack([draw(0, torch.zeros(4, 5)) for _ in range(3)], dim=1)
+    assert torch.equal(at_once, by_token)
+    sequence = source.for_sequences(prompt_length=2)(0, torch.zeros(4 * 5, 5)).view(4, 5, 5)
+    assert torch.equal(sequence[:, 2:], at_once)
+    assert torch.equal(sequence[0, :2], sequence[1, :2])  # one prompt, one noise
+
+
+def test_a_checkpoint_folder_loads_as_it_was_saved(policy: Policy, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    policy.model.save_pretrained(tmp_path / "model")
+    policy.tokenizer.save_pretrained(tmp_path / "model")
+    again = build_policy(ModelConfig(checkpoint=str(tmp_path / "model")), ALPHABET)
+    batch = rollout(policy, PROMPTS)
+    with torch.no_grad():
+        before = policy.response_pass(batch, Pass()).logprobs
+        after = again.response_pass(batch, Pass()).logprobs
+    assert torch.equal(before, after)
+    assert again.decode(batch.response_ids) == policy.decode(batch.response_ids)
+
+
+def test_a_foreign_folder_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ConfigError, match=r"checkpoint=.*no config\.json"):
+        build_policy(ModelConfig(checkpoint=str(tmp_path)), ALPHABET)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        build_policy(ModelConfig(checkpoint=str(tmp_path)), ALPHABET)
+
+
+def test_every_character_is_one_token() -> None:
+    tokenizer = character_tokenizer(ALPHABET)
+    ids = tokenizer("12=9", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 4
+    assert tokenizer.decode(ids) == "12=9"
