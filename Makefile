@@ -33,9 +33,8 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt 
 .PHONY: help reproduce report test check types format bench gpu-check clean
 
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | \
-		while IFS="$$(printf '\t')" read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
-	@sed -nE 's/^# ?//; /^(PYTHON|VENV|TORCH_INDEX)/,$$ { /^$$/q; p; }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk '/^# PYTHON/ { on = 1 } /^$$/ { on = 0 } on { sub(/^# ?/, ""); print "  " $$0 }' Makefile
 
 reproduce: $(INSTALLED) ## run the collapse experiment in its quick form and write the report
 	@$(BIN)/moe-rl reproduce $(or $(ARGS),--quick)
@@ -56,8 +55,9 @@ check: $(INSTALLED_TEST) ## format, lint and types, changing nothing
 # The rooms beside moe_rl/ import as moe_rl.kernels, moe_rl.analysis, ..., which no type checker can
 # tell from the folders. A tree of links says it; paths in messages are then import names.
 types: $(INSTALLED_TEST) ## the type checker alone
-	@rm -rf $(VENV)/types && mkdir -p $(VENV)/types/moe_rl
-	@ln -s "$(CURDIR)"/moe_rl/* $(ROOMS:%="$(CURDIR)"/%) $(VENV)/types/moe_rl
+	@mkdir -p $(VENV)/types/moe_rl
+	@ln -sfn "$(CURDIR)"/moe_rl/* $(ROOMS:%="$(CURDIR)"/%) $(VENV)/types/moe_rl
+	@find -L $(VENV)/types/moe_rl -maxdepth 1 -type l -delete
 	@root="$$PWD" bin="$$(cd $(BIN) && pwd)"; cd $(VENV)/types && \
 		"$$bin/mypy" --config-file "$$root/pyproject.toml" --cache-dir "$$root/.mypy_cache" -p moe_rl
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from moe_rl.analysis.load import KEYS, arm_key
+from moe_rl.analysis.arms import arm_key
+from moe_rl.analysis.load import KEYS
 from moe_rl.analysis.stats import bootstrap_interval
 
 ROUTING = "ratio/routing_part"
@@ -43,23 +44,23 @@ def shares_by_run(updates: pd.DataFrame) -> pd.DataFrame:
     is not positive (on-policy throughout: every ratio is 1) are left out.
     """
     sampled = sampled_updates(updates)
-    rows = []
-    for key, group in sampled.groupby(KEYS, sort=False):
-        routing, weight, covariance = (float(group[name].sum()) for name in PARTS)
-        total = routing + weight + 2 * covariance
-        if total > 0:
-            rows.append(
-                dict(zip(KEYS, key, strict=True))
-                | {
-                    "routing_share": routing / total,
-                    "weight_share": weight / total,
-                    "covariance_share": 2 * covariance / total,
-                    "log_var": total / len(group),
-                    "updates": len(group),
-                }
-            )
     shares = ["routing_share", "weight_share", "covariance_share"]
-    return pd.DataFrame(rows, columns=[*KEYS, *shares, "log_var", "updates"])
+    columns = [*KEYS, *shares, "log_var", "updates"]
+    if sampled.empty:
+        return pd.DataFrame(columns=columns)
+    groups = sampled.groupby(KEYS, sort=False)
+    sums, counts = groups[PARTS].sum().astype(float), groups.size()
+    total = sums[ROUTING] + sums[WEIGHT] + 2 * sums[COVARIANCE]
+    table = pd.DataFrame(
+        {
+            "routing_share": sums[ROUTING] / total,
+            "weight_share": sums[WEIGHT] / total,
+            "covariance_share": 2 * sums[COVARIANCE] / total,
+            "log_var": total / counts,
+            "updates": counts,
+        }
+    )
+    return table[total > 0].reset_index()[columns]
 
 
 def shares_by_arm(updates: pd.DataFrame) -> pd.DataFrame:

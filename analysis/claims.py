@@ -1,155 +1,22 @@
 """Analysis room: the claims of the GSPO paper, each with our number and a verdict from the data.
 
-A claim is judged in one setting at a time, on complete runs only, by the rule in the docstring of
-its function; the report prints those docstrings. Final rewards are compared between arms on the
-same seeds. Two rows are controls the paper does not have: a verdict about routing needs them.
+Every claim is judged in one setting at a time, on complete runs only, by its function in
+`rules.py`. The last two rows are controls that the paper does not have: a verdict about routing
+needs them.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
+from moe_rl.analysis import rules
 from moe_rl.analysis.load import Study
 from moe_rl.analysis.measures import run_measures
-from moe_rl.analysis.stats import Interval, bootstrap_interval, mean
-from moe_rl.analysis.verdicts import (
-    INCONCLUSIVE,
-    NOT_REPRODUCED,
-    Finding,
-    both,
-    judge_fraction,
-    judge_interval,
-)
-
-MIN_EFFECT = 0.05  # a difference of final reward (share of prompts solved) that matters
-PAPER_CHURN = 0.10  # GSPO paper (arXiv 2507.18071), 5.3: "roughly 10% of the experts activated"
-PAPER_CLIP_GSPO, PAPER_CLIP_GRPO = 0.15, 0.0013  # GSPO paper, figure 2
-CHURN_FACTOR = 2.0  # "about": within a factor of two
-CLIP_ORDERS = 1.5  # log10; nearer to two orders of magnitude (or more) than to one
-RESTART_ARM = "grpo-restart"  # GRPO started again from a checkpoint before the collapse
-
-
-def grpo_collapses(runs: pd.DataFrame) -> Finding:
-    """Share of grpo seeds that collapse: reproduced when its Wilson interval is above 1/2."""
-    return _collapse_share(runs, "grpo", majority=True)
-
-
-def replay_restores(runs: pd.DataFrame) -> Finding:
-    """Final reward of grpo+replay minus grpo, same seeds: reproduced when the interval of the mean
-    is above 0.05 and most grpo+replay seeds do not collapse. Where it is below 0.05 although grpo
-    keeps within 20% of its peak in most seeds, there is nothing to restore: inconclusive.
-    """
-    gain = judge_interval(_paired(runs, "grpo", "grpo+replay", "final"), low=MIN_EFFECT)
-    verdict, reason = both(gain, _collapse_share(runs, "grpo+replay", majority=False))
-    unstable = _arm(runs, "grpo")["unstable"]
-    if gain.verdict == NOT_REPRODUCED and unstable.mean() <= 0.5:
-        verdict, reason = INCONCLUSIVE, "grpo is stable here: there is nothing to restore"
-    ours = _difference_text("grpo+replay - grpo", gain.interval)
-    return Finding(verdict=verdict, reason=reason, ours=ours, interval=gain.interval)
-
-
-def gspo_needs_none(runs: pd.DataFrame) -> Finding:
-    """Final reward of gspo minus gspo+replay (minus grpo+replay where that was not run), same
-    seeds: reproduced when the interval of the mean is above -0.05 and most gspo seeds do not
-    collapse.
-    """
-    other = "gspo+replay" if len(_arm(runs, "gspo+replay")) else "grpo+replay"
-    loss = judge_interval(_paired(runs, other, "gspo", "final"), low=-MIN_EFFECT)
-    verdict, reason = both(loss, _collapse_share(runs, "gspo", majority=False))
-    ours = _difference_text(f"gspo - {other}", loss.interval)
-    return Finding(verdict=verdict, reason=reason, ours=ours, interval=loss.interval)
-
-
-def churn_after_one_update(runs: pd.DataFrame) -> Finding:
-    """Churn of grpo one optimiser step after the old policy: reproduced when its interval lies
-    within a factor of two of 10% (5% to 20%). The paper's literal reading.
-    """
-    return _churn(runs, "churn_one")
-
-
-def churn_over_rollout(runs: pd.DataFrame) -> Finding:
-    """Churn of grpo at the last update of a rollout: reproduced when its interval lies within a
-    factor of two of 10% (5% to 20%). The loose reading: new against old policy, all updates.
-    """
-    return _churn(runs, "churn_last")
-
-
-def routing_drives_ratio(runs: pd.DataFrame) -> Finding:
-    """Share of Var(log w) of grpo that is due to routing: reproduced when its interval is above
-    one half.
-    """
-    interval = bootstrap_interval(_arm(runs, "grpo")["routing_share"].astype(float))
-    finding = judge_interval(interval, low=0.5)
-    return _with_ours(finding, f"{interval.value:.0%} of the variance")
-
-
-def gspo_clips_more(runs: pd.DataFrame) -> Finding:
-    """log10 of clipped share, gspo over grpo+replay (over grpo where that was not run), same
-    seeds: reproduced when the interval of the mean is above 1.5, nearer to two orders than to one.
-    Seeds in which the other arm clips nothing have no ratio and are left out.
-    """
-    other = "grpo+replay" if len(_arm(runs, "grpo+replay")) else "grpo"
-    pairs = _pairs(runs, other, "gspo", "clip_share")
-    pairs = pairs[(pairs > 0).all(axis=1)]
-    orders = bootstrap_interval(np.log10(pairs["gspo"]) - np.log10(pairs[other]), mean)
-    ours = (
-        f"{pairs['gspo'].median():.2g} against {pairs[other].median():.2g} ({other}): "
-        f"{orders.value:.1f} orders"
-    )
-    return _with_ours(judge_interval(orders, low=CLIP_ORDERS), ours)
-
-
-def dense_is_stable(runs: pd.DataFrame) -> Finding:
-    """The failure belongs to the MoE: reproduced when most grpo seeds are unstable (final more
-    than 20% below the peak) and most dense seeds are not, by Wilson intervals against 1/2; not
-    reproduced when most dense seeds are unstable too; inconclusive where grpo is stable.
-    """
-    return _control(runs, "dense")
-
-
-def frozen_router_is_stable(runs: pd.DataFrame) -> Finding:
-    """Router updates cause the failure: reproduced when most grpo seeds are unstable (final more
-    than 20% below the peak) and most frozen-router seeds are not, by Wilson intervals against
-    1/2; not reproduced when most frozen-router seeds are unstable too; inconclusive where grpo is
-    stable.
-    """
-    return _control(runs, "frozen-router")
-
-
-def deeper_is_worse(study_runs: pd.DataFrame) -> Finding:
-    """Churn of grpo over a rollout, deepest minus shallowest model, same seeds and everything else
-    equal: reproduced when the interval of the mean is above 0. Needs runs at two depths.
-    """
-    runs = _arm(study_runs, "grpo")
-    same = ["learning_rate", "updates_per_rollout", "router_noise", "num_experts"]
-    gaps: list[float] = []
-    for _, group in runs.groupby(same, dropna=False):
-        depths = sorted(group["num_layers"].dropna().unique())
-        if len(depths) < 2:
-            continue
-        by_depth = group.pivot_table(index="seed", columns="num_layers", values="churn_last")
-        gaps += list((by_depth[depths[-1]] - by_depth[depths[0]]).dropna())
-    if not gaps:
-        return Finding(verdict=INCONCLUSIVE, reason="not measured: needs grpo runs at two depths")
-    interval = bootstrap_interval(gaps, mean)
-    finding = judge_interval(interval, low=0.0)
-    return _with_ours(finding, f"churn {interval.value:+.1%}, deepest - shallowest")
-
-
-def collapse_is_irreversible(runs: pd.DataFrame) -> Finding:
-    """Share of runs started again from a checkpoint before the collapse (arm grpo-restart) that
-    collapse too: reproduced when its Wilson interval is above 1/2. Needs such runs.
-    """
-    if not len(_arm(runs, RESTART_ARM)):
-        reason = f"not measured: needs runs restarted before the collapse (arm {RESTART_ARM})"
-        return Finding(verdict=INCONCLUSIVE, reason=reason)
-    return _collapse_share(runs, RESTART_ARM, majority=True)
+from moe_rl.analysis.verdicts import Finding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,63 +36,64 @@ class Claim:
         return " ".join((inspect.getdoc(self.judge) or "").split())
 
 
-_PAPER = "GSPO paper"
+_PAPER = "GSPO paper"  # arXiv 2507.18071
+PAPER_CLIP_GSPO, PAPER_CLIP_GRPO = 0.15, 0.0013  # its figure 2
 CLAIMS = [
     Claim(
         key="grpo_collapses",
         text="GRPO without Routing Replay collapses",
         source=f"{_PAPER}, 5.3 and figure 3",
         paper="one curve, fails to converge",
-        judge=grpo_collapses,
+        judge=rules.grpo_collapses,
     ),
     Claim(
         key="replay_restores",
         text="Routing Replay restores GRPO",
         source=f"{_PAPER}, 5.3 and figure 3",
         paper="one curve, converges",
-        judge=replay_restores,
+        judge=rules.replay_restores,
     ),
     Claim(
         key="gspo_needs_none",
         text="GSPO needs no Routing Replay",
         source=f"{_PAPER}, 5.3 and figure 1",
         paper="one curve, stable, above GRPO with replay",
-        judge=gspo_needs_none,
+        judge=rules.gspo_needs_none,
     ),
     Claim(
         key="churn_after_one_update",
         text="About 10% of activated experts change after each gradient update",
         source=f"{_PAPER}, 5.3 (48 layers)",
-        paper=f"roughly {PAPER_CHURN:.0%}",
-        judge=churn_after_one_update,
+        paper=f"roughly {rules.PAPER_CHURN:.0%}",
+        judge=rules.churn_after_one_update,
     ),
     Claim(
         key="churn_over_rollout",
         text="The same, between old and new policy over a whole rollout",
         source=f"{_PAPER}, 5.3 (48 layers)",
-        paper=f"roughly {PAPER_CHURN:.0%}",
-        judge=churn_over_rollout,
+        paper=f"roughly {rules.PAPER_CHURN:.0%}",
+        judge=rules.churn_over_rollout,
     ),
     Claim(
         key="routing_drives_ratio",
         text="The routing change is what makes token ratios fluctuate",
         source=f"{_PAPER}, 5.3",
         paper="stated, no number",
-        judge=routing_drives_ratio,
+        judge=rules.routing_drives_ratio,
     ),
     Claim(
         key="gspo_clips_more",
         text="GSPO clips two orders of magnitude more tokens",
         source=f"{_PAPER}, figure 2",
         paper=f"{PAPER_CLIP_GSPO:g} against {PAPER_CLIP_GRPO:g}",
-        judge=gspo_clips_more,
+        judge=rules.gspo_clips_more,
     ),
     Claim(
         key="deeper_is_worse",
         text="The volatility is worse in deeper models",
         source=f"{_PAPER}, 5.3",
         paper="stated, no number",
-        judge=deeper_is_worse,
+        judge=rules.deeper_is_worse,
         study_wide=True,
     ),
     Claim(
@@ -233,32 +101,33 @@ CLAIMS = [
         text="The collapse is irreversible, even from an earlier checkpoint",
         source=f"{_PAPER}, 5.3",
         paper="stated, no number",
-        judge=collapse_is_irreversible,
+        judge=rules.collapse_is_irreversible,
     ),
     Claim(
         key="dense_is_stable",
         text="Control: a dense model stays stable in the same setting",
         source="our control",
         paper="not run",
-        judge=dense_is_stable,
+        judge=rules.dense_is_stable,
     ),
     Claim(
         key="frozen_router_is_stable",
         text="Control: with a frozen router the failure goes away",
         source="our control",
         paper="not run",
-        judge=frozen_router_is_stable,
+        judge=rules.frozen_router_is_stable,
     ),
 ]
 
 
-def claims_table(study: Study) -> pd.DataFrame:
+def claims_table(study: Study, measures: pd.DataFrame | None = None) -> pd.DataFrame:
     """One row a (setting, claim): our number, its interval, n, the verdict and its reason.
 
     Columns: setting, key, claim, source, paper, ours, value, low, high, n, verdict, reason, rule.
-    Verdicts are computed from complete runs by `Claim.judge`.
+    Verdicts are computed from complete runs by `Claim.judge`. `measures` is `run_measures(study)`
+    where the caller has it already.
     """
-    measures = run_measures(study)
+    measures = run_measures(study) if measures is None else measures
     measures = measures[measures["complete"]]
     rows = []
     for setting in study.settings:
@@ -283,62 +152,3 @@ def claims_table(study: Study) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
-
-
-def _arm(runs: pd.DataFrame, arm: str) -> pd.DataFrame:
-    return runs[runs["arm"] == arm]
-
-
-def _pairs(runs: pd.DataFrame, a: str, b: str, column: str) -> pd.DataFrame:
-    """`column` of arms a and b, one row a seed that both have."""
-    both_arms = runs[runs["arm"].isin([a, b])]
-    table = both_arms.pivot_table(index="seed", columns="arm", values=column, dropna=False)
-    return table.reindex(columns=[a, b]).astype(float).dropna()
-
-
-def _paired(runs: pd.DataFrame, a: str, b: str, column: str) -> Interval:
-    pairs = _pairs(runs, a, b, column)
-    return bootstrap_interval(pairs[b] - pairs[a], mean)
-
-
-def _collapse_share(runs: pd.DataFrame, arm: str, *, majority: bool) -> Finding:
-    own = _arm(runs, arm)
-    k = int(own["collapsed"].sum())
-    finding = judge_fraction(k, len(own), majority=majority, what=f"{arm} collapsed")
-    return _with_ours(finding, f"{k} of {len(own)} collapsed")
-
-
-def _churn(runs: pd.DataFrame, column: str) -> Finding:
-    interval = bootstrap_interval(_arm(runs, "grpo")[column].astype(float))
-    low, high = PAPER_CHURN / CHURN_FACTOR, PAPER_CHURN * CHURN_FACTOR
-    return _with_ours(judge_interval(interval, low=low, high=high), f"{interval.value:.1%}")
-
-
-def _control(runs: pd.DataFrame, arm: str) -> Finding:
-    moe, control = _arm(runs, "grpo"), _arm(runs, arm)
-    k, k_moe = int(control["unstable"].sum()), int(moe["unstable"].sum())
-    stable = judge_fraction(k, len(control), majority=False, what=f"{arm} unstable")
-    fails = judge_fraction(k_moe, len(moe), majority=True, what="grpo unstable")
-    ours = f"unstable: {arm} {k} of {len(control)}, grpo {k_moe} of {len(moe)}"
-    if stable.interval.n == 0 or fails.interval.n == 0:
-        missing = arm if stable.interval.n == 0 else "grpo"
-        return Finding(verdict=INCONCLUSIVE, reason=f"not measured: no complete {missing} run")
-    if stable.verdict == NOT_REPRODUCED:
-        verdict, reason = NOT_REPRODUCED, stable.reason
-    elif fails.verdict == NOT_REPRODUCED:
-        verdict, reason = INCONCLUSIVE, "grpo is stable here: no failure to explain"
-    else:
-        verdict, reason = both(stable, fails)
-    return Finding(verdict=verdict, reason=reason, ours=ours, interval=stable.interval)
-
-
-def _difference_text(what: str, interval: Interval) -> str:
-    return "not measured" if interval.n == 0 else f"{what} = {interval.value:+.2f}"
-
-
-def _with_ours(finding: Finding, ours: str) -> Finding:
-    if math.isnan(finding.interval.value):
-        ours = "not measured"
-    return Finding(
-        verdict=finding.verdict, reason=finding.reason, ours=ours, interval=finding.interval
-    )

@@ -13,19 +13,21 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moe_rl.analysis.load import Study
-from moe_rl.analysis.measures import run_measures
 from moe_rl.analysis.plots import frontier, ratios, routing, training
 from moe_rl.analysis.plots.style import COLUMN, WIDE, has
 
 
 @dataclass(frozen=True, kw_only=True)
 class FigureSpec:
-    """A figure of one setting (or of a map): `draw(study, width)`; `widths` it is wanted in."""
+    """A figure of one setting or of a map; `draw(study, measures, width)` with `run_measures`.
+
+    `widths` are the widths it is drawn in, in inches, the one for paper and wide screens first.
+    """
 
     key: str
     title: str
     caption: str
-    draw: Callable[[Study, float], Figure]
+    draw: Callable[[Study, pd.DataFrame, float], Figure]
     needs_steps: tuple[str, ...] = ()
     needs_updates: tuple[str, ...] = ()
     widths: tuple[float, ...] = (WIDE, COLUMN)
@@ -47,7 +49,7 @@ SETTING_FIGURES = [
         title="Reward by arm",
         caption=f"Mean reward of each rollout. {SEEDS} In an arm's panel the grey lines are the "
         "other arms' medians, and a triangle marks the step at which a seed collapses.",
-        draw=lambda study, width: training.reward_by_arm(study.steps, width=width),
+        draw=lambda study, _, width: training.reward_by_arm(study.steps, width=width),
         needs_steps=("reward",),
     ),
     FigureSpec(
@@ -57,7 +59,7 @@ SETTING_FIGURES = [
         "variance of the token ratio, the clipped share and the gradient norm, and the reward "
         f"falls last. {SEEDS} Triangles mark collapses; scales are logarithmic where labelled in "
         "powers or decades.",
-        draw=lambda study, width: training.chain(study.steps, study.updates, width=width),
+        draw=lambda study, _, width: training.chain(study.steps, study.updates, width=width),
         needs_steps=("reward",),
         needs_updates=("grad_norm",),
     ),
@@ -67,7 +69,7 @@ SETTING_FIGURES = [
         caption="Share of activated experts that differ between the old policy and the policy at "
         "the rollout's last update; median over seeds. One colour scale for all panels; layer 1 "
         "is next to the embedding.",
-        draw=lambda study, width: routing.churn_by_layer(study.updates, width=width),
+        draw=lambda study, _, width: routing.churn_by_layer(study.updates, width=width),
         needs_updates=("routing/churn_per_layer",),
     ),
     FigureSpec(
@@ -76,7 +78,7 @@ SETTING_FIGURES = [
         caption="Variance of the token ratio w = exp(logprob - old_logprob) and of the sequence "
         "ratio exp(mean log w) inside an update, mean over the rollout's updates, before any "
         f"clamp. Log scale, shared. {SEEDS}",
-        draw=lambda study, width: ratios.ratio_variance(study.updates, width=width),
+        draw=lambda study, _, width: ratios.ratio_variance(study.updates, width=width),
         needs_updates=("ratio/token_var", "ratio/sequence_var"),
     ),
     FigureSpec(
@@ -86,7 +88,7 @@ SETTING_FIGURES = [
         "the routing part's share of Var(log w): dots are seeds, the tick the IQM, the bar its "
         "95% interval. Right of the dotted line routing dominates. Under replay the loss sees "
         "only the weight part; the routing part is what replay hides.",
-        draw=lambda study, width: ratios.routing_against_weights(study.updates, width=width),
+        draw=lambda study, _, width: ratios.routing_against_weights(study.updates, width=width),
         needs_updates=("ratio/routing_part", "ratio/weight_part", "ratio/part_covariance"),
     ),
     FigureSpec(
@@ -94,7 +96,7 @@ SETTING_FIGURES = [
         title="Churn by update within a rollout",
         caption="Churn against the number of optimiser steps since the old policy was recorded, "
         f"mean over all rollouts. {SEEDS}",
-        draw=lambda study, width: routing.churn_by_update(study.updates, width=width),
+        draw=lambda study, _, width: routing.churn_by_update(study.updates, width=width),
         needs_updates=("routing/churn",),
         widths=(COLUMN,),
     ),
@@ -103,7 +105,7 @@ SETTING_FIGURES = [
         title="Churn by response position",
         caption="Churn of the routing that predicts each response token, mean over sampled last "
         f"updates. {SEEDS}",
-        draw=lambda study, width: routing.churn_by_position(study.updates, width=width),
+        draw=lambda study, _, width: routing.churn_by_position(study.updates, width=width),
         needs_updates=("routing/churn_per_position",),
         widths=(COLUMN,),
     ),
@@ -112,7 +114,7 @@ SETTING_FIGURES = [
         title="Clipped share of tokens",
         caption="Share of tokens whose gradient the clip removes (for GSPO: tokens of clipped "
         f"responses), mean over the rollout's updates. Log scale. {SEEDS}",
-        draw=lambda study, width: training.clip_share(study.updates, width=width),
+        draw=lambda study, _, width: training.clip_share(study.updates, width=width),
         needs_updates=("clip_ratio/region",),
         widths=(COLUMN,),
     ),
@@ -120,7 +122,7 @@ SETTING_FIGURES = [
         key="gradient-norm",
         title="Gradient norm",
         caption=f"Before clipping, mean over the rollout's updates. Log scale. {SEEDS}",
-        draw=lambda study, width: training.gradient_norm(study.updates, width=width),
+        draw=lambda study, _, width: training.gradient_norm(study.updates, width=width),
         needs_updates=("grad_norm",),
         widths=(COLUMN,),
     ),
@@ -129,7 +131,7 @@ SETTING_FIGURES = [
         title="Effective sample size",
         caption="ESS/N = 1/(1 + CV\u00b2) of the token ratios at the rollout's last update: 1 is "
         f"on-policy, near 0 a few tokens carry all the weight. {SEEDS}",
-        draw=lambda study, width: training.effective_sample_size(study.updates, width=width),
+        draw=lambda study, _, width: training.effective_sample_size(study.updates, width=width),
         needs_updates=("ratio/token_ess",),
         widths=(COLUMN,),
     ),
@@ -138,7 +140,7 @@ SETTING_FIGURES = [
         title="Rollout engine against trainer",
         caption="The same tokens and weights, scored by the rollout engine and by the trainer: "
         f"what differs here is numerics and router noise, not learning. {SEEDS}",
-        draw=lambda study, width: routing.engine_mismatch(study.steps, width=width),
+        draw=lambda study, _, width: routing.engine_mismatch(study.steps, width=width),
         needs_steps=("mismatch/kl_k3",),
     ),
 ]
@@ -150,7 +152,7 @@ MAP_FIGURES = [
         caption="Number and colour: final reward, median over seeds. A cross marks a cell whose "
         "median drawdown (fall of the final reward from the peak) exceeds 20%. n is the number of "
         "complete seeds; empty cells were not run.",
-        draw=lambda study, width: frontier.collapse_map(run_measures(study), width=width),
+        draw=lambda study, measures, width: frontier.collapse_map(measures, width=width),
         needs_steps=("reward",),
     ),
     FigureSpec(
@@ -160,7 +162,7 @@ MAP_FIGURES = [
         "(median drawdown over seeds), every smaller one tried being stable too. Vertical bars: "
         "range of the single seeds. A triangle is a lower bound: stable at the highest rate "
         "tried. An open circle: not stable at the lowest.",
-        draw=lambda study, width: frontier.frontier(run_measures(study), width=width),
+        draw=lambda study, measures, width: frontier.frontier(measures, width=width),
         needs_steps=("reward",),
     ),
 ]

@@ -19,8 +19,9 @@ from typing import Any
 
 import pandas as pd
 
+from moe_rl.analysis.arms import arm_key
+
 SCHEMA = 1
-ARM_ORDER = ("grpo", "grpo+replay", "gspo", "gspo+replay", "dense", "frozen-router")
 KEYS = ["setting", "arm", "seed"]
 # Config columns that the frames `steps` and `updates` carry beside the keys.
 CONFIG_COLUMNS = [
@@ -85,11 +86,6 @@ class Study:
             summaries={key: value for key, value in self.summaries.items() if key[0] == name},
             notes=self.notes,
         )
-
-
-def arm_key(arm: str) -> tuple[int, str]:
-    """Sort key: the arms of the experiment in their fixed order, then unknown ones by name."""
-    return (ARM_ORDER.index(arm) if arm in ARM_ORDER else len(ARM_ORDER), arm)
 
 
 def load_study(path: str | Path) -> Study:

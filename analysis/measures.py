@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import pandas as pd
+from pandas.core.groupby.generic import SeriesGroupBy
 
 from moe_rl.analysis.attribution import shares_by_run
 from moe_rl.analysis.collapse import outcome
@@ -39,68 +40,68 @@ def run_measures(study: Study) -> pd.DataFrame:
     routing_share        share of Var(log w) due to routing, see attribution.py
     seconds, seconds_per_step, instruments_share     of summary.json
     """
-    rows = []
     steps = dict(tuple(study.steps.groupby(KEYS))) if len(study.steps) else {}
-    updates = dict(tuple(study.updates.groupby(KEYS))) if len(study.updates) else {}
+    rows = []
     for run in study.runs.to_dict("records"):
-        key = (run["setting"], run["arm"], run["seed"])
-        own_steps = steps.get(key, pd.DataFrame(columns=["step", "reward"]))
-        result = outcome(own_steps["reward"].astype(float), own_steps["step"])
-        row = {name: run.get(name) for name in [*KEYS, "complete", *CONFIG_COLUMNS]}
-        row |= vars(result)
-        row |= _chain(before_collapse(updates.get(key), result.collapse_step))
+        own = steps.get((run["setting"], run["arm"], run["seed"]))
+        reward, times = ([], []) if own is None else (own["reward"].astype(float), own["step"])
+        result = outcome(reward, times)
         seconds = run.get("summary_seconds", math.nan)
-        row["seconds"] = seconds
-        row["seconds_per_step"] = seconds / result.steps if result.steps else math.nan
-        row["instruments_share"] = run.get("summary_instruments_share", math.nan)
-        rows.append(row)
-    return pd.DataFrame(rows)
+        rows.append(
+            {name: run.get(name) for name in [*KEYS, "complete", *CONFIG_COLUMNS]}
+            | vars(result)
+            | {
+                "seconds": seconds,
+                "seconds_per_step": seconds / result.steps if result.steps else math.nan,
+                "instruments_share": run.get("summary_instruments_share", math.nan),
+            }
+        )
+    measures = pd.DataFrame(rows)
+    links = _chain(before_collapse(study.updates, measures))
+    return measures.join(links, on=KEYS)
 
 
-def before_collapse(updates: pd.DataFrame | None, collapse_step: float) -> pd.DataFrame | None:
-    """The updates of one run before `collapse_step`; all of them where it is NaN."""
-    if updates is None or math.isnan(collapse_step):
-        return updates
-    earlier = updates[updates["step"] < collapse_step]
-    return earlier if len(earlier) else updates
+def before_collapse(updates: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `updates` before the `collapse_step` of their run; all where that is NaN."""
+    collapse = measures.set_index(KEYS)["collapse_step"]
+    own = collapse.reindex(pd.MultiIndex.from_frame(updates[KEYS])).to_numpy()
+    return updates[~(updates["step"].to_numpy(float) >= own)]
 
 
-def column_or_nan(frame: pd.DataFrame | None, name: str) -> pd.Series:
-    """A column as floats; one NaN where the run did not record it."""
-    if frame is None or name not in frame.columns:
-        return pd.Series([math.nan], dtype=float)
-    return pd.to_numeric(frame[name], errors="coerce")
+def _chain(updates: pd.DataFrame) -> pd.DataFrame:
+    """The links of the chain, one row a run; NaN where a run did not record one."""
+    runs = updates[KEYS].drop_duplicates()
+    table = pd.DataFrame(index=pd.MultiIndex.from_frame(runs), columns=CHAIN, dtype=float)
+    last = updates["update"] == updates.groupby(KEYS)["update"].transform("max")
+    at_last, second = updates[last], updates[updates["update"] == 1]
+    for name, frame, column in (
+        ("churn_one", second, "routing/churn"),
+        ("churn_last", at_last, "routing/churn"),
+        ("router_disagreement", at_last, "routing/router_disagreement"),
+        ("token_disagreement", at_last, "routing/token_disagreement"),
+        ("token_ess", updates, "ratio/token_ess"),
+        ("clip_share", updates, "clip_ratio/region"),
+    ):
+        if column in frame:
+            table[name] = _grouped(frame, column, KEYS).mean()
+    if "grad_norm" in updates:
+        table["grad_norm"] = _grouped(updates, "grad_norm", KEYS).median()
+    for kind in ("token", "sequence"):
+        if f"ratio/{kind}_var" in updates:
+            per_step = _grouped(updates, f"ratio/{kind}_var", [*KEYS, "step"]).mean()
+            table[f"{kind}_var"] = per_step.groupby(level=KEYS).median()
+    table["routing_share"] = shares_by_run(updates).set_index(KEYS)["routing_share"]
+    return table
 
 
-def _chain(updates: pd.DataFrame | None) -> dict[str, float]:
-    if updates is None or updates.empty:
-        return dict.fromkeys(CHAIN, math.nan)
-    last = updates[updates["update"] == updates["update"].max()]
-    second = updates[updates["update"] == 1]
-    shares = shares_by_run(updates)
-    return {
-        "churn_one": float(column_or_nan(second, "routing/churn").mean()),
-        "churn_last": float(column_or_nan(last, "routing/churn").mean()),
-        "router_disagreement": float(column_or_nan(last, "routing/router_disagreement").mean()),
-        "token_disagreement": float(column_or_nan(last, "routing/token_disagreement").mean()),
-        "token_var": _typical_variance(updates, "ratio/token_var"),
-        "sequence_var": _typical_variance(updates, "ratio/sequence_var"),
-        "token_ess": float(column_or_nan(updates, "ratio/token_ess").mean()),
-        "clip_share": float(column_or_nan(updates, "clip_ratio/region").mean()),
-        "grad_norm": float(column_or_nan(updates, "grad_norm").median()),
-        "routing_share": float(shares["routing_share"].iloc[0]) if len(shares) else math.nan,
-    }
+def _grouped(frame: pd.DataFrame, column: str, keys: list[str]) -> SeriesGroupBy[Any, Any]:
+    return pd.to_numeric(frame[column], errors="coerce").groupby([frame[key] for key in keys])
 
 
-def _typical_variance(updates: pd.DataFrame, name: str) -> float:
-    if name not in updates.columns:
-        return math.nan
-    per_step = pd.to_numeric(updates[name], errors="coerce").groupby(updates["step"]).mean()
-    return float(per_step.median())
-
-
-def summarize(study: Study) -> pd.DataFrame:
+def summarize(study: Study, measures: pd.DataFrame | None = None) -> pd.DataFrame:
     """The table of arms: one row a (setting, arm), statistics over its COMPLETE runs.
+
+    `measures` is `run_measures(study)` where the caller has it already.
 
     final, final_low, final_high    interquartile mean of the final reward, 95% bootstrap interval
     peak, drawdown                  medians over seeds
@@ -111,7 +112,7 @@ def summarize(study: Study) -> pd.DataFrame:
     the links of the chain          medians over seeds (see `run_measures`)
     instruments_share, seconds_per_step, seconds    means over seeds
     """
-    measures = run_measures(study)
+    measures = run_measures(study) if measures is None else measures
     rows = []
     for (setting, arm), group in measures.groupby(["setting", "arm"], sort=False):
         rows.append({"setting": setting, "arm": arm} | _arm_row(group))

@@ -10,8 +10,8 @@ from moe_rl.analysis.verdicts import MIN_SEEDS
 ENTRIES = [
     (
         "Smoothing",
-        f"Trailing mean over a window of max(1, steps // {WINDOWS_PER_RUN}) rollout steps; used for "
-        "peak and collapse only, figures show the raw reward. A non-finite reward counts as 0.",
+        f"Trailing mean over a window of max(1, steps // {WINDOWS_PER_RUN}) rollout steps; used "
+        "for peak and collapse only, figures show the raw reward. A non-finite reward counts as 0.",
     ),
     (
         "Collapse",

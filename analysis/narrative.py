@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
+from moe_rl.analysis.arms import arm_label
 from moe_rl.analysis.collapse import stability_frontier
 from moe_rl.analysis.load import Study
 from moe_rl.analysis.page import bounds, number
-from moe_rl.analysis.plots.style import label
 from moe_rl.analysis.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 
 CONTROL_SENTENCES = {
@@ -19,10 +19,11 @@ CONTROL_SENTENCES = {
 }
 
 
-def headline(setting: str, arms: pd.DataFrame, claims: pd.DataFrame) -> str:
+def headline(setting: str, measures: pd.DataFrame, arms: pd.DataFrame, claims: pd.DataFrame) -> str:
     """One paragraph: what happened in one setting, with numbers, and what it says of the claims.
 
-    `arms` and `claims` are the rows of `summarize` and `claims_table` for this setting.
+    `measures`, `arms` and `claims` are the rows of `run_measures`, `summarize` and `claims_table`
+    for this setting.
     """
     done = arms[arms["runs"] > 0]
     if done.empty:
@@ -32,12 +33,14 @@ def headline(setting: str, arms: pd.DataFrame, claims: pd.DataFrame) -> str:
     plural = "seed" if most == 1 else "seeds"
     sentences = [f"In {setting} ({seeds} {plural} an arm):"]
     sentences += [_arm_sentence(row) for row in done.to_dict("records")]
-    return " ".join([*sentences, _control_sentence(claims), _count_sentence(claims)]).strip()
+    sentences += [_order_sentence(measures), _control_sentence(claims), _count_sentence(claims)]
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def _arm_sentence(row: dict[str, Any]) -> str:
     interval = bounds(row["final_low"], row["final_high"])
-    words = f"{label(row['arm'])} ended at {number(row['final'])}"
+    name = arm_label(row["arm"])
+    words = f"{name[0].upper()}{name[1:]} ended at {number(row['final'])}"
     words += f" {interval}" if interval else ""
     if math.isfinite(row["drawdown"]) and row["drawdown"] > 0.05:
         words += f" after a peak of {number(row['peak'])}"
@@ -47,6 +50,18 @@ def _arm_sentence(row: dict[str, Any]) -> str:
     elif row["unstable"]:
         words += f", unstable in {row['unstable']} of {row['runs']}"
     return words + "."
+
+
+def _order_sentence(measures: pd.DataFrame) -> str:
+    """On how many common seeds the remedies ended above plain GRPO."""
+    finals = measures[measures["complete"]].pivot_table(index="seed", columns="arm", values="final")
+    parts = []
+    for arm in ("grpo+replay", "gspo", "dense"):
+        if {"grpo", arm} <= set(finals.columns):
+            both = finals[["grpo", arm]].dropna()
+            wins = int((both[arm] > both["grpo"]).sum())
+            parts.append(f"{arm_label(arm)} in {wins} of {len(both)}")
+    return f"On the same seeds above GRPO: {', '.join(parts)}." if parts else ""
 
 
 def _control_sentence(claims: pd.DataFrame) -> str:
@@ -89,9 +104,9 @@ def map_headline(study: Study, measures: pd.DataFrame) -> str:
 
 def _frontier_words(row: pd.Series) -> str:
     if math.isnan(row["frontier"]):
-        return f"below {number(row['lowest'])} for {label(row['arm'])}"
+        return f"below {number(row['lowest'])} for {arm_label(row['arm'])}"
     least = "at least " if row["censored"] else ""
-    return f"{least}{number(row['frontier'])} for {label(row['arm'])}"
+    return f"{least}{number(row['frontier'])} for {arm_label(row['arm'])}"
 
 
 def config_line(study: Study) -> str:
@@ -114,8 +129,24 @@ def config_line(study: Study) -> str:
 def _span(runs: pd.DataFrame, name: str, form: str) -> str:
     if name not in runs.columns:
         return ""
-    values = sorted(runs[name].dropna().unique())
+    per_arm = runs.dropna(subset=[name]).groupby("arm")[name].unique()
+    values = sorted(set(runs[name].dropna()))
     if not values:
         return ""
-    shown = [f"{value:g}" if isinstance(value, int | float) else str(value) for value in values]
-    return form.format(shown[0] if len(shown) == 1 else f"{shown[0]} to {shown[-1]}")
+    usual = runs[name].mode().iloc[0]
+    odd = {arm: own[0] for arm, own in per_arm.items() if len(own) == 1 and own[0] != usual}
+    if len(values) == 1 or (len(odd) == 1 and len(values) == 2):
+        other = "".join(f" ({arm_label(str(arm))}: {_plain(v)})" for arm, v in odd.items())
+        return form.format(_plain(usual)) + other
+    return form.format(f"{_plain(values[0])} to {_plain(values[-1])}")
+
+
+def _plain(value: Any) -> str:
+    """A config value in words: 3e-4, not 0.0003."""
+    if isinstance(value, str | bool):
+        return str(value)
+    size = float(value)
+    if size == 0 or abs(size) >= 0.01:
+        return f"{size:g}"
+    mantissa, exponent = f"{size:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from moe_rl.analysis.plots.style import colour, label
+from moe_rl.analysis.arms import arm_label
+from moe_rl.analysis.plots.style import colour
 from moe_rl.analysis.svg import css_variables, variable
 from moe_rl.analysis.verdicts import NOT_REPRODUCED, REPRODUCED
 
@@ -53,7 +54,7 @@ def share(value: float, digits: int = 1) -> str:
     """A share as a percentage."""
     if not math.isfinite(value):
         return NONE
-    small = 0 < abs(value) < 0.5 * 10 ** -(digits + 2)
+    small = digits and 0 < abs(value) < 0.5 * 10 ** -(digits + 2)
     return f"{100 * value:.2g}%" if small else f"{100 * value:.{digits}f}%"
 
 
@@ -67,7 +68,7 @@ def bounds(low: float, high: float, digits: int = 2) -> str:
 def arm_name(arm: str) -> Html:
     """The arm's label behind a chip of its colour."""
     chip = tag("span", "", f'class="chip" style="background: {variable(colour(arm))}"')
-    return Html(f'<span class="arm">{chip}{text(label(arm))}</span>')
+    return Html(f'<span class="arm">{chip}{text(arm_label(arm))}</span>')
 
 
 def verdict_badge(verdict: str, *, short: bool = False) -> Html:
@@ -101,7 +102,11 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[object]], *, kind: 
     body = []
     for row in rows:
         cells = "".join(
-            tag("td", cell, f'class="{"num" if c.numeric else ""}" data-label="{text(c.name)}"')
+            tag(
+                "td",
+                tag("div", cell),
+                f'class="{"num" if c.numeric else ""}" data-label="{text(c.name)}"',
+            )
             for c, cell in zip(columns, row, strict=True)
         )
         body.append(f"<tr>{cells}</tr>")

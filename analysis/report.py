@@ -48,7 +48,8 @@ def write_report(run_dir: str | Path) -> Path:
         for file in sorted((out / folder).iterdir()):
             if file.suffix in suffixes:
                 file.unlink()
-    measures, arms, claims = run_measures(study), summarize(study), claims_table(study)
+    measures = run_measures(study)
+    arms, claims = summarize(study, measures), claims_table(study, measures)
     tests = paired_tests(measures)
     _write_data(out / "data", study, measures, arms, claims, tests)
 
@@ -56,9 +57,10 @@ def write_report(run_dir: str | Path) -> Path:
     chapters = [] if mapped and len(study.settings) > CHAPTERS else study.settings
     body: list[object] = [_title(study), _overview(study, measures, arms, claims, mapped, chapters)]
     if mapped:
-        body += [_heading("map", "Map"), _figures(study, MAP_FIGURES, "map", out)]
+        body += [_heading("map", "Map"), _figures(study, measures, MAP_FIGURES, "map", out)]
     for setting in chapters:
-        body.append(_chapter(study.setting(setting), setting, arms, claims, tests, out))
+        frames = [_of(frame, setting) for frame in (measures, arms, claims, tests)]
+        body.append(_chapter(study.setting(setting), frames, out))
     body += [
         _heading("runs", "Runs that are not complete"),
         runs_section(study),
@@ -105,8 +107,8 @@ def _overview(
     if mapped:
         parts.append(tag("p", map_headline(study, measures), 'class="headline"'))
     for setting in chapters:
-        own_arms, own_claims = _of(arms, setting), _of(claims, setting)
-        parts.append(tag("p", headline(setting, own_arms, own_claims), 'class="headline"'))
+        own = [_of(frame, setting) for frame in (measures, arms, claims)]
+        parts.append(tag("p", headline(setting, *own), 'class="headline"'))
     anchors = [("map", "Map")] if mapped else []
     anchors += [(_slug(setting), setting) for setting in chapters]
     anchors += [(name, name.capitalize()) for name in ("methods", "configuration", "environment")]
@@ -120,32 +122,30 @@ def _overview(
     return join(parts)
 
 
-def _chapter(
-    study: Study,
-    setting: str,
-    arms: pd.DataFrame,
-    claims: pd.DataFrame,
-    tests: pd.DataFrame,
-    out: Path,
-) -> Html:
+def _chapter(study: Study, frames: list[pd.DataFrame], out: Path) -> Html:
+    """One setting: its tables and figures."""
+    setting = study.settings[0]
+    measures, arms, claims, tests = frames
     slug = _slug(setting)
     return join(
         [
             _heading(slug, f"Setting: {setting}"),
             tag("p", config_line(study), 'class="meta"'),
             tag("h3", "Arms"),
-            arms_section(_of(arms, setting)),
+            arms_section(arms),
             tag("h3", "Claims of the GSPO paper"),
-            claims_section(_of(claims, setting)),
+            claims_section(claims),
             tag("h3", "Figures"),
-            _figures(study, SETTING_FIGURES, slug, out),
+            _figures(study, measures, SETTING_FIGURES, slug, out),
             tag("h3", "Paired tests"),
-            paired_section(_of(tests, setting)),
+            paired_section(tests),
         ]
     )
 
 
-def _figures(study: Study, specs: list[FigureSpec], slug: str, out: Path) -> Html:
+def _figures(
+    study: Study, measures: pd.DataFrame, specs: list[FigureSpec], slug: str, out: Path
+) -> Html:
     """Draw every figure the data allows, write its files, and lay them out with captions."""
     blocks: list[object] = []
     left_out = []
@@ -160,7 +160,7 @@ def _figures(study: Study, specs: list[FigureSpec], slug: str, out: Path) -> Htm
         name = f"{slug}-{spec.key}"
         drawings = []
         for index, width in enumerate(spec.widths):
-            figure = settle(spec.draw(study, width))
+            figure = settle(spec.draw(study, measures, width))
             svg = to_svg(figure)
             if index == 0:
                 (out / "figures" / f"{name}.svg").write_text(svg, encoding="utf-8")

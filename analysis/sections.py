@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from moe_rl.analysis.arms import arm_label
 from moe_rl.analysis.claims import CLAIMS
 from moe_rl.analysis.load import Study, flatten
 from moe_rl.analysis.page import (
@@ -25,7 +26,6 @@ from moe_rl.analysis.page import (
     text,
     verdict_badge,
 )
-from moe_rl.analysis.plots.style import label
 from moe_rl.analysis.stats import paired_test
 
 PAIRS = [
@@ -143,7 +143,7 @@ def paired_section(tests: pd.DataFrame) -> Html:
     ]
     rows = [
         [
-            f"{label(row['b'])} \u2212 {label(row['a'])}",
+            f"{arm_label(row['b'])} \u2212 {arm_label(row['a'])}",
             number(row["difference"]),
             bounds(row["low"], row["high"]) or NONE,
             number(row["p_value"], 3),
@@ -193,13 +193,13 @@ def config_section(study: Study) -> Html:
         rows = _differences({arm: flatten(config) for arm, config in firsts.items()})
         content: list[object] = []
         if rows:
-            columns = [Column("field"), *(Column(label(arm)) for arm in arms)]
+            columns = [Column("field"), *(Column(arm_label(arm)) for arm in arms)]
             content.append(table(columns, rows))
         else:
             content.append(tag("p", "The arms have the same configuration."))
         whole = json.dumps(firsts[arms[0]], indent=2, sort_keys=True)
         content.append(
-            details(f"whole configuration of {label(arms[0])}, first seed", tag("pre", whole))
+            details(f"whole configuration of {arm_label(arms[0])}, first seed", tag("pre", whole))
         )
         parts.append(details(f"{setting}: what differs between arms", join(content)))
     return join(parts)

@@ -11,6 +11,8 @@ import io
 import re
 from html import escape
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from moe_rl.analysis.plots.style import (
@@ -56,17 +58,20 @@ def css_variables(*, dark: bool) -> str:
 
 def settle(figure: Figure) -> Figure:
     """Compute the layout once and keep it, so that saving as PNG and SVG does not repeat it."""
-    with style_context():
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        with style_context():
+            engine.execute(figure)
+            figure.set_layout_engine("none")
     return figure
 
 
+# The canvases' own print methods, because `savefig` draws every figure twice.
 def to_svg(figure: Figure) -> str:
     """The figure as a standalone SVG document without a date."""
     buffer = io.StringIO()
     with style_context():
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 
@@ -74,7 +79,8 @@ def to_png(figure: Figure) -> bytes:
     """The figure as PNG at 200 dots per inch, without software or date in it."""
     buffer = io.BytesIO()
     with style_context():
-        figure.savefig(buffer, format="png", dpi=PNG_DPI, metadata={"Software": None})
+        figure.set_dpi(PNG_DPI)
+        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
 
 

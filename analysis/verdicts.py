@@ -27,6 +27,9 @@ MIN_SEEDS = 5
 MAJORITY = 0.5  # of seeds: above it an arm "does" something
 
 
+NOTHING = Interval(value=math.nan, low=math.nan, high=math.nan, n=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """What we measured for one claim: our number, the verdict and why."""
@@ -34,7 +37,7 @@ class Finding:
     verdict: str
     reason: str
     ours: str = "not measured"
-    interval: Interval = Interval(value=math.nan, low=math.nan, high=math.nan, n=0)
+    interval: Interval = NOTHING
 
 
 def judge_interval(interval: Interval, low: float = -math.inf, high: float = math.inf) -> Finding:

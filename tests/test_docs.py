@@ -1,10 +1,8 @@
-"""The documents say what the code does: metric names, settings, links, files and tests they name."""
+"""The documents say what the code does: the metrics, settings, files and tests they name exist."""
 
-import ast
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +11,124 @@ import pytest
 
 from moe_rl.analysis.collapse import Outcome, stability_frontier
 from moe_rl.analysis.measures import CHAIN
+from moe_rl.analysis.stats import PairedTest
 from moe_rl.config import preset
 from moe_rl.trainer import train
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [*DOCS, *sorted(ROOT.glob("*.md"))]
 METRICS, PAPERS = ROOT / "docs" / "metrics.md", ROOT / "docs" / "papers.md"
+FILES = ("steps.jsonl", "updates.jsonl", "summary.json")
 
-by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
-
-def sections(page: Path) -> dict[str, str]:
-    """Text under each `## ` heading, its sub-headings included."""
+def section(page: Path, title: str) -> str:
+    """The text under a `## ` heading, its sub-headings included."""
     parts = re.split(r"^## (.+)$", page.read_text(), flags=re.M)
-    return {title.strip("` "): text for title, text in zip(parts[1::2], parts[2::2], strict=True)}
+    return dict(zip((t.strip("`") for t in parts[1::2]), parts[2::2], strict=True))[title]
 
 
-def rows(text: str) -> Iterator[list[str]]:
-    """The cells of every table row but the headings."""
-    lines = text.splitlines()
-    for above, line in zip(["", *lines], lines, strict=False):
-        is_heading = lines[lines.index(line) + 1 :][:1] and re.match(
-            r"\|-", lines[lines.index(line) + 1]
-        )
-        if line.startswith("|") and not line.startswith("|-") and not is_heading:
-            yield [cell.strip() for cell in line.strip("|").split("|")]
+def table_names(text: str) -> set[str]:
+    """The names in the first cells of all tables; `x` [L] is x and x_per_layer."""
+    names = set()
+    for cell in re.findall(r"^\| ([^|]+) \|", text, flags=re.M):
+        for name, listed in re.findall(r"`([^`]+)`( \[L\])?", cell):
+            names |= {name, f"{name}_per_layer"} if listed else {name}
+    return names
+
+
+def code_spans(page: Path) -> list[str]:
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", page.read_text())]
+
+
+def flat(values: dict[str, Any]) -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        leaves |= flat(value) if isinstance(value, dict) else {name: value}
+    return leaves
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """The keys that a run with every instrument on writes into each of its files."""
+    folder = tmp_path_factory.mktemp("docs")
+    config = preset("tiny").replace(sft_steps=2, steps=1)
+    train(config, folder / "run", cold_start_cache=folder / "cold")
+    keys: dict[str, set[str]] = {"summary.json": set(json.loads(read(folder, "summary.json")))}
+    for name in ("steps.jsonl", "updates.jsonl"):
+        lines = read(folder, name).splitlines()
+        keys[name] = {key for line in lines for key in json.loads(line)}
+    return keys
+
+
+def read(folder: Path, name: str) -> str:
+    return (folder / "run" / name).read_text()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_metric_a_run_writes_is_documented(name: str, written: dict[str, set[str]]) -> None:
+    assert not written[name] - table_names(section(METRICS, name))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_documented_metric_is_written(name: str, written: dict[str, set[str]]) -> None:
+    assert not table_names(section(METRICS, name)) - written[name]
+
+
+def test_the_numbers_of_the_report_are_documented() -> None:
+    cells = ["arm", "updates_per_rollout", "router_noise", "learning_rate", "seed", "drawdown"]
+    frontier = set(stability_frontier(pd.DataFrame(columns=cells)).columns) - set(cells)
+    outcome = {field.name for field in dataclasses.fields(Outcome)}
+    test = {field.name for field in dataclasses.fields(PairedTest)} - {"n"}
+    computed = outcome | set(CHAIN) | frontier | test
+    assert table_names(section(METRICS, "The report")) == computed
+
+
+def test_settings_in_the_docs_are_those_of_the_default_preset() -> None:
+    """`field = value` in papers.md, where field is one of the config's."""
+    config = flat(preset("staleness").to_dict())
+    quoted = [span.split(" = ") for span in code_spans(PAPERS) if re.fullmatch(r"\w+ = \S+", span)]
+    assert len(quoted) > 20
+    for name, value in quoted:
+        ours = config[name]
+        said = value if isinstance(ours, str) else type(ours)(float(value))
+        assert said == ours, f"papers.md says {name} = {value}, the preset has {ours}"
+
+
+@pytest.mark.parametrize("page", [*DOCS, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(other), f"{page.name}: {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_files_and_tests_that_docs_name_exist(page: Path) -> None:
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for span in code_spans(page):
+        if re.fullmatch(r"[\w/]+/[\w/]+\.py", span):
+            assert (ROOT / span).is_file(), f"{page.name}: {span}"
+        if re.fullmatch(r"test_\w+", span):
+            assert f"def {span}(" in tests, f"{page.name}: {span}"
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_tables_read_as_plain_text(page: Path) -> None:
+    """ASCII, and the bars of a table stand below each other."""
+    text = page.read_bytes()
+    assert text.isascii()
+    above: list[int] = []
+    for number, line in enumerate(text.decode().splitlines(), start=1):
+        bars = [i for i, character in enumerate(line) if character == "|"]
+        bars = bars if line.startswith("|") else []
+        assert not above or not bars or bars == above, f"{page.name}:{number}"
+        above = bars

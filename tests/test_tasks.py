@@ -179,8 +179,15 @@ def test_countdown_judges_steps_by_the_rules(completion: str, right: bool) -> No
 def test_countdown_refuses_results_beyond_max_value_and_below_one() -> None:
     assert countdown_reward("25*4=100,100-9=91", (25, 4, 9), 91, max_value=100) == 1.0
     assert countdown_reward("25*4=100,100-9=91", (25, 4, 9), 91) == 0.0
+    assert countdown_reward("9*6=54,54-5=49", (9, 6, 5), 49) == 1.0
+    assert countdown_reward("9*6=54,54-5=49", (9, 6, 5), 49, max_value=50) == 0.0
     assert countdown_reward("5-5=0,7+0=7", (5, 5, 7), 7) == 0.0
     assert countdown_reward("5-7=-2,-2+9=7", (5, 7, 9), 7) == 0.0
+
+
+def test_countdown_needs_every_number() -> None:
+    assert countdown_reward("7*8=56", (7, 8), 56) == 1.0
+    assert countdown_reward("7*8=56", (7, 8, 5), 56) == 0.0
 
 
 def test_countdown_uses_a_repeated_number_as_often_as_given() -> None:

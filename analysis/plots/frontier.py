@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from moe_rl.analysis.arms import arm_label
 from moe_rl.analysis.collapse import STABLE_DRAWDOWN, stability_frontier
 from moe_rl.analysis.plots.style import (
     CMAP,
@@ -21,7 +22,6 @@ from moe_rl.analysis.plots.style import (
     colour,
     colour_bar,
     grid,
-    label,
     legend,
     styled,
 )
@@ -67,7 +67,7 @@ def collapse_map(measures: pd.DataFrame, *, width: float = WIDE) -> Figure:
         own = cells[(cells["arm"] == arm) & (cells["router_noise"] == noise)]
         image = _map_panel(axes, own, rates, updates)
         noisy = f", noise {noise:g}" if len(noises) > 1 else ""
-        axes.set_title(label(arm) + noisy)
+        axes.set_title(arm_label(arm) + noisy)
     colour_bar(figure, image, panels, "final reward (median over seeds)")
     figure.supxlabel("learning rate", fontsize=8)
     figure.supylabel("updates per rollout", fontsize=8)

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moe_rl.analysis.arms import arm_label
 from moe_rl.analysis.attribution import (
     ROUTING,
     WEIGHT,
@@ -24,7 +25,6 @@ from moe_rl.analysis.plots.style import (
     draw_arm,
     footnote,
     grid,
-    label,
     legend,
     log_axis,
     per_step,
@@ -86,7 +86,7 @@ def _part(axes: Axes, sampled: pd.DataFrame, column: str, arms: list[str]) -> No
     if zero:
         dense = all(is_dense(sampled[sampled["arm"] == arm]) for arm in zero)
         why = "0 by construction" if dense else "0 throughout"
-        footnote(axes, f"{', '.join(label(arm) for arm in zero)}: {why}")
+        footnote(axes, f"{', '.join(arm_label(arm) for arm in zero)}: {why}")
 
 
 def _same_log_range(panels: list[Axes]) -> None:
@@ -112,12 +112,12 @@ def _shares(axes: Axes, sampled: pd.DataFrame, arms: list[str]) -> None:
         total = by_arm[by_arm["arm"] == arm].iloc[0]
         axes.plot(seeds, np.full(len(seeds), row), "o", markersize=3, alpha=0.5, color=colour(arm))
         axes.plot(
-            [total["routing_low"], total["routing_high"]], [row, row], color=colour(arm), linewidth=3,
-            alpha=0.6, solid_capstyle="butt",
+            [total["routing_low"], total["routing_high"]], [row, row], color=colour(arm),
+            linewidth=3, alpha=0.6, solid_capstyle="butt",
         )  # fmt: skip
         axes.plot([total["routing_share"]], [row], "|", markersize=10, color=INK)
     axes.axvline(0.5, color=MUTED, linewidth=0.7, linestyle=":")
-    axes.set_yticks(range(len(shown)), [label(arm) for arm in shown])
+    axes.set_yticks(range(len(shown)), [arm_label(arm) for arm in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     low, high = axes.get_xlim()
     axes.set_xlim(min(-0.03, low), max(1.03, high))

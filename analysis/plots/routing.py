@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from moe_rl.analysis.arms import arm_label
 from moe_rl.analysis.plots.style import (
     CMAP,
     COLUMN,
@@ -18,7 +19,6 @@ from moe_rl.analysis.plots.style import (
     draw_arm,
     grid,
     has,
-    label,
     last_updates,
     legend,
     log_axis,
@@ -55,7 +55,7 @@ def churn_by_layer(updates: pd.DataFrame, *, width: float = WIDE) -> Figure:
     figure, panels = grid(len(arms), width, columns=3, height=1.25)
     image: Any = None
     for axes, arm in zip(panels, arms, strict=True):
-        axes.set_title(label(arm))
+        axes.set_title(arm_label(arm))
         axes.grid(visible=False)
         picture = pictures[arm]
         axes.set_ylim(0.5, layers + 0.5)
@@ -146,7 +146,7 @@ def _churn_lines(
     figure, axes = single(width)
     for arm in arms:
         draw_arm(axes, frame, arm, x, "routing/churn")
-    dense = [label(arm) for arm in arms if is_dense(updates[updates["arm"] == arm])]
+    dense = [arm_label(arm) for arm in arms if is_dense(updates[updates["arm"] == arm])]
     if dense:
         axes.set_title(f"{', '.join(dense)}: 0 by construction", fontsize=7, loc="right")
     axes.set_ylim(bottom=0)

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from moe_rl.analysis.load import arm_key
+from moe_rl.analysis.arms import arm_key, arm_label
 
 COLUMN = 3.4
 WIDE = 7.0
@@ -42,14 +42,6 @@ DASHES: dict[str, Any] = {
     "gspo+replay": (0, (4, 1.5)),
     "dense": (0, (1, 1)),
     "frozen-router": (0, (5, 1, 1, 1)),
-}
-ARM_LABELS = {
-    "grpo": "GRPO",
-    "grpo+replay": "GRPO + replay",
-    "gspo": "GSPO",
-    "gspo+replay": "GSPO + replay",
-    "dense": "dense control",
-    "frozen-router": "frozen router",
 }
 CMAP = "cividis"  # perceptually even and safe for colour blindness
 
@@ -92,28 +84,16 @@ Draw = TypeVar("Draw", bound=Callable[..., Figure])
 
 def style_context() -> AbstractContextManager[None]:
     """matplotlib's defaults overlaid with RC, whatever the user's matplotlibrc says."""
-    defaults = {name: mpl.rcParamsDefault[name] for name in mpl.rcParamsDefault if name in _DRAWN}
-    return mpl.rc_context({**defaults, **RC})
+    settings: Any = {name: mpl.rcParamsDefault[name] for name in _DRAWN} | RC
+    return mpl.rc_context(settings)
 
 
 # The families of settings that change a drawing; "backend" and the like are none of our business.
-_FAMILIES = (
-    "axes",
-    "figure",
-    "font",
-    "grid",
-    "image",
-    "legend",
-    "lines",
-    "patch",
-    "path",
-    "savefig",
-)
-_DRAWN = {
-    name
-    for name in mpl.rcParamsDefault
-    if name.split(".")[0] in (*_FAMILIES, "svg", "text", "xtick", "ytick", "markers", "hatch")
-}
+_FAMILIES = {
+    "axes", "figure", "font", "grid", "hatch", "image", "legend", "lines", "markers", "patch",
+    "path", "savefig", "svg", "text", "xtick", "ytick",
+}  # fmt: skip
+_DRAWN = [name for name in mpl.rcParamsDefault if name.split(".")[0] in _FAMILIES]
 
 
 def styled(draw: Draw) -> Draw:
@@ -130,11 +110,6 @@ def styled(draw: Draw) -> Draw:
 def colour(arm: str) -> str:
     """The arm's colour; an unknown arm gets a spare one that depends on its name only."""
     return ARM_COLOURS.get(arm, SPARE_COLOURS[sum(arm.encode()) % len(SPARE_COLOURS)])
-
-
-def label(arm: str) -> str:
-    """The arm's name as figures and tables print it."""
-    return ARM_LABELS.get(arm, arm)
 
 
 def arms_in(frame: pd.DataFrame) -> list[str]:
@@ -201,7 +176,7 @@ def draw_arm(
     `positive` drops values that a log axis cannot show (0 and non-finite).
     """
     own = frame[frame["arm"] == arm]
-    table = own.pivot_table(index=x, columns="seed", values=y, dropna=False).astype(float)
+    table = own.pivot(index=x, columns="seed", values=y).astype(float)
     table = table.where(np.isfinite(table))
     if positive:
         table = table.where(table > 0)
@@ -211,14 +186,14 @@ def draw_arm(
     if table.shape[1] > 1:
         for seed in table.columns:
             axes.plot(table.index, table[seed], linewidth=0.6, alpha=0.45, color=colour(arm))
-    axes.plot(table.index, table.median(axis=1), label=label(arm), solid_capstyle="round", **style)
+    axes.plot(table.index, table.median(axis=1), solid_capstyle="round", **style)
     return True
 
 
 def legend(figure: Figure, arms: list[str]) -> None:
     """One legend above the figure, arms in their order."""
     handles = [
-        Line2D([], [], color=colour(arm), linestyle=DASHES.get(arm, "-"), label=label(arm))
+        Line2D([], [], color=colour(arm), linestyle=DASHES.get(arm, "-"), label=arm_label(arm))
         for arm in arms
     ]
     per_row = len(arms) if figure.get_figwidth() >= WIDE or len(arms) <= 3 else 2
@@ -261,8 +236,10 @@ def plain_number(value: float, _position: int | None = None) -> str:
 def colour_bar(figure: Figure, image: Any, panels: list[Axes], text: str, tick: Any = None) -> None:
     """One colour bar for all panels: at the right, below them on a narrow figure."""
     narrow = figure.get_figwidth() < WIDE
-    place = {"location": "bottom", "aspect": 30} if narrow else {"location": "right", "aspect": 25}
-    bar = figure.colorbar(image, ax=panels, shrink=0.8, pad=0.02, format=tick, **place)
+    place: Any = (
+        {"location": "top", "aspect": 30} if narrow else {"location": "right", "aspect": 25}
+    )
+    bar: Any = figure.colorbar(image, ax=panels, shrink=0.8, pad=0.02, format=tick, **place)
     bar.set_label(text)
     bar.outline.set_visible(False)
     bar.solids.set_rasterized(True)  # as paths its 256 steps show hairlines in browsers

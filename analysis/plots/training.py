@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moe_rl.analysis.arms import arm_label
 from moe_rl.analysis.collapse import outcome
 from moe_rl.analysis.plots.style import (
     COLUMN,
@@ -20,7 +21,6 @@ from moe_rl.analysis.plots.style import (
     footnote,
     grid,
     has,
-    label,
     last_updates,
     legend,
     log_axis,
@@ -54,7 +54,7 @@ def reward_by_arm(steps: pd.DataFrame, *, width: float = WIDE) -> Figure:
                 _median(axes, steps, other, GHOST, 0.9)
         draw_arm(axes, steps, arm, "step", "reward")
         _mark_collapses(axes, steps, [arm])
-        axes.set_title(label(arm))
+        axes.set_title(arm_label(arm))
     for axes in panels:
         axes.set_ylim(-0.03, max(1.0, float(steps["reward"].astype(float).max())) + 0.03)
     figure.supxlabel("rollout step", fontsize=8)
@@ -70,7 +70,7 @@ def gradient_norm(updates: pd.DataFrame, *, width: float = COLUMN) -> Figure:
 
 @styled
 def clip_share(updates: pd.DataFrame, *, width: float = COLUMN) -> Figure:
-    """Share of tokens whose gradient the clip removes (mean over a rollout's updates), log scale."""
+    """Share of tokens whose gradient the clip removes, mean over a rollout's updates, log."""
     frame = per_step(updates, "clip_ratio/region")
     return _lines(frame, "clip_ratio/region", "clipped share of tokens", width, log=True)
 
@@ -143,7 +143,7 @@ def _lines(frame: pd.DataFrame, column: str, text: str, width: float, *, log: bo
     drawn = [arm for arm in arms if draw_arm(axes, frame, arm, "step", column, positive=log)]
     if log and drawn:
         log_axis(axes)
-    zero = [label(arm) for arm in arms if arm not in drawn]
+    zero = [arm_label(arm) for arm in arms if arm not in drawn]
     if zero and drawn:
         footnote(axes, f"0 throughout, not on a log axis: {', '.join(zero)}")
     elif zero:
@@ -155,8 +155,8 @@ def _lines(frame: pd.DataFrame, column: str, text: str, width: float, *, log: bo
 
 
 def _median(axes: Axes, steps: pd.DataFrame, arm: str, ink: str, width: float) -> None:
-    table = steps[steps["arm"] == arm].pivot_table(index="step", columns="seed", values="reward")
-    axes.plot(table.index, table.median(axis=1), color=ink, linewidth=width)
+    table = steps[steps["arm"] == arm].pivot(index="step", columns="seed", values="reward")
+    axes.plot(table.index, table.astype(float).median(axis=1), color=ink, linewidth=width)
 
 
 def _mark_collapses(axes: Axes, steps: pd.DataFrame, arms: list[str]) -> None:

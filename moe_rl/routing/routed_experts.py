@@ -172,6 +172,11 @@ class RoutingBuffer:
 
     def keep(self, layer: int, ids: Tensor, logits: Tensor | None, tap: RouterTap) -> None:
         """Note the ids `[..., K]` and logits `[..., E]` of one router."""
+        if self._open_ids[layer] is not None:
+            raise ValueError(
+                f"model: router {tap.name!r} was called twice in one forward. A record holds one "
+                "choice for each token and layer; record modules that share a router one by one."
+            )
         self._open_ids[layer] = ids.detach().flatten(0, -2).to(torch.int16)
         if not self.scores:
             return

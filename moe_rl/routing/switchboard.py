@@ -142,25 +142,24 @@ class Switchboard:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self._begun = None
-        self._running = None
-        running = Pass()
-        if self.recorders or self.replay or self.noise:
-            named = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-            batch, length = _batch_and_length(named)
-            cache = named.get("past_key_values")
-            cached = 0 if cache is None else int(cache.get_seq_length())
-            running.tokens = batch * length
-            running.noise = self.noise
-            running.recorders = [
-                (r, r.cursor.place(batch=batch, length=length, cached=cached))
-                for r in self.recorders
-            ]
-            if self.replay is not None:
-                span = self.replay.cursor.place(batch=batch, length=length, cached=cached)
-                running.replay = (self.replay, span)
-            for buffer, _, span in running.listeners():
-                buffer.open(span)
-        self._running = running
+        self._running = running = Pass()
+        if not (self.recorders or self.replay or self.noise):
+            return
+        named = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        batch, length = _batch_and_length(named)
+        cache = named.get("past_key_values")
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        running.tokens = batch * length
+        running.noise = self.noise
+        # One at a time: should a place be refused, _after_forward undoes those already taken.
+        for recorder in self.recorders:
+            span = recorder.cursor.place(batch=batch, length=length, cached=cached)
+            running.recorders.append((recorder, span))
+        if self.replay is not None:
+            span = self.replay.cursor.place(batch=batch, length=length, cached=cached)
+            running.replay = (self.replay, span)
+        for buffer, _, span in running.listeners():
+            buffer.open(span)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         running, self._running = self._running, None

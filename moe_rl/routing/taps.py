@@ -118,7 +118,7 @@ def _recorded_classes(modules: Iterator[nn.Module]) -> set[type]:
         recorded: Any = (module._can_record_outputs or {}).get("router_logits", [])
         entries: list[Any] = recorded if isinstance(recorded, list) else [recorded]
         classes.update(getattr(entry, "target_class", entry) for entry in entries)
-    return classes
+    return {entry for entry in classes if isinstance(entry, type)}
 
 
 def _layer_index(path: str) -> int:

@@ -139,6 +139,40 @@ def test_each_pending_forward_is_recomputed_with_its_own_routes(
 
 
 @BOTH_KINDS
+def test_a_live_forward_between_two_replayed_ones_stays_live(model, tokens, reentrant) -> None:
+    routes = foreign(model, tokens.shape)
+
+    def run(kind: bool | None) -> Tensor:
+        train_with_checkpointing(model, kind)
+        with replay_routing(model, routes):
+            first = loss_of(model, tokens)
+        live = loss_of(model, tokens)
+        with replay_routing(model, routes):
+            last = loss_of(model, tokens)
+        (first + 2 * live + last).backward()
+        return gradient(model)
+
+    assert torch.allclose(run(reentrant), run(None), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointed", [{0, 2}, {1}])
+def test_only_some_layers_may_be_checkpointed(build, tokens, checkpointed) -> None:
+    model = build(num_hidden_layers=3)
+    routes = foreign(model, tokens.shape)
+
+    def run(layers: set[int]) -> Tensor:
+        train_with_checkpointing(model, False)
+        for index, layer in enumerate(model.model.layers):
+            layer.gradient_checkpointing = index in layers
+        with replay_routing(model, routes):
+            loss = loss_of(model, tokens)
+        loss.backward()
+        return gradient(model)
+
+    assert torch.equal(run(checkpointed), run(set()))
+
+
+@BOTH_KINDS
 def test_chunks_of_rows_accumulate_the_gradient_of_one_pass(model, tokens, reentrant) -> None:
     routes = foreign(model, tokens.shape)
     train_with_checkpointing(model, None)

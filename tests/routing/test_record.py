@@ -232,3 +232,35 @@ def test_a_router_that_does_not_call_topk_is_refused(model, tokens) -> None:
 def test_a_forward_without_tokens_is_refused(model) -> None:
     with record_routing(model), pytest.raises(ValueError, match="neither input_ids nor"):
         model()
+
+
+def test_a_router_shared_by_two_layers_is_refused(model, tokens) -> None:
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    with (
+        torch.no_grad(),
+        record_routing(model),
+        pytest.raises(ValueError, match="'model.layers.0.mlp.gate' was called twice"),
+    ):
+        model(tokens)
+
+
+def test_a_router_that_sees_some_tokens_only_is_refused(model, tokens) -> None:
+    router = find_routers(model)[0].module
+    own = router.forward
+    router.forward = lambda hidden: own(hidden[:20])
+    with (
+        torch.no_grad(),
+        record_routing(model),
+        pytest.raises(ValueError, match="routed 20 tokens of a forward of 28"),
+    ):
+        model(tokens)
+
+
+def test_a_layer_that_is_dropped_is_refused(model, tokens) -> None:
+    model.model.layers[1].mlp.forward = torch.nn.Identity()
+    with (
+        torch.no_grad(),
+        record_routing(model),
+        pytest.raises(ValueError, match=r"did not call the routers model.layers.1.mlp.gate"),
+    ):
+        model(tokens)

@@ -282,8 +282,10 @@ def test_a_second_replay_of_one_model_is_refused(model, tokens) -> None:
 
 
 def test_forwards_that_do_not_add_up_to_the_record_are_refused(model, tokens) -> None:
-    with torch.no_grad(), replay_routing(model, foreign(model, (4, 7))):
+    routes = foreign(model, (4, 7))
+    with torch.no_grad(), replay_routing(model, routes), record_routing(model) as used:
         model(tokens[:3])
         with pytest.raises(ValueError, match="2 sequences starts at row 3 of a record of 4"):
             model(tokens[:2])
-        model(tokens[3:])  # the refused forward took no rows
+        model(tokens[3:])
+    assert torch.equal(used.routed_experts, routes)  # the refused forward took no rows
