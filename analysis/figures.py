@@ -169,9 +169,9 @@ MAP_FIGURES = [
 
 
 def has_map(study: Study) -> bool:
-    """Whether complete runs cover at least two learning rates or two updates a rollout."""
+    """Whether some arm has complete runs at two learning rates, all else on the map being equal."""
     done = study.runs[study.runs["complete"]]
-    names = ["learning_rate", "updates_per_rollout", "router_noise"]
-    if not set(names) <= set(done.columns):
+    fixed = ["arm", "updates_per_rollout", "router_noise"]
+    if done.empty or not {*fixed, "learning_rate"} <= set(done.columns):
         return False
-    return bool(done["learning_rate"].nunique() > 1)
+    return bool((done.groupby(fixed)["learning_rate"].nunique() > 1).any())

@@ -10,7 +10,8 @@ import pandas as pd
 from moe_rl.analysis.arms import arm_label
 from moe_rl.analysis.collapse import stability_frontier
 from moe_rl.analysis.load import Study
-from moe_rl.analysis.page import bounds, number
+from moe_rl.analysis.page import NONE, bounds, number
+from moe_rl.analysis.plots.frontier import CELL_KEYS
 from moe_rl.analysis.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 
 CONTROL_SENTENCES = {
@@ -84,29 +85,49 @@ def _count_sentence(claims: pd.DataFrame) -> str:
 
 
 def map_headline(study: Study, measures: pd.DataFrame) -> str:
-    """One paragraph on a map: each arm's stability frontier, by updates per rollout and noise."""
+    """One paragraph on a map: each arm's stability frontier, by noise and updates per rollout."""
     done = measures[measures["complete"]]
     table = stability_frontier(done)
+    if table.empty:
+        return "No run of the map is complete yet."
+    updates = sorted(done["updates_per_rollout"].unique())
+    slashed = " / ".join(f"{m:g}" for m in updates)
     sentences = [
-        f"The map has {len(done)} complete runs over {done['learning_rate'].nunique()} learning "
-        f"rates and {done['updates_per_rollout'].nunique()} numbers of updates per rollout."
+        f"The map has {len(done)} complete runs. Largest stable learning rate at {slashed} updates "
+        "per rollout:"
     ]
-    for (noise, updates), group in table.groupby(["router_noise", "updates_per_rollout"]):
-        order = [arm for arm in study.arms if (group["arm"] == arm).any()]
-        parts = [_frontier_words(group[group["arm"] == arm].iloc[0]) for arm in order]
-        noisy = f" and router noise {noise:g}" if table["router_noise"].nunique() > 1 else ""
-        sentences.append(
-            f"With {updates:g} updates per rollout{noisy} the largest stable learning rate is "
-            f"{', '.join(parts)}."
-        )
+    noisy = table["router_noise"].nunique() > 1
+    for noise, group in table.groupby("router_noise"):
+        parts = [
+            f"{arm_label(arm)} {_frontier_rates(group[group['arm'] == arm], updates)}"
+            for arm in study.arms
+            if (group["arm"] == arm).any()
+        ]
+        at = f"with router noise {noise:g} " if noisy else ""
+        sentences.append(f"{at}{'; '.join(parts)}.")
     return " ".join(sentences)
+
+
+def _frontier_rates(own: pd.DataFrame, updates: list[float]) -> str:
+    by_updates = own.set_index("updates_per_rollout")
+    return " / ".join(
+        _frontier_words(by_updates.loc[m]) if m in by_updates.index else NONE for m in updates
+    )
 
 
 def _frontier_words(row: pd.Series) -> str:
     if math.isnan(row["frontier"]):
-        return f"below {number(row['lowest'])} for {arm_label(row['arm'])}"
-    least = "at least " if row["censored"] else ""
-    return f"{least}{number(row['frontier'])} for {arm_label(row['arm'])}"
+        return f"<{_plain(row['lowest'])}"
+    return ("\u2265" if row["censored"] else "") + _plain(row["frontier"])
+
+
+def pooled_fields(runs: pd.DataFrame) -> list[str]:
+    """Config fields in which runs of one map cell differ, the seed apart: the cell pools them."""
+    labels = {"setting", "seed", "folder", "complete", "steps_done"}
+    names = [n for n in runs if n not in labels | set(CELL_KEYS) and not n.startswith("summary_")]
+    values = runs[names].astype(str)
+    cells = values.groupby([runs[key] for key in CELL_KEYS])
+    return [name for name in names if bool((cells[name].nunique() > 1).any())]
 
 
 def config_line(study: Study) -> str:

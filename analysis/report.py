@@ -13,8 +13,8 @@ from moe_rl.analysis.figures import MAP_FIGURES, SETTING_FIGURES, FigureSpec, ha
 from moe_rl.analysis.load import Study, load_study
 from moe_rl.analysis.measures import run_measures, summarize
 from moe_rl.analysis.methods import methods_section
-from moe_rl.analysis.narrative import config_line, headline, map_headline
-from moe_rl.analysis.page import Html, figure_block, join, page, tag, text
+from moe_rl.analysis.narrative import config_line, headline, map_headline, pooled_fields
+from moe_rl.analysis.page import Html, details, figure_block, join, page, tag, text
 from moe_rl.analysis.plots.frontier import map_cells
 from moe_rl.analysis.sections import (
     absent_runs,
@@ -28,6 +28,8 @@ from moe_rl.analysis.sections import (
     verdict_matrix,
 )
 from moe_rl.analysis.svg import inline, settle, to_png, to_svg
+
+__all__ = ["summarize", "write_report"]
 
 CHAPTERS = 6  # above this many settings only the map is drawn, not every setting's time courses
 
@@ -57,7 +59,9 @@ def write_report(run_dir: str | Path) -> Path:
     chapters = [] if mapped and len(study.settings) > CHAPTERS else study.settings
     body: list[object] = [_title(study), _overview(study, measures, arms, claims, mapped, chapters)]
     if mapped:
-        body += [_heading("map", "Map"), _figures(study, measures, MAP_FIGURES, "map", out)]
+        body.append(_map_chapter(study, measures, out))
+    if len(study.settings) > 1:
+        body += [_heading("verdicts", "Verdicts by setting"), _matrix(study, claims)]
     for setting in chapters:
         frames = [_of(frame, setting) for frame in (measures, arms, claims, tests)]
         body.append(_chapter(study.setting(setting), frames, out))
@@ -67,7 +71,7 @@ def write_report(run_dir: str | Path) -> Path:
         _heading("methods", "Methods"),
         methods_section(),
         _heading("configuration", "Configuration"),
-        config_section(study),
+        config_section(study, chapters),
         _heading("environment", "Environment"),
         environment_section(study),
     ]
@@ -114,11 +118,22 @@ def _overview(
     anchors += [(name, name.capitalize()) for name in ("methods", "configuration", "environment")]
     links = [tag("a", words, f'href="#{text(anchor)}"') for anchor, words in anchors]
     parts.append(tag("nav", join(links, " ")))
-    if len(study.settings) > 1:
-        parts += [
-            _heading("verdicts", "Verdicts by setting"),
-            verdict_matrix(claims, study.settings),
-        ]
+    return join(parts)
+
+
+def _matrix(study: Study, claims: pd.DataFrame) -> Html:
+    matrix = verdict_matrix(claims, study.settings)
+    few = len(study.settings) <= CHAPTERS
+    return matrix if few else details(f"{len(study.settings)} settings", matrix)
+
+
+def _map_chapter(study: Study, measures: pd.DataFrame, out: Path) -> Html:
+    """The map's figures, and a warning where its cells hold runs of several kinds."""
+    parts = [_heading("map", "Map"), _figures(study, measures, MAP_FIGURES, "map", out)]
+    pooled = pooled_fields(study.runs)
+    if pooled:
+        words = f"Cells pool runs that differ in more than the seed: {', '.join(pooled)}."
+        parts.append(tag("p", words, 'class="meta"'))
     return join(parts)
 
 

@@ -183,26 +183,41 @@ def absent_runs(study: Study) -> list[tuple[str, str, int]]:
     return [key for key in study.planned if key not in study.configs]
 
 
-def config_section(study: Study) -> Html:
-    """Fields that differ between the arms of each setting, and one whole config to open."""
-    parts: list[object] = []
-    for setting in study.settings:
+def config_section(study: Study, chapters: list[str]) -> Html:
+    """What differs between the arms of each chapter's setting, and one whole config to open.
+
+    A map without chapters gets the fields that vary over the whole study instead.
+    """
+    if not chapters:
+        return join([_varying(study), _whole(study)])
+    parts = []
+    for setting in chapters:
         one = study.setting(setting)
         arms = [arm for arm in study.arms if (one.runs["arm"] == arm).any()]
         firsts = {arm: next(c for k, c in one.configs.items() if k[1] == arm) for arm in arms}
         rows = _differences({arm: flatten(config) for arm, config in firsts.items()})
-        content: list[object] = []
-        if rows:
-            columns = [Column("field"), *(Column(arm_label(arm)) for arm in arms)]
-            content.append(table(columns, rows))
-        else:
-            content.append(tag("p", "The arms have the same configuration."))
-        whole = json.dumps(firsts[arms[0]], indent=2, sort_keys=True)
-        content.append(
-            details(f"whole configuration of {arm_label(arms[0])}, first seed", tag("pre", whole))
-        )
-        parts.append(details(f"{setting}: what differs between arms", join(content)))
+        columns = [Column("field"), *(Column(arm_label(arm)) for arm in arms)]
+        same = tag("p", "The arms have the same configuration.")
+        content = join([table(columns, rows) if rows else same, _whole(one)])
+        parts.append(details(f"{setting}: what differs between arms", content))
     return join(parts)
+
+
+def _whole(study: Study) -> Html:
+    (setting, arm, seed), config = next(iter(study.configs.items()))
+    words = f"whole configuration of {setting}, {arm_label(arm)}, seed {seed}"
+    return details(words, tag("pre", json.dumps(config, indent=2, sort_keys=True)))
+
+
+def _varying(study: Study) -> Html:
+    """Config fields with more than one value over the study, and those values."""
+    configs = [flatten(config) for config in study.configs.values()]
+    rows: list[list[object]] = []
+    for name in sorted({name for config in configs for name in config} - {"setting"}):
+        values = sorted({str(config.get(name, NONE)) for config in configs})
+        if len(values) > 1:
+            rows.append([tag("code", name), ", ".join(values)])
+    return table([Column("field that varies"), Column("values")], rows)
 
 
 def _differences(configs: dict[str, dict[str, Any]]) -> list[list[object]]:

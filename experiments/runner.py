@@ -51,10 +51,7 @@ def run_all(
     Raises:
         ConfigError: a run folder holds a run of another config; found before anything starts.
     """
-    if jobs < 1:
-        raise ConfigError(f"jobs={jobs}: must be at least 1")
-    for config in configs:
-        check_run_folder(run_folder(root, config), config)
+    check_study(configs, root, jobs=jobs)
     waiting = deque(c for c in configs if not is_complete(run_folder(root, c)))
     done = len(configs) - len(waiting)
     if done:
@@ -81,6 +78,18 @@ def run_all(
             for process in running:
                 process.stop()
     return failures
+
+
+def check_study(configs: Sequence[RunConfig], root: Path, *, jobs: int) -> None:
+    """Refuse what cannot work before any work is done.
+
+    Raises:
+        ConfigError: no job, or a run folder that holds a run of another config.
+    """
+    if jobs < 1:
+        raise ConfigError(f"jobs={jobs}: must be at least 1")
+    for config in configs:
+        check_run_folder(run_folder(root, config), config)
 
 
 class _Process:

@@ -1,6 +1,8 @@
 """`python -m moe_rl`: the command line without the installed script."""
 
+import sys
+
 from moe_rl.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -102,9 +102,10 @@ def _measure(config: RunConfig, policy: Policy, batch: RolloutBatch, noise: floa
         assert output.routed_experts is not None
         routes.append(response_positions(output.routed_experts, batch.prompt_ids.shape[1]))
     mask = batch.response_mask
+    first, second = routes
     return Calibration(
         noise=noise,
-        router_disagreement=float(router_disagreement(*routes, mask).mean()),
-        churn=float(churn(*routes, mask).mean()),
+        router_disagreement=float(router_disagreement(first, second, mask).nanmean()),
+        churn=float(churn(first, second, mask).nanmean()),
         tokens=int(mask.sum()),
     )

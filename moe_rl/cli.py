@@ -108,7 +108,7 @@ class Calibrate:
 class Report:
     """Redraw a study's report, figures and tables from its files."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """Study or run folder."""
 
 
@@ -170,8 +170,9 @@ def _run_study(
         return 0
     from moe_rl.analysis.report import write_report
     from moe_rl.cold_start import prepare_cold_starts
-    from moe_rl.experiments.runner import run_all
+    from moe_rl.experiments.runner import check_study, run_all
 
+    check_study(configs, root, jobs=jobs)
     study.write(root, command)
     prepare_cold_starts(configs, cold_start_cache)
     failures = run_all(configs, root, jobs=jobs, cold_start_cache=cold_start_cache)

@@ -268,7 +268,12 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def build_policy(
-    config: ModelConfig, alphabet: str, *, seed: int = 0, temperature: float = 1.0
+    config: ModelConfig,
+    alphabet: str,
+    *,
+    seed: int = 0,
+    temperature: float = 1.0,
+    fuse: bool = True,
 ) -> Policy:
     """A policy from `config`: built small with seeded weights, or loaded from `config.checkpoint`.
 
@@ -277,6 +282,7 @@ def build_policy(
         alphabet: characters of the task; a loaded tokenizer must know them.
         seed: seed of the initial weights of a built model.
         temperature: log-probs and samples are taken at this temperature.
+        fuse: on a CPU, swap in the fused layers; False leaves transformers' own.
 
     Raises:
         ConfigError: no such folder, no MoE, no tokenizer, an unusable device or experts backend.
@@ -297,7 +303,7 @@ def build_policy(
         )
     choice = choose_experts(device, config.experts_implementation)
     model.set_experts_implementation(choice.name)
-    fused = tuple(use_fused_layers(model)) if device.type == "cpu" else ()
+    fused = tuple(use_fused_layers(model)) if fuse and device.type == "cpu" else ()
     return Policy(
         model=model,
         tokenizer=tokenizer,

@@ -60,7 +60,7 @@ def test_train_writes_a_complete_run_and_knows_it_again(tmp_path: Path) -> None:
         (["train", "--device", "cuda:99", "--preset", "tiny"], "cuda"),
         (["train", "--experts-implementation", "magic", "--preset", "tiny"], "magic"),
         (["report", "nowhere"], "nowhere"),
-        (["report"], "run-dir"),
+        (["report"], "RUN_DIR"),
         (["reproduce", "--quick", "--full"], "choose one"),
         (["reproduce", "--jobs", "0"], "jobs=0"),
         (["map", "--arms", "grpo", "nope"], "nope"),

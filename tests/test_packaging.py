@@ -85,7 +85,8 @@ def test_a_wheel_holds_every_module_under_one_name(wheel: Path) -> None:
         for path in (ROOT / folder).rglob("*")
         if path.suffix in used_at_run_time
     }
-    assert {name for name in names if Path(name).suffix in used_at_run_time} == on_disk
+    in_wheel = {name for name in names if Path(name).suffix in used_at_run_time}
+    assert in_wheel == on_disk, "pyproject.toml, [tool.setuptools] packages and package-data"
     assert "moe_rl/py.typed" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"moe_rl"}
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -113,7 +113,7 @@ def test_a_dense_model_has_no_routing_to_change(tmp_path: Path, cold: Path) -> N
     config = tiny(num_experts=2, learning_rate=2e-2)
     steps, updates, _ = run(config, tmp_path / "run", cold)
     assert all(u["routing/churn"] == 0.0 for u in updates)
-    assert updates[-1]["ratio/routing_part"] == 0.0
+    assert updates[-1]["ratio/routing_part"] < 1e-10  # the sum over experts runs in another order
     assert updates[-1]["ratio/weight_part"] > 0.0
     assert all(step["routing/dead_experts"] == 0.0 for step in steps)
 

@@ -23,6 +23,7 @@ from moe_rl.analysis.plots.style import (
     colour_bar,
     grid,
     legend,
+    say,
     styled,
 )
 
@@ -59,7 +60,7 @@ def collapse_map(measures: pd.DataFrame, *, width: float = WIDE) -> Figure:
     rates = sorted(cells["learning_rate"].unique())
     updates = sorted(cells["updates_per_rollout"].unique())
     panels_of = [(arm, noise) for arm in arms for noise in noises]
-    columns = len(noises) if 1 < len(noises) <= 3 else 3
+    columns = len(noises) if 1 < len(noises) <= 4 else 3
     height = 0.55 + 0.3 * len(updates)
     figure, panels = grid(len(panels_of), width, columns=columns, height=height, narrow_columns=1)
     image: Any = None
@@ -84,6 +85,8 @@ def _map_panel(axes: Axes, cells: pd.DataFrame, rates: list[float], updates: lis
     axes.set_xticks(range(len(rates)), [_rate(rate) for rate in rates])
     axes.set_yticks(range(len(updates)), [str(int(m)) for m in updates])
     axes.tick_params(length=0)
+    if cells.empty:
+        say(axes, "not run")
     for cell in cells.to_dict("records"):
         x, y = rates.index(cell["learning_rate"]), updates.index(cell["updates_per_rollout"])
         ink = _ink_on(cell["final"])

@@ -17,7 +17,8 @@ the rest is copies, index ops and autograd nodes. Three choices save most of it:
 All sums run in a fixed order, so results repeat bitwise.
 """
 
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,35 +90,62 @@ def _check_ids(top_k_index: Tensor, counts: Tensor, num_experts: int) -> None:
         )
 
 
-def _sort_by_expert(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[int]]:
-    """(permutation [S] of assignments, its inverse [T, K], assignments per expert)."""
+class _Sorted(NamedTuple):
+    """Assignments of tokens to experts, in the order of experts."""
+
+    order: Tensor
+    """int64 `[S]`: which assignment (t * K + k) stands here."""
+    tokens: Tensor
+    """int64 `[S]`: its token t."""
+    inverse: Tensor
+    """int64 `[T, K]`: where assignment (t, k) stands."""
+    ends: Tensor
+    """int32 `[E]`: where each expert's assignments end."""
+
+
+def _sort_by_expert(top_k_index: Tensor, num_experts: int) -> _Sorted:
     ids = top_k_index.reshape(-1)
     counts = torch.bincount(ids, minlength=num_experts)
     _check_ids(top_k_index, counts, num_experts)
     order = torch.sort(ids, stable=True)[1]
     positions = torch.arange(order.numel(), device=order.device)
     inverse = torch.empty_like(order).scatter_(0, order, positions)
-    return order, inverse.view(top_k_index.shape), counts.tolist()
+    tokens = order.div(top_k_index.shape[1], rounding_mode="floor")
+    ends = counts.cumsum(0, dtype=torch.int32)
+    return _Sorted(order, tokens, inverse.view(top_k_index.shape), ends)
 
 
-def _mm_by_expert(rows: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
-    """rows[S, A], matrices[E, A, B] -> [S, B]: each expert's rows times its matrix."""
+def _mm_by_expert(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """rows `[S, A]`, matrices `[E, A, B]` -> `[S, B]`: each expert's rows times its matrix."""
+    if _grouped_mm_takes(rows, matrices.shape[2]):
+        return F.grouped_mm(rows, matrices, offs=ends)
     out = rows.new_empty(rows.shape[0], matrices.shape[2])
-    for part, matrix, target in zip(
-        rows.split(counts), matrices.unbind(0), out.split(counts), strict=True
-    ):
-        torch.mm(part, matrix, out=target)
+    for matrix, part in zip(matrices.unbind(0), _slices(ends), strict=True):
+        torch.mm(rows[part], matrix, out=out[part])
     return out
 
 
-def _outer_by_expert(left: Tensor, right: Tensor, counts: list[int]) -> Tensor:
-    """left[S, A], right[S, B] -> [E, A, B]: sum over each expert's rows of left^T right."""
-    out = left.new_empty(len(counts), left.shape[1], right.shape[1])
-    for a, b, target in zip(
-        left.t().split(counts, 1), right.split(counts), out.unbind(0), strict=True
-    ):
-        torch.mm(a, b, out=target)  # no rows: the product is exactly zero
+def _outer_by_expert(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """left `[S, A]`, right `[S, B]` -> `[E, A, B]`: sum over each expert's rows of left^T right."""
+    if _grouped_mm_takes(left, right.shape[1]):
+        return F.grouped_mm(left.t(), right, offs=ends)
+    out = left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
+    for target, part in zip(out.unbind(0), _slices(ends), strict=True):
+        torch.mm(left[part].t(), right[part], out=target)  # no rows: the product is exactly zero
     return out
+
+
+def _grouped_mm_takes(rows: Tensor, columns: int) -> bool:
+    """Whether torch's grouped product, which loops over experts in C++, knows type and strides."""
+    if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    size = rows.element_size()
+    return rows.shape[0] > 0 and rows.shape[1] * size % 16 == 0 == columns * size % 16
+
+
+def _slices(ends: Tensor) -> list[slice]:
+    bounds = [0, *ends.tolist()]
+    return [slice(start, end) for start, end in pairwise(bounds)]
 
 
 def _sum_of_rows(rows: Tensor, index: Tensor) -> Tensor:
@@ -149,34 +177,34 @@ class _SortedExperts(torch.autograd.Function):
         down_proj: Tensor,
     ) -> Tensor:
         num_experts, width = gate_up_proj.shape[0], down_proj.shape[2]
-        order, inverse, counts = _sort_by_expert(top_k_index, num_experts)
-        tokens = order.div(top_k_index.shape[1], rounding_mode="floor")
+        order, tokens, inverse, ends = _sort_by_expert(top_k_index, num_experts)
         x = hidden_states.index_select(0, tokens)
         weights = top_k_weights.reshape(-1).index_select(0, order).unsqueeze(1)
-        gate_up_out = _mm_by_expert(x, gate_up_proj.transpose(1, 2), counts)
+        gate_up_out = _mm_by_expert(x, gate_up_proj.transpose(1, 2), ends)
         silu = F.silu(gate_up_out[:, :width])
         act = silu * gate_up_out[:, width:]
         scaled = act * weights
-        y = _mm_by_expert(scaled, down_proj.transpose(1, 2), counts)
+        y = _mm_by_expert(scaled, down_proj.transpose(1, 2), ends)
         ctx.save_for_backward(
-            tokens, inverse, weights, x, gate_up_out, silu, act, scaled, gate_up_proj, down_proj
-        )
-        ctx.counts = counts
+            tokens, inverse, ends, weights, x, gate_up_out, silu, act, scaled, gate_up_proj,
+            down_proj,
+        )  # fmt: skip
         return _sum_of_rows(y, inverse)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, inverse, weights, x, gate_up_out, silu, act, scaled, gate_up_proj, down_proj = (
-            ctx.saved_tensors
-        )
+        (
+            tokens, inverse, ends, weights, x, gate_up_out, silu, act, scaled, gate_up_proj,
+            down_proj,
+        ) = ctx.saved_tensors  # fmt: skip
         need_x, _, need_weights, need_gate_up, need_down = ctx.needs_input_grad
         d_x = d_weights = d_gate_up_proj = d_down_proj = None
         dy = grad.index_select(0, tokens)
         if need_down:
-            d_down_proj = _outer_by_expert(dy, scaled, ctx.counts)
+            d_down_proj = _outer_by_expert(dy, scaled, ends)
         if need_x or need_weights or need_gate_up:
-            d_scaled = _mm_by_expert(dy, down_proj, ctx.counts)
+            d_scaled = _mm_by_expert(dy, down_proj, ends)
             if need_weights:
                 d_sorted = (d_scaled * act).sum(1)
                 d_weights = d_sorted.index_select(0, inverse.view(-1)).view(inverse.shape)
@@ -185,9 +213,9 @@ class _SortedExperts(torch.autograd.Function):
                     d_scaled.mul_(weights), gate_up_out, silu, down_proj.shape[2]
                 )
                 if need_gate_up:
-                    d_gate_up_proj = _outer_by_expert(d_gate_up, x, ctx.counts)
+                    d_gate_up_proj = _outer_by_expert(d_gate_up, x, ends)
                 if need_x:
-                    d_x = _sum_of_rows(_mm_by_expert(d_gate_up, gate_up_proj, ctx.counts), inverse)
+                    d_x = _sum_of_rows(_mm_by_expert(d_gate_up, gate_up_proj, ends), inverse)
         return d_x, None, d_weights, d_gate_up_proj, d_down_proj
 
 

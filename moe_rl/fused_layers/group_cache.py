@@ -1,10 +1,10 @@
 """Key-value cache of G responses to each of P prompts that keeps every prompt once.
 
 A `DynamicCache` copies a prompt's keys and values G times and grows by concatenation, so decoding
-is bound by memory traffic. Here the prompt part stays `[P, kv heads, Sp, D]`, and the responses'
-part is one buffer `[P, kv heads, G, capacity, D]` that is written in place.
+is bound by memory traffic. Here the prompt part stays `[P, kv, Sp, D]`, and the responses' part is
+a list of blocks `[P, kv, G, block length, D]` that are written in place and never moved.
 
-Keys are stored with the rotary pairs side by side (see `attention_math`), so only the attention of
+Keys are stored with rotary pairs side by side (see `heads`), so only the attention of
 `moe_rl.fused_layers` can read them.
 """
 
@@ -13,8 +13,11 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-# Responses shorter than this never make the buffer grow; it doubles when it does.
-_FIRST_CAPACITY = 24
+from moe_rl.fused_layers.heads import HeadWeights
+
+# A block's positions, at least: torch multiplies matrices of fewer than 400 multiplications with a
+# slow loop, which a query of 24 or more numbers against 17 keys is not.
+_BLOCK = 17
 
 
 class GroupCacheLayer(CacheLayerMixin):
@@ -26,45 +29,45 @@ class GroupCacheLayer(CacheLayerMixin):
         super().__init__()
         self.group_size = 1
         self.prompt: tuple[Tensor, Tensor] | None = None
-        """Keys and values `[P, kv heads, Sp, D]`; with gradients when they were read with them."""
-        self._own: tuple[Tensor, Tensor] | None = None
-        self._own_length = 0
+        """Keys and values `[P, kv, Sp, D]`; with gradients when they were read with them."""
+        self.blocks: list[tuple[Tensor, Tensor]] = []
+        """Keys and values `[P, kv, G, block length, D]`; zero where not yet filled."""
+        self.response_length = 0
+        """Positions that the responses have added so far."""
+        self.weights: tuple[tuple[Any, ...], HeadWeights] | None = None
+        """The attention's joined weights, and what tells whether they are still its weights."""
 
     def set_prompt(self, keys: Tensor, values: Tensor) -> None:
-        """Store the prompts' keys and values `[P, kv heads, Sp, D]` in an empty cache."""
+        """Store the prompts' keys and values `[P, kv, Sp, D]` in an empty cache."""
         self.prompt = (keys, values)
         self.is_initialized = True
 
-    def append(self, keys: Tensor, values: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Add `[P, kv heads, G, T, D]` to the responses' keys and values.
+    def capacity_for(self, length: int) -> int:
+        """Positions of all blocks once `length` more are filled."""
+        capacity = sum(keys.shape[3] for keys, _ in self.blocks)
+        missing = self.response_length + length - capacity
+        return capacity if missing <= 0 else capacity + max(_BLOCK, missing)
 
-        Returns the first `width` positions of both, `[P, kv heads, G, width, D]`; those from
-        `response_length` on are zero.
-        """
-        start, end = self._own_length, self._own_length + keys.shape[3]
-        if self._own is None or self._own[0].shape[3] < max(width, end):
-            self._grow(keys, max(width, end))
-        assert self._own is not None
-        for buffer, new in zip(self._own, (keys, values), strict=True):
-            buffer[:, :, :, start:end] = new
-        self._own_length = end
-        return self._own[0][:, :, :, :width], self._own[1][:, :, :, :width]
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add `[P, kv, G, T, D]` to the responses' keys and values."""
+        done, length = 0, keys.shape[3]
+        while done < length:
+            if self.response_length == sum(k.shape[3] for k, _ in self.blocks):
+                shape = (*keys.shape[:3], max(_BLOCK, length - done), keys.shape[4])
+                self.blocks.append((keys.new_zeros(shape), values.new_zeros(shape)))
+            block = self.blocks[-1]
+            capacity = block[0].shape[3]
+            start = self.response_length - sum(k.shape[3] for k, _ in self.blocks[:-1])
+            count = min(length - done, capacity - start)
+            for stored, new in zip(block, (keys, values), strict=True):
+                stored[:, :, :, start : start + count] = new[:, :, :, done : done + count]
+            done += count
+            self.response_length += count
 
     def hold(self, keys: Tensor, values: Tensor) -> None:
-        """Take `[P, kv heads, G, T, D]` as all that the responses have, without a copy."""
-        self._own = (keys, values)
-        self._own_length = keys.shape[3]
-
-    def _grow(self, like: Tensor, needed: int) -> None:
-        capacity = max(_FIRST_CAPACITY, needed)
-        if self._own is not None:
-            capacity = max(capacity, 2 * self._own[0].shape[3])
-        old = self._own
-        shape = (*like.shape[:3], capacity, like.shape[4])
-        self._own = (like.new_zeros(shape), like.new_zeros(shape))
-        if old is not None:
-            for buffer, before in zip(self._own, old, strict=True):
-                buffer[:, :, :, : self._own_length] = before[:, :, :, : self._own_length]
+        """Take `[P, kv, G, T, D]` as all that the responses have, without a copy."""
+        self.blocks = [(keys, values)]
+        self.response_length = keys.shape[3]
 
     @property
     def sequences(self) -> int:
@@ -76,27 +79,22 @@ class GroupCacheLayer(CacheLayerMixin):
         """Positions of the shared prompts Sp."""
         return 0 if self.prompt is None else self.prompt[0].shape[2]
 
-    @property
-    def response_length(self) -> int:
-        """Positions that the responses have added so far."""
-        return self._own_length
-
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Let every prompt have `repeats` responses, neighbours in the batch. Copies nothing.
 
         Raises:
             ValueError: responses are under way, or the prompts were repeated before.
         """
-        if self._own_length or self.group_size != 1:
+        if self.response_length or self.group_size != 1:
             raise ValueError(
-                f"the cache holds {self.group_size} responses a prompt, {self._own_length} tokens "
-                "each: repeat it once, right after the prompts were read"
+                f"the cache holds {self.group_size} responses a prompt, {self.response_length} "
+                "tokens each: repeat it once, right after the prompts were read"
             )
         self.group_size = repeats
 
     def get_seq_length(self) -> int:
         """Positions read so far, prompt and response."""
-        return self.prompt_length + self._own_length
+        return self.prompt_length + self.response_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(keys that `query_length` more tokens see, offset of the first key)."""
@@ -126,3 +124,5 @@ class GroupCache(Cache):
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[GroupCacheLayer() for _ in range(num_layers)])
+        self.shared: tuple[tuple[Any, ...], Any] | None = None
+        """What all layers of one forward share (rotary tables, masks), and whose it is."""

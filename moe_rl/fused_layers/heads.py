@@ -210,14 +210,7 @@ def project_backward(
         d_raw_values.permute(0, 3, 1, 2, 4).copy_(d_values)
     products = grad * normed
     d_norms = products.sum(0).view(-1)
-    # norms holds q_norm's weights in every query head and k_norm's in every key head.
-    per_head = norms.view(-1, d)
-    along = torch.empty_like(scale)
-    for heads, weight in (
-        (slice(0, shape.queries), per_head[0]),
-        (slice(shape.queries, shape.normed), per_head[-1]),
-    ):
-        along[:, heads, 0] = products[:, heads] @ weight
+    along = (products * norms.view(normed.shape[1:])).sum(-1, keepdim=True)
     grad.mul_(norms.view(normed.shape[1:])).addcmul_(normed, along, value=-1.0 / d)
     torch.mul(grad, scale, out=out[:, : shape.normed])
     return out.view(normed.shape[0], -1), d_norms

@@ -2,20 +2,13 @@
 
 One Switchboard a model, shared by every context on it. It replaces the routers' `forward`,
 watches forwards of the model that contains them, and takes everything off again when the last
-context is closed, or, where gradient checkpointing may still recompute a layer, when the graphs
+context is closed, or, where gradient checkpointing may still recompute a router, when the graphs
 of the forwards made inside are gone.
-
-A router call outside a forward of the model is a recomputation by gradient checkpointing. It is
-never recorded, and it is answered with the ids of the forward that is being recomputed. Which
-forward that is tells a gradient hook on that forward's outputs: backward passes through them
-before it reaches a layer. State lives on plain attributes, because on CUDA recomputation runs in
-threads of the autograd engine, where ContextVars and thread-locals are empty.
 """
 
-import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -23,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .recomputation import Recomputations, UsedRoutes
 from .routed_experts import Cursor, RoutingBuffer, Span
 from .router_call import RouterCall
 from .taps import RouterTap, survey
@@ -61,15 +55,11 @@ class Pass:
     """One forward of the model: who listens, and which ids it used."""
 
     def __init__(self) -> None:
-        self.with_grad = torch.is_grad_enabled()
-        self.checkpointed = False
         self.tokens = 0
         self.recorders: list[tuple[Recorder, Span]] = []
         self.replay: tuple[Replays, Span] | None = None
         self.noise: Perturbs | None = None
-        self.served: dict[int, Tensor] = {}
-        self.backward: int | None = None
-        self.recomputed: set[int] = set()
+        self.used = UsedRoutes()
 
     @property
     def listening(self) -> bool:
@@ -96,8 +86,7 @@ class Switchboard:
         self.noise: Perturbs | None = None
         self._parameters = list(inspect.signature(backbone.forward).parameters)
         self._running: Pass | None = None
-        self._begun: weakref.ref[Pass] | None = None
-        self._pending = 0
+        self._recomputations = Recomputations(on_gone=self.release)
         self._handles: list[RemovableHandle] = []
         self._own_forwards: list[Forward | None] = []
         self._install()
@@ -113,9 +102,12 @@ class Switchboard:
 
     def _tapped(self, layer: int, forward: Forward) -> Forward:
         def routed(*args: Any, **kwargs: Any) -> Any:
-            if self._running is None:
-                return self._recompute(layer, forward, args, kwargs)
-            return self._route(self._running, layer, forward, args, kwargs)
+            if self._running is not None:
+                return self._route(self._running, layer, forward, args, kwargs)
+            ids = self._recomputations.ids(layer, self.taps[layer])
+            if ids is None:
+                return forward(*args, **kwargs)
+            return RouterCall(self.taps[layer], ids=ids).run(forward, args, kwargs)
 
         return routed
 
@@ -124,7 +116,7 @@ class Switchboard:
         if self.recorders or self.replay or self.noise:
             return
         self._running = None
-        if self._pending or not self._handles:
+        if self._recomputations.pending or not self._handles:
             return
         for tap, own in zip(self.taps, self._own_forwards, strict=True):
             if own is None:
@@ -141,7 +133,7 @@ class Switchboard:
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self._begun = None
+        self._recomputations.forget_backward()
         self._running = running = Pass()
         if not (self.recorders or self.replay or self.noise):
             return
@@ -177,14 +169,12 @@ class Switchboard:
                     "needs every MoE layer; switch layer dropping off."
                 )
             buffer.close(span)
-        if running.checkpointed:
-            self._expect_recomputation(running, output)
+        self._recomputations.expect(running.used, output)
 
     # A router inside a forward.
 
     def _route(self, running: Pass, layer: int, forward: Forward, args: Any, kwargs: Any) -> Any:
-        if running.with_grad and not running.checkpointed:
-            running.checkpointed = _inside_checkpoint()
+        running.used.enter_router()
         if not running.listening:
             return forward(*args, **kwargs)
         tap = self.taps[layer]
@@ -196,7 +186,7 @@ class Switchboard:
                 live = scores.topk(tap.top_k, dim=-1).indices
             else:
                 live = running.noise.choose(layer, tap, scores, logits)
-            return _serve(running, layer, live)
+            return _serve(running, layer, tap, live)
 
         if running.replay is not None and tap.num_groups is not None:
             # The live choice comes first and apart: once the groups of the served ids are opened,
@@ -206,7 +196,7 @@ class Switchboard:
                 alone.run(forward, args, kwargs)
             live = alone.chosen
             assert live is not None
-            call = RouterCall(tap, ids=_serve(running, layer, live))
+            call = RouterCall(tap, ids=_serve(running, layer, tap, live))
         elif running.replay is not None or running.noise is not None:
             call = RouterCall(tap, decide=decide)
         else:
@@ -218,58 +208,11 @@ class Switchboard:
     def _note(self, running: Pass, layer: int, call: RouterCall, live: Tensor | None) -> None:
         tap = self.taps[layer]
         assert call.chosen is not None
-        if call.chosen.numel() != running.tokens * tap.top_k:
-            raise ValueError(
-                f"model: router {tap.name!r} routed {call.chosen.numel() // tap.top_k} tokens of "
-                f"a forward of {running.tokens}. Routing can be recorded only where every router "
-                "sees every token; switch off padding removal and sequence parallelism."
-            )
+        _require_every_token(running, tap, call.chosen)
         for recorder, _ in running.recorders:
             recorder.buffer.keep(layer, call.chosen, call.logits, tap)
         if running.replay is not None and live is not None:
             running.replay[0].live.keep(layer, live, call.logits, tap)
-
-    # A router outside a forward: recomputation.
-
-    def _expect_recomputation(self, running: Pass, output: Any) -> None:
-        reached = [tensor for tensor in _tensors(output) if tensor.requires_grad]
-        for tensor in reached:
-            tensor.register_hook(functools.partial(self._begin_backward, running))
-        if reached and running.served:
-            # The hooks hold the pass, and the graph holds the hooks: the pass dies with its graph.
-            self._pending += 1
-            weakref.finalize(running, self._graph_is_gone).atexit = False
-
-    def _graph_is_gone(self) -> None:
-        self._pending -= 1
-        self.release()
-
-    def _begin_backward(self, running: Pass, grad: Tensor) -> None:
-        task = torch._C._current_graph_task_id()
-        if running.backward != task:
-            running.backward = task
-            running.recomputed.clear()
-            engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._end_backward)
-        self._begun = weakref.ref(running)
-
-    def _end_backward(self) -> None:
-        self._begun = None
-
-    def _recompute(self, layer: int, forward: Forward, args: Any, kwargs: Any) -> Any:
-        running = None if self._begun is None else self._begun()
-        if running is None or not running.served:
-            return forward(*args, **kwargs)
-        tap = self.taps[layer]
-        if layer in running.recomputed:
-            raise ValueError(
-                f"model: router {tap.name!r} is recomputed twice in one backward pass, so two "
-                "checkpointed forwards share it and their routes cannot be told apart (one was "
-                "made before the routing context, or on another device). Call backward for each "
-                "forward by itself."
-            )
-        running.recomputed.add(layer)
-        return RouterCall(tap, ids=running.served[layer]).run(forward, args, kwargs)
 
 
 _switchboards: weakref.WeakKeyDictionary[nn.Module, Switchboard] = weakref.WeakKeyDictionary()
@@ -288,14 +231,24 @@ def tapped(model: nn.Module) -> Iterator[Switchboard]:
         board.release()
 
 
-def _serve(running: Pass, layer: int, live: Tensor) -> Tensor:
+def _serve(running: Pass, layer: int, tap: RouterTap, live: Tensor) -> Tensor:
+    _require_every_token(running, tap, live)
     ids = live
     if running.replay is not None:
         replay, span = running.replay
         ids = replay.ids(layer, span, live)
-    if running.checkpointed:
-        running.served[layer] = ids
+    running.used.keep(layer, ids)
     return ids
+
+
+def _require_every_token(running: Pass, tap: RouterTap, ids: Tensor) -> None:
+    tokens = ids.numel() // tap.top_k
+    if tokens != running.tokens:
+        raise ValueError(
+            f"model: router {tap.name!r} routed {tokens} tokens of a forward of {running.tokens}. "
+            "Routing can be recorded only where every router sees every token; switch off padding "
+            "removal and sequence parallelism."
+        )
 
 
 def _batch_and_length(named: dict[str, Any]) -> tuple[int, int]:
@@ -307,24 +260,3 @@ def _batch_and_length(named: dict[str, Any]) -> tuple[int, int]:
         "input_ids: the forward got neither input_ids nor inputs_embeds, so its tokens have no "
         "place in a record. Pass one of them, [B, S] or [B, S, H]."
     )
-
-
-def _inside_checkpoint() -> bool:
-    """Asked in a forward that began with gradients on: is this layer under checkpointing?
-
-    Reentrant checkpointing turns gradients off around the layer, the other kind sets hooks for
-    saved tensors. Offloading of activations sets them too, which only keeps the taps on longer.
-    """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return not torch.is_grad_enabled() or hooks is not None
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)

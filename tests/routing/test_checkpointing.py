@@ -90,6 +90,7 @@ def test_recording_under_checkpointing_records_each_forward_once(model, tokens, 
     assert clean(model)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # the one in no_grad
 @BOTH_KINDS
 def test_live_forwards_after_the_block_are_live_while_a_backward_is_pending(
     model, tokens, reentrant

@@ -1,0 +1,263 @@
+"""Speed of training against TRL's GRPOTrainer: same model, batch, token counts, threads, machine.
+
+    moe-rl bench training --out results.json
+
+Interleaved in one process: TRL trains, and at each of its rollout boundaries our trainer takes one
+rollout step with instruments and one without, on its own copy of the policy, while TRL's clock
+stands. What the machine does to one side it does to all.
+
+Useful operations are those of the algorithm on the tokens that must be read: prompts once a group,
+two operations a multiply-add, the backward pass twice the forward. Recomputed, padded or repeated
+tokens do not count, whoever reads them.
+"""
+
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_rl.config import ConfigError, RunConfig, preset
+from moe_rl.policy import build_policy
+from moe_rl.runlog import RunLog, write_json
+from moe_rl.seeding import generator
+from moe_rl.tasks import Task, make_task
+from moe_rl.trainer import Trainer, starting_policy
+
+_PEAK_SIZES = (512, 1024, 2048)
+_WARM_UP = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Useful floating-point operations of one rollout step."""
+
+    rollout: float
+    old_logprobs: float
+    updates: float
+
+    @property
+    def total(self) -> float:
+        """All three."""
+        return self.rollout + self.old_logprobs + self.updates
+
+
+def useful_operations(config: RunConfig, task: Task) -> Work:
+    """Operations of one rollout step whose responses have full length.
+
+    One read of a token costs 2 operations for each active matrix weight, and attention 4 * width a
+    layer for each position it sees. The output head is applied to each predicted token.
+    """
+    model, width = config.model, config.model.hidden_size
+    experts = 3 * model.experts_per_token * width * model.expert_size
+    weights = model.num_layers * (4 * width * width + model.num_experts * width + experts)
+    vocabulary = len(task.alphabet) + 2
+    prompts, sequences = config.prompts_per_rollout, config.prompts_per_rollout * config.group_size
+    prompt, response = task.max_prompt_tokens, task.max_response_tokens
+    read = response - 1  # the last token is never fed back
+    tokens = prompts * prompt + sequences * read
+    seen = prompts * prompt * (prompt + 1) / 2
+    seen += sequences * (read * prompt + read * (read + 1) / 2)
+    forward = 2.0 * weights * tokens + 4.0 * width * model.num_layers * seen
+    forward += 2.0 * width * vocabulary * sequences * response
+    return Work(rollout=forward, old_logprobs=forward, updates=3 * forward)
+
+
+def matmul_peak() -> float:
+    """The machine's own best fp32 matmul rate at the current threads, operations per second."""
+    best = 0.0
+    for size in _PEAK_SIZES:
+        a, b = torch.randn(size, size), torch.randn(size, size)
+        for _ in range(8):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            best = max(best, 2.0 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def bench_training(*, repeats: int, out: Path | None) -> int:
+    """Run the race, print the table, write JSON; returns the exit code."""
+    if repeats < 1:
+        raise ConfigError(f"repeats={repeats}: must be at least 1")
+    config = preset("staleness").replace(steps=10_000, learning_rate=1e-5)
+    torch.set_num_threads(config.num_threads)
+    task = make_task(config.task.task, **config.task.options())
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = Path(scratch) / "cold_start"
+        trainers = {
+            "moe-rl, instruments on": _ours(config, Path(scratch) / "on", cache),
+            "moe-rl, instruments off": _ours(
+                dataclasses.replace(config, instruments=False), Path(scratch) / "off", cache
+            ),
+        }
+        peak = matmul_peak()
+        seconds, absent = _race(config, task, trainers, repeats, Path(scratch), cache)
+    result = _summarise(config, task, seconds, peak, absent)
+    print(_table(result))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, result)
+        print(f"written: {out}")
+    return 0
+
+
+def _ours(config: RunConfig, folder: Path, cache: Path) -> Trainer:
+    return Trainer(config, starting_policy(config, cache), RunLog(folder, config))
+
+
+def _race(
+    config: RunConfig,
+    task: Task,
+    trainers: dict[str, Trainer],
+    repeats: int,
+    scratch: Path,
+    cache: Path,
+) -> tuple[dict[str, list[float]], str | None]:
+    """Seconds of each rollout step of each contestant, and why TRL is absent if it is."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    steps = iter(range(10_000))
+
+    def our_turn() -> None:
+        step = next(steps)
+        for name, trainer in trainers.items():
+            start = time.perf_counter()
+            trainer.step(step)
+            if step >= _WARM_UP:
+                seconds[name].append(time.perf_counter() - start)
+
+    try:
+        import trl
+    except ImportError:
+        for _ in range(repeats + _WARM_UP):
+            our_turn()
+        return seconds, "TRL is not installed: pip install 'moe-rl[bench]'"
+    name = f"TRL {trl.__version__}"
+    folder = next(path for path in cache.iterdir() if path.is_dir())
+    peer = _trl_trainer(config, task, folder, scratch, repeats + _WARM_UP)
+    peer.add_callback(_boundary_callback(config, seconds[name], our_turn))
+    peer.train()
+    del seconds[name][:_WARM_UP]
+    return seconds, None
+
+
+def _boundary_callback(config: RunConfig, seconds: list[float], our_turn: Any) -> Any:
+    """Takes TRL's time from one rollout to the next, and gives us our turn in between."""
+    from transformers import TrainerCallback
+
+    class Boundary(TrainerCallback):
+        start = 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **__: Any) -> None:
+            if state.global_step % config.updates_per_rollout:
+                return
+            seconds.append(time.perf_counter() - self.start)
+            our_turn()
+            self.start = time.perf_counter()
+
+    return Boundary()
+
+
+def _trl_trainer(
+    config: RunConfig, task: Task, cold_start: Path, scratch: Path, rollouts: int
+) -> Any:
+    """TRL's GRPOTrainer on the cold-started model, set to the same work."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    model_config = dataclasses.replace(
+        config.model, checkpoint=str(cold_start), experts_implementation="grouped_mm"
+    )
+    policy = build_policy(model_config, task.alphabet, fuse=False)
+    problems = task.prompts(generator(0, "bench"), config.prompts_per_rollout * rollouts)
+    rows = [{"prompt": problem.prompt, **problem.columns} for problem in problems]
+    sequences = config.prompts_per_rollout * config.group_size
+    arguments = GRPOConfig(
+        output_dir=str(scratch / "trl"),
+        per_device_train_batch_size=sequences // config.updates_per_rollout,
+        steps_per_generation=config.updates_per_rollout,
+        num_generations=config.group_size,
+        max_completion_length=task.max_response_tokens,
+        max_steps=config.updates_per_rollout * rollouts,
+        learning_rate=config.learning_rate,
+        temperature=config.temperature,
+        epsilon=0.2,
+        epsilon_high=0.27,
+        loss_type="grpo",
+        beta=0.0,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        columns = {key: columns[key] for key in problems[0].columns}
+        return task.reward(prompts, completions, **columns)
+
+    return GRPOTrainer(
+        model=policy.model,
+        reward_funcs=reward,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=policy.tokenizer,
+    )
+
+
+def _summarise(
+    config: RunConfig,
+    task: Task,
+    seconds: dict[str, list[float]],
+    peak: float,
+    absent: str | None,
+) -> dict[str, Any]:
+    work = useful_operations(config, task)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    on, off = medians["moe-rl, instruments on"], medians["moe-rl, instruments off"]
+    peers = {name: value for name, value in medians.items() if name.startswith("TRL")}
+    return {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "sequences": config.prompts_per_rollout * config.group_size,
+        "updates_per_rollout": config.updates_per_rollout,
+        "useful_operations": dataclasses.asdict(work) | {"total": work.total},
+        "matmul_peak": peak,
+        "seconds": {name: sorted(values) for name, values in seconds.items()},
+        "median_seconds": medians,
+        "share_of_peak": {name: work.total / value / peak for name, value in medians.items()},
+        "speed_against_trl": {name: value / on for name, value in peers.items()},
+        "instruments_share": (on - off) / on,
+        "absent": absent,
+        "config": json.loads(json.dumps(config.to_dict())),
+    }
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{'':<26}{'s per rollout step':>20}{'useful GFLOP/s':>16}{'share of peak':>15}",
+    ]
+    total = result["useful_operations"]["total"]
+    for name, value in result["median_seconds"].items():
+        lines.append(
+            f"{name:<26}{value:>20.3f}{total / value / 1e9:>16.1f}"
+            f"{result['share_of_peak'][name]:>15.1%}"
+        )
+    lines.append(f"matmul peak of this machine: {result['matmul_peak'] / 1e9:.1f} GFLOP/s")
+    for name, value in result["speed_against_trl"].items():
+        lines.append(f"moe-rl with instruments is {value:.2f} times as fast as {name}")
+    lines.append(f"instruments take {result['instruments_share']:.1%} of our training time")
+    if result["absent"]:
+        lines.append(result["absent"])
+    return "\n".join(lines)
