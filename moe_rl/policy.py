@@ -137,9 +137,7 @@ class Policy:
         )
         return output.last_hidden_state, cache
 
-    def read_on(
-        self, ids: Tensor, cache: Cache, prompt_mask: Tensor, group_size: int
-    ) -> Tensor:
+    def read_on(self, ids: Tensor, cache: Cache, prompt_mask: Tensor, group_size: int) -> Tensor:
         """Hidden states [B, s, H] of the next s tokens of every response."""
         mask = positions = None
         if not bool(prompt_mask.all()):
@@ -192,14 +190,18 @@ class Policy:
         if options.replay is not None:
             replay_prompts = options.replay[::group, :prompt_length]
             replay_responses = options.replay[:, prompt_length:-1]
-        with self.routing(options, replay_prompts, noise and noise.for_prompts()) as seen_prompts:
+        with self.routing(
+            options, replay_prompts, noise.for_prompts() if noise else None
+        ) as seen_prompts:
             prompt_hidden, cache = self.read_prompts(batch.prompt_ids, batch.prompt_mask)
         cache.batch_repeat_interleave(group)
         first = prompt_hidden[:, -1:].repeat_interleave(group, dim=0)
         if batch.response_ids.shape[1] == 1:
             hidden, seen = first, None
         else:
-            with self.routing(options, replay_responses, noise and noise.for_responses()) as seen:
+            with self.routing(
+                options, replay_responses, noise.for_responses() if noise else None
+            ) as seen:
                 rest = self.read_on(batch.response_ids[:, :-1], cache, batch.prompt_mask, group)
             hidden = torch.cat([first, rest], dim=1)
         routes = scores = None
@@ -223,7 +225,7 @@ class Policy:
         )
         mask = torch.nn.functional.pad(prompt_mask, (0, ids.shape[1] - prompt_length), value=True)
         replay = None if options.replay is None else options.replay[:, :-1]
-        noise = options.noise and options.noise.for_sequences(prompt_length)
+        noise = options.noise.for_sequences(prompt_length) if options.noise else None
         with self.routing(options, replay, noise) as seen:
             hidden = self.model.base_model(
                 input_ids=ids,

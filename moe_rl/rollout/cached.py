@@ -42,11 +42,11 @@ def generate(
     logprobs: list[Tensor] = []
     masks: list[Tensor] = []
     finished = torch.zeros(sequences, dtype=torch.bool, device=policy.device)
-    with policy.routing(options, None, noise and noise.for_prompts()) as seen_prompts:
+    with policy.routing(options, None, noise.for_prompts() if noise else None) as seen_prompts:
         hidden, cache = policy.read_prompts(prompt_ids, prompt_mask)
     cache.batch_repeat_interleave(group)
     hidden = hidden[:, -1].repeat_interleave(group, dim=0)
-    with policy.routing(options, None, noise and noise.for_responses()) as seen:
+    with policy.routing(options, None, noise.for_responses() if noise else None) as seen:
         for step in range(budget):
             token, logprob = sample(policy.logits(hidden), uniforms[:, step])
             masks.append(~finished)
