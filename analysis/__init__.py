@@ -8,7 +8,7 @@ the trainer.
 
 from moe_rl.analysis.claims import claims_table
 from moe_rl.analysis.load import AnalysisError, AnalysisWarning, Study, load_study
-from moe_rl.analysis.measures import run_measures, summarize
+from moe_rl.analysis.measures import run_measures, summarize, terminal_table
 from moe_rl.analysis.plots.readme import readme_figure
 from moe_rl.analysis.report import write_report
 
@@ -21,5 +21,6 @@ __all__ = [
     "readme_figure",
     "run_measures",
     "summarize",
+    "terminal_table",
     "write_report",
 ]

@@ -57,8 +57,8 @@ SETTING_FIGURES = [
         title="The joined chain",
         caption="Read downwards: if routing causes the failure, churn rises first, then the "
         "variance of the token ratio, the clipped share and the gradient norm, and the reward "
-        f"falls last. {SEEDS} Triangles mark collapses; scales are logarithmic where labelled in "
-        "powers or decades.",
+        f"falls last. {SEEDS} Triangles and dotted lines mark collapses; variance, clipped share "
+        "and gradient norm are on log scales.",
         draw=lambda study, _, width: training.chain(study.steps, study.updates, width=width),
         needs_steps=("reward",),
         needs_updates=("grad_norm",),
@@ -133,6 +133,15 @@ SETTING_FIGURES = [
         f"on-policy, near 0 a few tokens carry all the weight. {SEEDS}",
         draw=lambda study, _, width: training.effective_sample_size(study.updates, width=width),
         needs_updates=("ratio/token_ess",),
+        widths=(COLUMN,),
+    ),
+    FigureSpec(
+        key="router-margin",
+        title="Router margin",
+        caption="Logit gap between the last chosen expert and the first one not chosen, mean over "
+        f"response tokens and layers of the old policy: how near a flip is. {SEEDS}",
+        draw=lambda study, _, width: routing.router_margin(study.steps, width=width),
+        needs_steps=("routing/margin",),
         widths=(COLUMN,),
     ),
     FigureSpec(

@@ -146,3 +146,26 @@ def _arm_row(group: pd.DataFrame) -> dict[str, Any]:
         "seconds_per_step": float(done["seconds_per_step"].astype(float).mean()),
         "seconds": float(done["seconds"].astype(float).mean()),
     }
+
+
+def terminal_table(arms: pd.DataFrame) -> str:
+    """The rows of `summarize` as aligned text of at most 100 columns, for a terminal."""
+    shown = pd.DataFrame(
+        {
+            "setting": arms["setting"],
+            "arm": arms["arm"],
+            "runs": arms["runs"],
+            "final": arms["final"].map("{:.2f}".format),
+            "95%": [
+                f"{low:.2f}-{high:.2f}" if math.isfinite(low) else ""
+                for low, high in zip(arms["final_low"], arms["final_high"], strict=True)
+            ],
+            "peak": arms["peak"].map("{:.2f}".format),
+            "collapsed": arms["collapsed"],
+            "churn": arms["churn_last"].map("{:.1%}".format),
+            "var(w)": arms["token_var"].map("{:.2g}".format),
+            "routing": arms["routing_share"].map("{:.0%}".format),
+            "clipped": arms["clip_share"].map("{:.2%}".format),
+        }
+    )
+    return shown.replace({"nan": "-", "nan%": "-"}).to_string(index=False)

@@ -70,7 +70,8 @@ def _control_sentence(claims: pd.DataFrame) -> str:
     if control.empty:
         return ""
     row = control.iloc[0]
-    unsettled = f"Whether the failure is the MoE's own is open ({row['reason']})."
+    reason = str(row["reason"]).split(";")[0]
+    unsettled = f"Whether the failure is the MoE's own is open ({reason})."
     return CONTROL_SENTENCES.get(str(row["verdict"]), unsettled)
 
 

@@ -142,6 +142,9 @@ def _chapter(study: Study, frames: list[pd.DataFrame], out: Path) -> Html:
     setting = study.settings[0]
     measures, arms, claims, tests = frames
     slug = _slug(setting)
+    judged = claims_section(claims)
+    if len(study.runs) == 1:
+        judged = details("one run cannot settle a claim; the table for what it would need", judged)
     return join(
         [
             _heading(slug, f"Setting: {setting}"),
@@ -149,7 +152,7 @@ def _chapter(study: Study, frames: list[pd.DataFrame], out: Path) -> Html:
             tag("h3", "Arms"),
             arms_section(arms),
             tag("h3", "Claims of the GSPO paper"),
-            claims_section(claims),
+            judged,
             tag("h3", "Figures"),
             _figures(study, measures, SETTING_FIGURES, slug, out),
             tag("h3", "Paired tests"),

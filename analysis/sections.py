@@ -90,10 +90,15 @@ def claims_section(claims: pd.DataFrame) -> Html:
     for row in claims.to_dict("records"):
         rule = details("rule", tag("p", row["rule"]))
         claim = Html(f"{text(row['claim'])}<br><small>{text(row['source'])}</small>{rule}")
-        interval = bounds(row["low"], row["high"], 3 if abs(row["value"]) < 0.1 else 2) or NONE
+        interval = bounds(row["low"], row["high"], _digits(row["low"], row["high"])) or NONE
         why = Html(f"{verdict_badge(row['verdict'])}<br><small>{text(row['reason'])}</small>")
         rows.append([claim, row["paper"], row["ours"], interval, row["n"] or NONE, why])
     return table(columns, rows, kind="cards claims")
+
+
+def _digits(low: float, high: float) -> int:
+    """Decimals that show an interval: three where both bounds are below a tenth."""
+    return 3 if max(abs(low), abs(high)) < 0.1 else 2
 
 
 def verdict_matrix(claims: pd.DataFrame, settings: list[str]) -> Html:

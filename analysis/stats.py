@@ -123,7 +123,7 @@ def sign_flip_p_value(differences: ArrayLike, *, rng_seed: int = RNG_SEED) -> fl
     if len(values) == 0:
         return math.nan
     observed = abs(values.mean())
-    tolerance = 1e-12 * max(1.0, float(np.abs(values).max()))
+    tolerance = 1e-12 * float(np.abs(values).max())  # sums of equal size differ in rounding
     if len(values) <= EXACT_SIGN_FLIPS:
         signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(values))))
         return float(np.mean(np.abs((signs * values).mean(axis=1)) >= observed - tolerance))

@@ -90,14 +90,14 @@ def both(first: Finding, second: Finding) -> tuple[str, str]:
 def _seeds_to_clear(interval: Interval, low: float, high: float) -> int | None:
     """n at which an interval shrinking as 1/sqrt(n) around this value would clear the nearest edge.
 
-    None where the value sits on an edge (or the spread is zero): no n can be promised.
+    None where the value sits (nearly) on an edge: no n worth naming can be promised.
     """
     distance = min(abs(interval.value - edge) for edge in (low, high) if math.isfinite(edge))
     half = max(interval.high - interval.value, interval.value - interval.low)
-    if distance <= 0 or half <= 0 or not math.isfinite(half / distance):
+    if distance < half / 30:  # 900 times the seeds
         return None
     needed = math.ceil(interval.n * (half / distance) ** 2)
-    return max(needed, interval.n + 1) if needed <= 10_000 else None
+    return max(needed, interval.n + 1)
 
 
 def _region(low: float, high: float) -> str:

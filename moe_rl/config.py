@@ -360,12 +360,19 @@ def tiny() -> RunConfig:
 
 def staleness() -> RunConfig:
     """Many updates on one rollout: routing drifts because the weights move."""
-    return RunConfig(setting="staleness")
+    return RunConfig(
+        setting="staleness",
+        model=ModelConfig(num_experts=32),
+        steps=40,
+        updates_per_rollout=16,
+    )
 
 
 def engine_noise() -> RunConfig:
     """Routing differs between any two passes, as between a rollout engine and a trainer."""
-    return RunConfig(setting="engine-noise", router_noise=0.05)
+    return staleness().replace(
+        setting="engine-noise", updates_per_rollout=8, router_noise=0.05
+    )
 
 
 PRESETS = {"tiny": tiny, "staleness": staleness, "engine-noise": engine_noise}

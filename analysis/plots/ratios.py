@@ -30,6 +30,8 @@ from moe_rl.analysis.plots.style import (
     per_step,
     say,
     styled,
+    whole_numbers,
+    zero_text,
 )
 
 
@@ -48,7 +50,8 @@ def ratio_variance(updates: pd.DataFrame, *, width: float = WIDE) -> Figure:
         if any(drawn):
             log_axis(axes)
         else:
-            say(axes, "0 by construction:\nevery update is on-policy")
+            say(axes, zero_text(updates))
+    whole_numbers(panels[0])
     panels[0].set_ylabel("variance of the ratio")
     figure.supxlabel("rollout step", fontsize=8)
     legend(figure, arms)
@@ -79,9 +82,10 @@ def routing_against_weights(updates: pd.DataFrame, *, width: float = WIDE) -> Fi
 def _part(axes: Axes, sampled: pd.DataFrame, column: str, arms: list[str]) -> None:
     drawn = [arm for arm in arms if draw_arm(axes, sampled, arm, "step", column, positive=True)]
     if not drawn:
-        say(axes, "0 throughout")
+        say(axes, zero_text(sampled))
         return
     log_axis(axes)
+    whole_numbers(axes)
     zero = [arm for arm in arms if arm not in drawn and (sampled["arm"] == arm).any()]
     if zero:
         dense = all(is_dense(sampled[sampled["arm"] == arm]) for arm in zero)

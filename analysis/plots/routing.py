@@ -27,6 +27,8 @@ from moe_rl.analysis.plots.style import (
     single,
     step_axis,
     styled,
+    whole_numbers,
+    zero_text,
 )
 
 PER_LAYER = "routing/churn_per_layer"
@@ -62,13 +64,17 @@ def churn_by_layer(updates: pd.DataFrame, *, width: float = WIDE) -> Figure:
         if is_dense(updates[updates["arm"] == arm]):
             say(axes, DENSE_TEXT)
             continue
+        if not top:
+            say(axes, zero_text(updates))
+            continue
         steps = last.loc[last["arm"] == arm, "step"]
         extent = (steps.min() - 0.5, steps.max() + 0.5, 0.5, len(picture) + 0.5)
         image = axes.imshow(
             picture, origin="lower", aspect="auto", interpolation="nearest", extent=extent,
-            cmap=CMAP, vmin=0, vmax=top or 1,
+            cmap=CMAP, vmin=0, vmax=top,
         )  # fmt: skip
         axes.set_yticks(_layer_ticks(layers))
+    whole_numbers(panels[0])
     if image is not None:
         colour_bar(figure, image, panels, "churn", _percent)
     figure.supxlabel("rollout step", fontsize=8)
@@ -157,6 +163,22 @@ def _churn_lines(
     return figure
 
 
+@styled
+def router_margin(steps: pd.DataFrame, *, width: float = COLUMN) -> Figure:
+    """Gap between the K-th and the (K+1)-th router logit of the old policy, mean over layers."""
+    arms = arms_in(steps)
+    figure, axes = single(width)
+    drawn = [arm for arm in arms if draw_arm(axes, steps, arm, "step", "routing/margin")]
+    absent = [arm_label(arm) for arm in arms if arm not in drawn]
+    if absent:
+        axes.set_title(f"{', '.join(absent)}: no choice, no margin", fontsize=7, loc="right")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("router margin (logits)")
+    step_axis(axes)
+    legend(figure, arms)
+    return figure
+
+
 MISMATCH = [
     ("mismatch/kl_k3", "KL (k3, nats a token)", True),
     ("mismatch/extreme_2", "share of tokens, ratio > 2", True),
@@ -180,6 +202,7 @@ def engine_mismatch(steps: pd.DataFrame, *, width: float = WIDE) -> Figure:
             percent_axis(axes)
             axes.set_ylim(bottom=0)
         axes.set_title(text)
+    whole_numbers(panels[0])
     figure.supxlabel("rollout step", fontsize=8)
     legend(figure, arms)
     return figure

@@ -248,7 +248,19 @@ def colour_bar(figure: Figure, image: Any, panels: list[Axes], text: str, tick: 
 def step_axis(axes: Axes, text: str = "rollout step") -> None:
     """Integer ticks on x with a label."""
     axes.set_xlabel(text)
+    whole_numbers(axes)
+
+
+def whole_numbers(axes: Axes) -> None:
+    """At most six ticks on x, all of them integers."""
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+
+
+def zero_text(updates: pd.DataFrame) -> str:
+    """Why a quantity that compares old and new policy is 0 in every row."""
+    if len(updates) and int(updates["update"].max()) == 0:
+        return "0 by construction:\none update per rollout"
+    return "0 throughout"
 
 
 def percent_axis(axes: Axes) -> None:
@@ -257,7 +269,9 @@ def percent_axis(axes: Axes) -> None:
 
 
 def say(axes: Axes, text: str) -> None:
-    """Words in the middle of an empty panel: why there is nothing to draw."""
+    """Words in the middle of an empty panel: why there is nothing to draw; no scale beside it."""
+    axes.tick_params(left=False, labelleft=False)
+    axes.grid(visible=False)
     axes.text(
         0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED,
         fontsize=7, wrap=True,

@@ -30,6 +30,8 @@ from moe_rl.analysis.plots.style import (
     single,
     step_axis,
     styled,
+    whole_numbers,
+    zero_text,
 )
 
 
@@ -57,6 +59,7 @@ def reward_by_arm(steps: pd.DataFrame, *, width: float = WIDE) -> Figure:
         axes.set_title(arm_label(arm))
     for axes in panels:
         axes.set_ylim(-0.03, max(1.0, float(steps["reward"].astype(float).max())) + 0.03)
+    whole_numbers(panels[0])
     figure.supxlabel("rollout step", fontsize=8)
     figure.supylabel("reward", fontsize=8)
     return figure
@@ -116,6 +119,10 @@ def chain(steps: pd.DataFrame, updates: pd.DataFrame, *, width: float = WIDE) ->
     for arm in arms:
         draw_arm(panels[-1], steps, arm, "step", "reward")
     _mark_collapses(panels[-1], steps, arms)
+    for axes in panels[:-1]:
+        for arm in arms:
+            for time in _collapse_times(steps, arm):
+                axes.axvline(time, color=colour(arm), linewidth=0.7, linestyle=":", alpha=0.8)
     panels[-1].set_ylim(-0.03, max(1.0, float(steps["reward"].astype(float).max())) + 0.03)
     panels[-1].set_ylabel("reward")
     step_axis(panels[-1])
@@ -133,7 +140,7 @@ def _chain_panel(axes: Axes, updates: pd.DataFrame, link: Link, arms: list[str])
         percent_axis(axes)
         axes.set_ylim(bottom=0)
     if not any(drawn):
-        say(axes, "0 throughout: every update is on-policy")
+        say(axes, "0 throughout" if link.column == "grad_norm" else zero_text(updates))
     axes.set_ylabel(link.text)
 
 
@@ -162,10 +169,16 @@ def _median(axes: Axes, steps: pd.DataFrame, arm: str, ink: str, width: float) -
 def _mark_collapses(axes: Axes, steps: pd.DataFrame, arms: list[str]) -> None:
     """A triangle at the foot of the panel at the time of collapse of every collapsed seed."""
     for arm in arms:
-        for _, run in steps[steps["arm"] == arm].groupby("seed"):
-            result = outcome(run["reward"].astype(float), run["step"])
-            if result.collapsed:
-                axes.plot(
-                    [result.collapse_step], [0.0], marker="^", markersize=4, clip_on=False,
-                    color=colour(arm), markeredgecolor=MUTED, markeredgewidth=0.3, zorder=5,
-                )  # fmt: skip
+        for time in _collapse_times(steps, arm):
+            axes.plot(
+                [time], [0.0], marker="^", markersize=4, clip_on=False, color=colour(arm),
+                markeredgecolor=MUTED, markeredgewidth=0.3, zorder=5,
+            )  # fmt: skip
+
+
+def _collapse_times(steps: pd.DataFrame, arm: str) -> list[float]:
+    results = [
+        outcome(run["reward"].astype(float), run["step"])
+        for _, run in steps[steps["arm"] == arm].groupby("seed")
+    ]
+    return [result.collapse_step for result in results if result.collapsed]

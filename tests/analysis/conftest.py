@@ -1,0 +1,6 @@
+"""Tests of the analysis room import their generator as `synthetic`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

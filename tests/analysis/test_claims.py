@@ -1,0 +1,186 @@
+"""Tests of the analysis room: the verdict on every claim, with data on both sides of its rule."""
+
+import pandas as pd
+import pytest
+import synthetic
+
+from moe_rl.analysis import rules
+from moe_rl.analysis.claims import CLAIMS, claims_table
+from moe_rl.analysis.load import load_study
+from moe_rl.analysis.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+
+SEEDS = 5
+
+
+def _arm(arm, seeds=SEEDS, **values):
+    """Rows of `run_measures` for one arm; a list is one value a seed."""
+    row = {
+        "final": 0.9, "collapsed": False, "unstable": False, "churn_one": 0.05, "churn_last": 0.1,
+        "routing_share": 0.6, "clip_share": 0.002, "learning_rate": 3e-4,
+        "updates_per_rollout": 8, "router_noise": 0.0, "num_experts": 16, "num_layers": 4,
+    } | values  # fmt: skip
+    return pd.DataFrame(
+        [
+            {"arm": arm, "seed": seed}
+            | {k: v[seed] if isinstance(v, list) else v for k, v in row.items()}
+            for seed in range(seeds)
+        ]
+    )
+
+
+def _runs(*arms):
+    return pd.concat(arms, ignore_index=True)
+
+
+FAILS = {"final": 0.2, "collapsed": True, "unstable": True}
+
+
+@pytest.mark.parametrize(
+    ("collapsed", "verdict"),
+    [(5, REPRODUCED), (4, INCONCLUSIVE), (1, INCONCLUSIVE), (0, NOT_REPRODUCED)],
+)
+def test_grpo_collapses_when_most_seeds_do(collapsed, verdict):
+    runs = _arm("grpo", collapsed=[seed < collapsed for seed in range(SEEDS)])
+    assert rules.grpo_collapses(runs).verdict == verdict
+
+
+def test_replay_restores_what_grpo_lost():
+    runs = _runs(_arm("grpo", **FAILS), _arm("grpo+replay", final=0.9))
+    finding = rules.replay_restores(runs)
+    assert finding.verdict == REPRODUCED
+    assert finding.ours == "GRPO + replay minus GRPO: +0.70"
+
+
+def test_replay_that_helps_by_less_than_the_margin_restores_nothing():
+    runs = _runs(_arm("grpo", **FAILS), _arm("grpo+replay", final=0.24))
+    assert rules.replay_restores(runs).verdict == NOT_REPRODUCED
+
+
+def test_replay_that_helps_but_collapses_restores_nothing():
+    runs = _runs(_arm("grpo", **FAILS), _arm("grpo+replay", final=0.4, collapsed=True))
+    assert rules.replay_restores(runs).verdict == NOT_REPRODUCED
+
+
+def test_where_grpo_is_stable_there_is_nothing_to_restore():
+    finding = rules.replay_restores(_runs(_arm("grpo"), _arm("grpo+replay")))
+    assert finding.verdict == INCONCLUSIVE and "nothing to restore" in finding.reason
+
+
+def test_seeds_that_disagree_about_replay_are_inconclusive():
+    replay = _arm("grpo+replay", final=[0.9, 0.1, 0.9, 0.1, 0.25])
+    assert rules.replay_restores(_runs(_arm("grpo", **FAILS), replay)).verdict == INCONCLUSIVE
+
+
+@pytest.mark.parametrize(("final", "verdict"), [(0.86, REPRODUCED), (0.84, NOT_REPRODUCED)])
+def test_gspo_needs_no_replay_when_replay_adds_less_than_the_margin(final, verdict):
+    runs = _runs(_arm("gspo", final=final), _arm("gspo+replay", final=0.9))
+    assert rules.gspo_needs_none(runs).verdict == verdict
+
+
+def test_gspo_is_compared_with_grpo_and_replay_where_its_own_replay_was_not_run():
+    finding = rules.gspo_needs_none(_runs(_arm("gspo"), _arm("grpo+replay")))
+    assert finding.verdict == REPRODUCED and finding.ours == "GSPO minus GRPO + replay: +0.00"
+
+
+def test_gspo_that_collapses_needs_something():
+    runs = _runs(_arm("gspo", collapsed=True), _arm("gspo+replay"))
+    assert rules.gspo_needs_none(runs).verdict == NOT_REPRODUCED
+
+
+@pytest.mark.parametrize(
+    ("churn", "verdict"),
+    [(0.051, REPRODUCED), (0.199, REPRODUCED), (0.049, NOT_REPRODUCED), (0.201, NOT_REPRODUCED)],
+)
+def test_churn_is_about_ten_percent_within_a_factor_of_two(churn, verdict):
+    assert rules.churn_after_one_update(_arm("grpo", churn_one=churn)).verdict == verdict
+    assert rules.churn_over_rollout(_arm("grpo", churn_last=churn)).verdict == verdict
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.51, REPRODUCED), (0.49, NOT_REPRODUCED)])
+def test_routing_drives_the_ratio_when_it_is_most_of_the_variance(share, verdict):
+    assert rules.routing_drives_ratio(_arm("grpo", routing_share=share)).verdict == verdict
+
+
+@pytest.mark.parametrize(("clip", "verdict"), [(0.064, REPRODUCED), (0.063, NOT_REPRODUCED)])
+def test_gspo_clips_more_by_at_least_a_factor_of_thirty_two(clip, verdict):
+    runs = _runs(_arm("gspo", clip_share=clip), _arm("grpo+replay", clip_share=0.002))
+    assert rules.gspo_clips_more(runs).verdict == verdict
+
+
+def test_seeds_that_clip_nothing_have_no_clip_ratio():
+    runs = _runs(_arm("gspo", clip_share=0.3), _arm("grpo", clip_share=0.0))
+    finding = rules.gspo_clips_more(runs)
+    assert finding.verdict == INCONCLUSIVE and finding.ours == "not measured"
+
+
+CONTROLS = [("dense", rules.dense_is_stable), ("frozen-router", rules.frozen_router_is_stable)]
+
+
+@pytest.mark.parametrize(("arm", "judge"), CONTROLS)
+def test_a_control_holds_only_where_grpo_fails_and_the_control_does_not(arm, judge):
+    assert judge(_runs(_arm("grpo", **FAILS), _arm(arm))).verdict == REPRODUCED
+    assert judge(_runs(_arm("grpo", **FAILS), _arm(arm, **FAILS))).verdict == NOT_REPRODUCED
+    assert judge(_runs(_arm("grpo"), _arm(arm, **FAILS))).verdict == NOT_REPRODUCED
+
+
+@pytest.mark.parametrize(("arm", "judge"), CONTROLS)
+def test_a_control_explains_nothing_where_nothing_fails_or_it_was_not_run(arm, judge):
+    stable = judge(_runs(_arm("grpo"), _arm(arm)))
+    assert stable.verdict == INCONCLUSIVE and "no failure to explain" in stable.reason
+    absent = judge(_arm("grpo", **FAILS))
+    assert absent.verdict == INCONCLUSIVE and absent.reason.startswith("not measured")
+
+
+@pytest.mark.parametrize(("deep", "verdict"), [(0.12, REPRODUCED), (0.08, NOT_REPRODUCED)])
+def test_deeper_is_worse_compares_depths_that_are_otherwise_equal(deep, verdict):
+    runs = _runs(_arm("grpo"), _arm("grpo", num_layers=12, churn_last=deep))
+    assert rules.deeper_is_worse(runs).verdict == verdict
+
+
+def test_depths_with_another_learning_rate_are_not_compared():
+    runs = _runs(_arm("grpo"), _arm("grpo", num_layers=12, learning_rate=1e-4))
+    assert rules.deeper_is_worse(runs).verdict == INCONCLUSIVE
+
+
+def test_irreversibility_needs_restarted_runs():
+    assert rules.collapse_is_irreversible(_arm("grpo", **FAILS)).verdict == INCONCLUSIVE
+    again = _arm("grpo-restart", **FAILS)
+    assert rules.collapse_is_irreversible(again).verdict == REPRODUCED
+    assert rules.collapse_is_irreversible(_arm("grpo-restart")).verdict == NOT_REPRODUCED
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.key)
+def test_no_claim_is_settled_by_one_seed_or_by_none(claim):
+    arms = [*synthetic.PROFILES, "grpo-restart"]
+    assert claim.judge(_runs(*(_arm(arm, seeds=1) for arm in arms))).verdict == INCONCLUSIVE
+    assert claim.judge(_arm("grpo").iloc[:0]).verdict == INCONCLUSIVE
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.key)
+def test_every_claim_has_its_rule_and_its_source(claim):
+    assert claim.rule and "reproduced" in claim.rule
+    assert claim.source and claim.paper
+
+
+def test_the_table_judges_complete_runs_of_each_setting(tmp_path):
+    arms = ["grpo", "dense"]
+    root = synthetic.write_study(
+        tmp_path, arms=arms, seeds=5, steps=24, updates=2, settings=("a", "b")
+    )
+    for seed in (1, 2, 3):
+        (root / f"runs/b/grpo/seed{seed}/summary.json").unlink()
+    table = claims_table(load_study(root)).set_index(["setting", "key"])
+    assert table.loc[("a", "grpo_collapses"), "verdict"] == REPRODUCED
+    assert table.loc[("a", "dense_is_stable"), "verdict"] == REPRODUCED
+    assert table.loc[("b", "grpo_collapses"), "verdict"] == INCONCLUSIVE
+    assert table.loc[("b", "grpo_collapses"), "n"] == 2
+    assert len(table) == 2 * len(CLAIMS)
+
+
+def test_a_study_in_which_nothing_fails_reproduces_no_collapse(tmp_path):
+    calm = {"grpo": synthetic.Profile(plateau=0.9)}
+    root = synthetic.write_study(
+        tmp_path, arms=["grpo"], seeds=4, steps=24, updates=2, profiles=calm
+    )
+    table = claims_table(load_study(root)).set_index("key")
+    assert table.loc["grpo_collapses", "verdict"] == NOT_REPRODUCED

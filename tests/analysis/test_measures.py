@@ -1,0 +1,111 @@
+"""Tests of the analysis room: rows of runs and arms, and the split of the log-ratio variance."""
+
+import json
+
+import pandas as pd
+import pytest
+import synthetic
+
+from moe_rl.analysis.attribution import COVARIANCE, ROUTING, WEIGHT, shares_by_arm, shares_by_run
+from moe_rl.analysis.load import load_study
+from moe_rl.analysis.measures import CHAIN, run_measures, summarize
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    root = tmp_path_factory.mktemp("study")
+    return load_study(synthetic.write_study(root, seeds=3, steps=24, updates=4))
+
+
+def test_the_outcomes_are_those_the_generator_was_told_to_make(study):
+    arms = summarize(study).set_index("arm")
+    assert arms.loc["grpo", "collapsed"] == 3 and arms.loc["gspo", "collapsed"] == 0
+    assert arms.loc["grpo", "final"] == pytest.approx(0.12, abs=0.04)
+    assert arms.loc["gspo", "final"] == pytest.approx(0.93, abs=0.05)
+    assert 14 <= arms.loc["grpo", "collapse_step"] <= 20  # the fall starts at step 14.4
+
+
+def test_dense_has_no_churn_and_no_routing_share(study):
+    dense = summarize(study).set_index("arm").loc["dense"]
+    assert dense["churn_last"] == 0 and dense["routing_share"] == 0
+
+
+def test_arms_come_in_the_order_of_the_experiment(study):
+    assert summarize(study)["arm"].tolist() == list(synthetic.PROFILES)
+
+
+def test_the_chain_is_measured_before_the_collapse(tmp_path):
+    root = synthetic.write_study(tmp_path, arms=["grpo"], seeds=1, steps=40, updates=2)
+    file = root / "runs/staleness/grpo/seed1/updates.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    collapse = run_measures(load_study(root))["collapse_step"].iloc[0]
+    for row in rows:
+        row["clip_ratio/region"] = 0.01 if row["step"] < collapse else 0.99
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run_measures(load_study(root))["clip_share"].iloc[0] == pytest.approx(0.01)
+
+
+def test_churn_is_taken_one_step_and_all_steps_after_the_old_policy(tmp_path):
+    root = synthetic.write_study(tmp_path, arms=["gspo"], seeds=1, steps=3, updates=4)
+    study = load_study(root)
+    measured = run_measures(study).iloc[0]
+    churn = study.updates.groupby("update")["routing/churn"].mean()
+    assert measured["churn_one"] == pytest.approx(churn[1])
+    assert measured["churn_last"] == pytest.approx(churn[3])
+
+
+def test_a_run_that_recorded_nothing_has_no_numbers(tmp_path):
+    root = synthetic.write_study(tmp_path, arms=["grpo", "gspo"], seeds=1, steps=3, updates=2)
+    for name in ("steps.jsonl", "updates.jsonl"):
+        (root / "runs/staleness/grpo/seed1" / name).write_text("")
+    measures = run_measures(load_study(root)).set_index("arm")
+    assert measures.loc["grpo", [*CHAIN, "final"]].isna().all()
+    assert measures.loc["gspo", "churn_last"] > 0
+
+
+def test_an_incomplete_run_is_counted_apart(tmp_path):
+    root = synthetic.write_study(tmp_path, arms=["grpo"], seeds=3, steps=12, updates=2)
+    (root / "runs/staleness/grpo/seed2/summary.json").unlink()
+    row = summarize(load_study(root)).iloc[0]
+    assert (row["runs"], row["incomplete"]) == (2, 1)
+
+
+def _updates(rows, arm="grpo"):
+    return pd.DataFrame(
+        [
+            {
+                "setting": "s", "arm": arm, "seed": seed, "step": step,
+                ROUTING: routing, WEIGHT: weight, COVARIANCE: covariance,
+            }
+            for step, (seed, routing, weight, covariance) in enumerate(rows)
+        ]
+    )  # fmt: skip
+
+
+def test_shares_add_up_to_one_and_weigh_updates_by_their_variance():
+    shares = shares_by_run(_updates([(1, 3.0, 1.0, 0.5), (1, 0.0, 1.0, 0.0)])).iloc[0]
+    assert shares["routing_share"] == pytest.approx(3 / 6)
+    assert shares["weight_share"] == pytest.approx(2 / 6)
+    assert shares["covariance_share"] == pytest.approx(1 / 6)
+    assert shares["log_var"] == pytest.approx(3.0)
+
+
+def test_parts_that_oppose_each_other_give_shares_beyond_one():
+    shares = shares_by_run(_updates([(1, 2.0, 1.0, -1.0)])).iloc[0]
+    assert shares["routing_share"] == pytest.approx(2.0)
+    assert shares["covariance_share"] == pytest.approx(-2.0)
+
+
+def test_updates_without_a_split_and_on_policy_runs_are_left_out():
+    nan = float("nan")
+    frame = _updates([(1, nan, nan, nan), (2, 0.0, 0.0, 0.0), (3, 1.0, 1.0, 0.0)])
+    assert shares_by_run(frame)["seed"].tolist() == [3]
+    assert shares_by_run(frame.drop(columns=[ROUTING])).empty
+    assert shares_by_arm(frame.iloc[:0]).empty
+
+
+def test_the_interval_of_an_arm_lies_within_its_seeds():
+    frame = _updates([(1, 1.0, 1.0, 0.0), (2, 3.0, 1.0, 0.0), (3, 9.0, 1.0, 0.0)])
+    row = shares_by_arm(frame).iloc[0]
+    assert row["n"] == 3
+    assert 0.5 <= row["routing_low"] <= row["routing_share"] <= row["routing_high"] <= 0.9

@@ -1,0 +1,114 @@
+"""Tests of the analysis room: what figures show, for data that log axes and medians dislike."""
+
+import math
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import synthetic
+
+from moe_rl.analysis.load import load_study
+from moe_rl.analysis.plots import ratios, routing, training
+from moe_rl.analysis.plots.style import (
+    ARM_COLOURS,
+    COLUMN,
+    WIDE,
+    colour,
+    plain_number,
+)
+from moe_rl.analysis.svg import DARK_PARTNERS, settle
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    root = tmp_path_factory.mktemp("study")
+    arms = ["grpo", "gspo", "dense"]
+    return load_study(synthetic.write_study(root, arms=arms, seeds=2, steps=6, updates=2))
+
+
+def _words(figure):
+    return " ".join(text.get_text() for text in figure.findobj(mpl.text.Text))
+
+
+@pytest.mark.parametrize("width", [WIDE, COLUMN])
+def test_figures_have_the_width_that_was_asked_for(study, width):
+    assert training.reward_by_arm(study.steps, width=width).get_figwidth() == width
+
+
+def test_every_seed_is_a_line_and_the_median_another(study):
+    axes = training.gradient_norm(study.updates).axes[0]
+    assert len(axes.lines) == 3 * (2 + 1)
+
+
+def test_a_collapse_is_marked(study):
+    axes = training.reward_by_arm(study.steps).axes[1]  # GRPO's panel
+    assert sum(line.get_marker() == "^" for line in axes.lines) == 2
+
+
+def test_what_a_dense_model_cannot_do_is_said_and_not_drawn(study):
+    assert "0 by construction" in _words(routing.churn_by_layer(study.updates))
+    assert "dense control: 0 by construction" in _words(
+        ratios.routing_against_weights(study.updates)
+    )
+
+
+def test_zeros_stay_off_log_axes_and_are_named(study):
+    updates = study.updates.copy()
+    updates.loc[updates["arm"] == "grpo", "clip_ratio/region"] = 0.0
+    figure = training.clip_share(updates)
+    assert "0 throughout, not on a log axis: GRPO" in _words(figure)
+    drawn = np.concatenate([line.get_ydata() for line in figure.axes[0].lines])
+    assert not (drawn == 0).any()
+
+
+def test_on_policy_ratios_are_said_to_be_zero_by_construction(study):
+    first = study.updates[study.updates["update"] == 0]
+    figure = ratios.ratio_variance(first)
+    assert "one update per rollout" in _words(figure)
+    assert all(axes.get_yscale() == "linear" for axes in figure.axes)
+
+
+def test_non_finite_numbers_leave_gaps(study):
+    updates = study.updates.copy()
+    updates.loc[updates["step"] == 2, "grad_norm"] = math.inf
+    updates.loc[updates["step"] == 3, "grad_norm"] = math.nan
+    settle(training.gradient_norm(updates))
+
+
+def test_drawing_leaves_matplotlib_as_it_was(study):
+    before = dict(mpl.rcParams)
+    settle(training.chain(study.steps, study.updates))
+    assert dict(mpl.rcParams) == before
+
+
+def test_every_arm_has_its_own_colour_with_a_dark_partner():
+    assert len(set(ARM_COLOURS.values())) == len(ARM_COLOURS)
+    assert set(ARM_COLOURS.values()) <= set(DARK_PARTNERS)
+    assert colour("an arm of yours") == colour("an arm of yours")
+
+
+def _luminance(colour_code):
+    channels = [int(colour_code[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _contrast(one, other):
+    light, dark = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("arm", ARM_COLOURS)
+def test_arm_colours_stand_out_on_light_and_dark_pages(arm):
+    # WCAG 2.1, 1.4.11: graphics need a contrast of 3 to what is next to them.
+    light_page, dark_page = "#fdfdfc", DARK_PARTNERS["#fdfdfc"]
+    assert _contrast(ARM_COLOURS[arm], light_page) >= 3
+    assert _contrast(DARK_PARTNERS[ARM_COLOURS[arm]], dark_page) >= 3
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(1e-4, "10\u207b\u2074"), (2e-5, "2\u00b710\u207b\u2075"), (0.001, "0.001"), (100, "100")],
+)
+def test_log_labels_are_plain_numbers_or_powers(value, words):
+    assert plain_number(value) == words

@@ -1,0 +1,238 @@
+"""Tests of the analysis room: the report is whole, self-contained, safe and the same every time."""
+
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from subprocess import run
+
+import pytest
+import synthetic
+
+from moe_rl.analysis import (
+    AnalysisError,
+    load_study,
+    readme_figure,
+    summarize,
+    terminal_table,
+    write_report,
+)
+from moe_rl.analysis.figures import SETTING_FIGURES, has_map
+from moe_rl.analysis.svg import to_png
+
+
+@pytest.fixture
+def one_figure(monkeypatch):
+    """Reports with a single figure, for tests that are about the words."""
+    monkeypatch.setattr("moe_rl.analysis.report.SETTING_FIGURES", SETTING_FIGURES[-4:-3])
+
+
+class Page(HTMLParser):
+    """Every tag, id and reference of a page; an unclosed element is an error."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "hr", "input"})
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.ids, self.references, self.stack = [], [], [], []
+        self.feed(html)
+        assert not self.stack, f"unclosed: {self.stack}"
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("href", "src", "xlink:href"):
+                self.references.append((tag, value))
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def study_dir(tmp_path_factory):
+    return synthetic.write_study(
+        tmp_path_factory.mktemp("whole") / "study",
+        arms=["grpo", "gspo", "dense"],
+        seeds=2,
+        steps=12,
+        updates=3,
+        mismatch=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def index(study_dir):
+    return write_report(study_dir)
+
+
+@pytest.fixture(scope="module")
+def html(index):
+    return index.read_text(encoding="utf-8")
+
+
+def test_the_page_needs_no_network_and_no_script(html):
+    page = Page(html)
+    assert "script" not in page.tags and "iframe" not in page.tags
+    assert "@import" not in html and "http://" not in html and "https://" not in html
+    for tag, reference in page.references:
+        if tag != "a":
+            assert reference.startswith(("#", "data:")), (tag, reference)
+
+
+def test_every_link_of_the_page_leads_somewhere(index, html):
+    page = Page(html)
+    for tag, reference in page.references:
+        if reference.startswith("#"):
+            assert reference[1:] in page.ids, reference
+        elif tag == "a":
+            assert (index.parent / reference).is_file(), reference
+
+
+def test_ids_are_unique_over_all_inlined_figures(html):
+    ids = Page(html).ids
+    assert len(ids) == len(set(ids))
+    clips = re.findall(r"url\(#([^)]+)\)", html)
+    assert clips and set(clips) <= set(ids)
+
+
+def test_every_figure_is_inlined_and_written_as_svg_and_png(index, html):
+    for spec in SETTING_FIGURES:
+        for suffix in ("svg", "png"):
+            assert (index.parent / "figures" / f"staleness-{spec.key}.{suffix}").stat().st_size
+        assert spec.caption.split(".")[0].replace("'", "&#x27;") in html
+    assert html.count("<svg") == sum(len(spec.widths) for spec in SETTING_FIGURES)
+
+
+def test_the_data_are_written_as_csv(index):
+    names = {file.name for file in (index.parent / "data").iterdir()}
+    tables = {"runs", "arms", "claims", "paired", "steps", "updates"}
+    assert names == {f"{name}.csv" for name in tables}
+
+
+def test_figure_colours_follow_the_theme(html):
+    body = html[html.index("<body>") :]
+    assert "var(--f-d55e00)" in body and "#d55e00" not in body
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_the_same_files_give_the_same_bytes(study_dir, index, tmp_path):
+    copy = tmp_path / "study"
+    shutil.copytree(study_dir, copy, ignore=shutil.ignore_patterns("report"))
+    other = write_report(copy)
+    files = sorted(p.relative_to(index.parent) for p in index.parent.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(other.parent) for p in other.parent.rglob("*.*"))
+    for name in files:
+        assert (index.parent / name).read_bytes() == (other.parent / name).read_bytes(), name
+
+
+def test_what_files_say_is_escaped(tmp_path, one_figure):
+    root = synthetic.write_study(tmp_path / "s", arms=["grpo"], seeds=1, steps=2, updates=1)
+    study = json.loads((root / "study.json").read_text())
+    evil = '<script>alert("x")</script>'
+    (root / "study.json").write_text(json.dumps(study | {"name": evil, "command": evil}))
+    config = root / "runs/staleness/grpo/seed1/config.json"
+    config.write_text(config.read_text().replace("running_sum", "</pre><img src=x>"))
+    page = Page(write_report(root).read_text())
+    assert "script" not in page.tags and "img" not in page.tags
+
+
+def test_one_seed_of_one_arm_is_enough(tmp_path):
+    root = synthetic.write_study(tmp_path / "s", arms=["gspo"], seeds=1, steps=3, updates=2)
+    html = write_report(root / "runs/staleness/gspo/seed1").read_text()
+    Page(html)
+    assert "1 seed an arm" in html
+
+
+def test_an_interrupted_study_says_what_is_missing(tmp_path, one_figure):
+    root = synthetic.write_study(tmp_path / "s", arms=["grpo", "gspo"], seeds=2, steps=6, updates=1)
+    (root / "runs/staleness/grpo/seed1/summary.json").unlink()
+    steps = root / "runs/staleness/grpo/seed1/steps.jsonl"
+    steps.write_text(steps.read_text()[:-20])
+    shutil.rmtree(root / "runs/staleness/gspo/seed2")
+    with pytest.warns(UserWarning, match="torn last line"):
+        html = write_report(root).read_text()
+    assert "Incomplete: staleness / grpo / seed 1, 5 of 6 steps" in html
+    assert "Not started: staleness / gspo / 2" in html
+    assert "2 of 4 runs complete" in html
+    assert "runs/staleness/grpo/seed1/steps.jsonl:6: torn last line skipped" in html
+    assert str(tmp_path) not in html
+
+
+def test_a_study_without_a_complete_run_still_has_a_report(tmp_path, one_figure):
+    root = synthetic.write_study(tmp_path / "s", arms=["grpo"], seeds=1, steps=3, updates=1)
+    (root / "runs/staleness/grpo/seed1/summary.json").unlink()
+    assert "no run is complete yet" in write_report(root).read_text()
+
+
+def test_metrics_that_no_run_recorded_are_named_not_drawn(tmp_path):
+    root = synthetic.write_study(tmp_path / "s", arms=["grpo"], seeds=1, steps=3, updates=2)
+    file = root / "runs/staleness/grpo/seed1/updates.jsonl"
+    kept = ("step", "update", "grad_norm")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({k: row[k] for k in kept}) + "\n" for row in rows))
+    html = write_report(root).read_text()
+    assert "Churn by layer over time (no routing/churn_per_layer)" in html
+
+
+def test_old_figures_do_not_outlive_a_redraw(tmp_path, one_figure):
+    root = synthetic.write_study(tmp_path / "s", arms=["grpo"], seeds=1, steps=2, updates=1)
+    stale = root / "report" / "figures" / "gone-reward.svg"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("old")
+    (stale.parent / "notes.txt").write_text("mine")
+    write_report(root)
+    assert not stale.exists() and (stale.parent / "notes.txt").exists()
+
+
+def test_a_map_is_drawn_as_map_and_frontier(tmp_path):
+    root = synthetic.write_map(tmp_path / "map", seeds=1, noises=(0.0,))
+    study = load_study(root)
+    assert has_map(study)
+    html = write_report(root).read_text()
+    Page(html)
+    assert "Stability frontier" in html and "Largest stable learning rate at 4 / 8 / 16" in html
+    assert (root / "report/data/frontier.csv").is_file()
+
+
+def test_two_settings_with_unequal_learning_rates_are_no_map(study_dir):
+    assert not has_map(load_study(study_dir))
+
+
+def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(AnalysisError):
+        write_report(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_readme_figure_takes_a_setting_and_arms(study_dir):
+    study = load_study(study_dir)
+    assert to_png(readme_figure(study, arms=["grpo", "gspo"])).startswith(b"\x89PNG")
+    with pytest.raises(AnalysisError, match="setting='nowhere': the study has staleness"):
+        readme_figure(study, setting="nowhere")
+    with pytest.raises(AnalysisError, match=r"arms=\['ppo'\]"):
+        readme_figure(study, arms=["ppo"])
+
+
+def test_the_terminal_table_has_a_row_for_every_arm(study_dir):
+    lines = terminal_table(summarize(load_study(study_dir))).splitlines()
+    assert [line.split()[1] for line in lines] == ["arm", "grpo", "gspo", "dense"]
+    assert max(map(len, lines)) <= 100
+
+
+def test_analysis_imports_neither_torch_nor_the_trainer():
+    code = (
+        "import sys, moe_rl.analysis.report; "
+        "print([m for m in ('torch', 'transformers', 'moe_rl.trainer', 'matplotlib.pyplot') "
+        "if m in sys.modules])"
+    )
+    done = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
