@@ -93,18 +93,18 @@ def map_headline(study: Study, measures: pd.DataFrame) -> str:
         return "No run of the map is complete yet."
     updates = sorted(done["updates_per_rollout"].unique())
     slashed = " / ".join(f"{m:g}" for m in updates)
+    noisy = table["router_noise"].nunique() > 1
     sentences = [
         f"The map has {len(done)} complete runs. Largest stable learning rate at {slashed} updates "
-        "per rollout:"
+        f"per rollout{'.' if noisy else ':'}"
     ]
-    noisy = table["router_noise"].nunique() > 1
     for noise, group in table.groupby("router_noise"):
         parts = [
             f"{arm_label(arm)} {_frontier_rates(group[group['arm'] == arm], updates)}"
             for arm in study.arms
             if (group["arm"] == arm).any()
         ]
-        at = f"with router noise {noise:g} " if noisy else ""
+        at = f"At router noise {noise:g}: " if noisy else ""
         sentences.append(f"{at}{'; '.join(parts)}.")
     return " ".join(sentences)
 

@@ -4,6 +4,7 @@ Two passes over the same tokens with equal weights and independent noise disagre
 (token, layer) pairs. The share grows with the noise, so bisection finds the noise for a share.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from moe_rl.seeding import generator, uniforms
 from moe_rl.tasks import make_task
 from moe_rl.trainer import starting_policy
 
-_LARGEST_NOISE = 64.0
+_SMALLEST_NOISE, _LARGEST_NOISE = 1e-4, 64.0
+# Halvings of the ratio between the bounds: they end within 0.1% of each other.
 _BISECTIONS = 14
 
 
@@ -60,11 +62,11 @@ def calibrate_noise(config: RunConfig, share: float, cold_start_cache: Path) -> 
     torch.set_num_threads(config.num_threads)
     policy = starting_policy(config, cold_start_cache)
     batch = _rollout(config, policy)
-    low, high = 0.0, _LARGEST_NOISE
+    low, high = _SMALLEST_NOISE, _LARGEST_NOISE
     if _measure(config, policy, batch, high).router_disagreement < share:
         raise ConfigError(f"share={share}: not reached even with noise {high:g}; ask for less")
     for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
+        middle = math.sqrt(low * high)
         if _measure(config, policy, batch, middle).router_disagreement < share:
             low = middle
         else:

@@ -185,10 +185,9 @@ def _run_study(
 
 
 def _print_summary(root: Path) -> None:
-    from moe_rl.analysis.load import load_study
-    from moe_rl.analysis.report import summarize
+    from moe_rl.analysis import load_study, summarize, terminal_table
 
-    print(summarize(load_study(root)).to_string(index=False))
+    print(terminal_table(summarize(load_study(root))))
 
 
 def train(options: Train) -> int:
