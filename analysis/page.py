@@ -19,6 +19,9 @@ from moe_rl.analysis.verdicts import NOT_REPRODUCED, REPRODUCED
 
 NONE = "\u2013"  # an en dash stands for "no number"
 
+GENERATOR = '<meta name="generator" content="moe-rl report">'
+"""Marks a page as ours, so that a new report may replace it."""
+
 
 class Html(str):
     """A string that is already HTML; every other value is escaped where it is printed."""
@@ -147,6 +150,7 @@ def page(title: str, body: object) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
+        f"{GENERATOR}\n"
         '<link rel="icon" href="data:,">\n'
         f"<title>{text(title)}</title>\n<style>\n{themes}\n{css}</style>\n</head>\n"
         f"<body>\n<main>\n{text(body)}\n</main>\n</body>\n</html>\n"

@@ -14,7 +14,7 @@ from moe_rl.analysis.load import Study, load_study
 from moe_rl.analysis.measures import run_measures, summarize
 from moe_rl.analysis.methods import methods_section
 from moe_rl.analysis.narrative import config_line, headline, map_headline, pooled_fields
-from moe_rl.analysis.page import Html, details, figure_block, join, page, tag, text
+from moe_rl.analysis.page import GENERATOR, Html, details, figure_block, join, page, tag, text
 from moe_rl.analysis.plots.frontier import map_cells
 from moe_rl.analysis.sections import (
     absent_runs,
@@ -34,6 +34,20 @@ __all__ = ["summarize", "write_report"]
 CHAPTERS = 6  # above this many settings only the map is drawn, not every setting's time courses
 
 
+def _remove_last_report(out: Path) -> None:
+    """Remove the figures and tables of an earlier report, which may have had others.
+
+    Nothing is removed unless the page beside them says that this function's caller wrote it.
+    """
+    page_file = out / "index.html"
+    if not page_file.is_file() or GENERATOR not in page_file.read_text(encoding="utf-8"):
+        return
+    for folder, suffixes in (("figures", (".svg", ".png")), ("data", (".csv",))):
+        for file in sorted((out / folder).iterdir()):
+            if file.suffix in suffixes:
+                file.unlink()
+
+
 def write_report(run_dir: str | Path) -> Path:
     """Draw the report of the study (or single run) in `run_dir`; returns the path of index.html.
 
@@ -44,12 +58,9 @@ def write_report(run_dir: str | Path) -> Path:
     """
     study = load_study(run_dir)
     out = Path(run_dir) / "report"
-    for folder, suffixes in (("figures", (".svg", ".png")), ("data", (".csv",))):
+    for folder in ("figures", "data"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-        # Figures of a setting that is gone would otherwise stay beside the new ones.
-        for file in sorted((out / folder).iterdir()):
-            if file.suffix in suffixes:
-                file.unlink()
+    _remove_last_report(out)
     measures = run_measures(study)
     arms, claims = summarize(study, measures), claims_table(study, measures)
     tests = paired_tests(measures)

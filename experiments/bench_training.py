@@ -85,7 +85,7 @@ def bench_training(*, repeats: int, out: Path | None) -> int:
     """Run the race, print the table, write JSON; returns the exit code."""
     if repeats < 1:
         raise ConfigError(f"repeats={repeats}: must be at least 1")
-    config = preset("staleness").replace(steps=10_000, learning_rate=1e-5)
+    config = preset("staleness").replace(steps=10_000, learning_rate=1e-5, device="cpu")
     torch.set_num_threads(config.num_threads)
     task = make_task(config.task.task, **config.task.options())
     with tempfile.TemporaryDirectory() as scratch:

@@ -4,11 +4,13 @@ moe-rl reproduce --quick     three arms, two seeds, one setting: minutes
 moe-rl reproduce --full      six arms, five seeds, two settings
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from moe_rl.config import RoutingReplay, RunConfig, preset
+from moe_rl.config import ConfigError, RoutingReplay, RunConfig, preset
 from moe_rl.experiments.arms import ARMS, MAIN_ARMS, arm_config
 from moe_rl.runlog import SCHEMA, write_json
 
@@ -50,8 +52,14 @@ def write_study(
     seeds: Sequence[int],
     command: str,
 ) -> None:
-    """Write study.json into a study folder, made if need be."""
-    root.mkdir(parents=True, exist_ok=True)
+    """Write study.json into a study folder, made if need be.
+
+    Raises:
+        ConfigError: the folder holds another study, or files that are no study.
+    """
+    file = root / "study.json"
+    if not file.is_file() and root.exists() and any(root.iterdir()):
+        raise ConfigError(f"out={str(root)!r}: holds files that are no study; give a new folder")
     values = {
         "schema": SCHEMA,
         "name": name,
@@ -61,7 +69,24 @@ def write_study(
         "seeds": list(seeds),
         "command": command,
     }
-    write_json(root / "study.json", values)
+    if file.is_file():
+        _check_same_study(file, values)
+    root.mkdir(parents=True, exist_ok=True)
+    write_json(file, values)
+
+
+def _check_same_study(file: Path, values: dict[str, Any]) -> None:
+    try:
+        theirs = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error}); give a new folder") from error
+    for key in ("name", "mode", "settings", "arms", "seeds"):
+        other = theirs.get(key) if isinstance(theirs, dict) else None
+        if other != values[key]:
+            raise ConfigError(
+                f"out={str(file.parent)!r}: holds a study with {key}={other!r}, this one has "
+                f"{values[key]!r}; give another folder"
+            )
 
 
 def quick() -> Study:
@@ -71,12 +96,19 @@ def quick() -> Study:
     )
 
 
-def full() -> Study:
-    """All arms and both controls, five paired seeds, staleness and engine noise."""
+def full(settings: Sequence[str] = tuple(REPLAY_OF_SETTING)) -> Study:
+    """All arms and both controls on five paired seeds.
+
+    Raises:
+        ConfigError: a setting that the study does not have.
+    """
+    unknown = [name for name in settings if name not in REPLAY_OF_SETTING]
+    if unknown or not settings:
+        raise ConfigError(f"settings={unknown}: expected some of {', '.join(REPLAY_OF_SETTING)}")
     return Study(
         name="collapse",
         mode="full",
-        settings=("staleness", "engine-noise"),
+        settings=tuple(settings),
         arms=tuple(ARMS),
         seeds=(1, 2, 3, 4, 5),
     )

@@ -64,7 +64,7 @@ def grid(
         raise ConfigError(f"arms={unknown}: expected some of {', '.join(ARMS)}")
     bases = [
         base.replace(
-            setting=f"{base.setting}_lr{rate:.0e}_m{count}_noise{noise:g}",
+            setting=f"{base.setting}_lr{rate:g}_m{count}_noise{noise:g}",
             learning_rate=rate,
             updates_per_rollout=count,
             router_noise=noise,

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from moe_rl.config import ConfigError, RunConfig
-from moe_rl.runlog import SCHEMA, check_run_folder, is_complete, write_json
+from moe_rl.runlog import OUTPUT, SCHEMA, check_run_folder, is_complete, write_json
 
 _POLL_SECONDS = 0.5
 
@@ -37,7 +37,8 @@ class Failure:
 
 def run_folder(root: Path, config: RunConfig) -> Path:
     """Where a study keeps one run: ROOT/runs/SETTING/ARM/seedN."""
-    return root / "runs" / config.setting / config.arm / f"seed{config.seed}"
+    arm = config.named().arm
+    return root / "runs" / config.setting / f"{arm}" / f"seed{config.seed}"
 
 
 def run_all(
@@ -76,7 +77,9 @@ def run_all(
                     display.end(process, failure)
         finally:
             for process in running:
-                process.stop()
+                process.terminate()
+            for process in running:
+                process.wait()
     return failures
 
 
@@ -84,12 +87,18 @@ def check_study(configs: Sequence[RunConfig], root: Path, *, jobs: int) -> None:
     """Refuse what cannot work before any work is done.
 
     Raises:
-        ConfigError: no job, or a run folder that holds a run of another config.
+        ConfigError: no job, two runs in one folder, or a folder that holds another run.
     """
     if jobs < 1:
         raise ConfigError(f"jobs={jobs}: must be at least 1")
-    for config in configs:
-        check_run_folder(run_folder(root, config), config)
+    folders = [run_folder(root, config) for config in configs]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise ConfigError(
+                f"{folder}: two runs of the study would share it; name each value once"
+            )
+    for folder, config in zip(folders, configs, strict=True):
+        check_run_folder(folder, config)
 
 
 class _Process:
@@ -99,9 +108,10 @@ class _Process:
         self.config = config
         self.folder = run_folder(root, config)
         self.started = time.monotonic()
+        check_run_folder(self.folder, config)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._log = (self.folder / "output.txt").open("w", encoding="utf-8")
         write_json(self.folder / "config.json", {"schema": SCHEMA, "config": config.to_dict()})
+        self._log = (self.folder / OUTPUT).open("w", encoding="utf-8")
         command = [sys.executable, "-m", "moe_rl", "train"]
         command += ["--config", str(self.folder / "config.json"), "--out", str(self.folder)]
         command += ["--cold-start-cache", str(cold_start_cache)]
@@ -120,8 +130,10 @@ class _Process:
     def poll(self) -> int | None:
         return self._process.poll()
 
-    def stop(self) -> None:
+    def terminate(self) -> None:
         self._process.terminate()
+
+    def wait(self) -> None:
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -134,7 +146,7 @@ class _Process:
         code = self._process.returncode
         if code == 0 and is_complete(self.folder):
             return None
-        lines = (self.folder / "output.txt").read_text(encoding="utf-8").strip().splitlines()
+        lines = (self.folder / OUTPUT).read_text(encoding="utf-8").strip().splitlines()
         if code < 0:
             reason = f"killed by {signal.Signals(-code).name}"
         else:
@@ -146,7 +158,7 @@ class _Process:
         try:
             with (self.folder / "steps.jsonl").open("rb") as file:
                 file.seek(0, os.SEEK_END)
-                file.seek(max(0, file.tell() - 8192))
+                file.seek(max(0, file.tell() - 2**18))
                 lines = file.read().split(b"\n")[:-1]
         except FileNotFoundError:
             return None
@@ -161,16 +173,17 @@ class _Process:
 
 @contextlib.contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM stops the study as Ctrl-C does."""
+    """SIGTERM, and SIGHUP of a closed terminal, stop the study as Ctrl-C does."""
 
     def interrupt(signum: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @dataclass

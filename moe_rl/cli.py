@@ -9,6 +9,7 @@ import difflib
 import errno
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class Reproduce:
     """Three main arms, two seeds, one setting (the default)."""
     full: bool = False
     """All arms and controls, five paired seeds, all settings."""
+    settings: tuple[str, ...] = ("staleness", "engine-noise")
+    """Settings of the full study."""
     out: Path | None = None
     """Study folder. Default: runs/collapse-quick or runs/collapse-full."""
     jobs: int = dataclasses.field(default_factory=_jobs)
@@ -135,10 +138,9 @@ def reproduce(options: Reproduce) -> int:
 
     if options.quick and options.full:
         raise ConfigError("quick=True with full=True: choose one")
-    study = collapse.full() if options.full else collapse.quick()
+    study = collapse.full(options.settings) if options.full else collapse.quick()
     root = options.out or Path(f"runs/collapse-{study.mode}")
-    command = f"moe-rl reproduce --{study.mode}"
-    return _run_study(study, root, command, options.jobs, options.cold_start_cache, options.dry_run)
+    return _run_study(study, root, options)
 
 
 def map_(options: Map) -> int:
@@ -153,17 +155,12 @@ def map_(options: Map) -> int:
         arms=options.arms,
         seeds=options.seeds,
     )
-    command = f"moe-rl map --preset {options.preset}"
-    return _run_study(
-        study, options.out, command, options.jobs, options.cold_start_cache, options.dry_run
-    )
+    return _run_study(study, options.out, options)
 
 
-def _run_study(
-    study: Any, root: Path, command: str, jobs: int, cold_start_cache: Path, dry_run: bool
-) -> int:
+def _run_study(study: Any, root: Path, options: Reproduce | Map) -> int:
     configs = study.configs()
-    if dry_run:
+    if options.dry_run:
         for config in configs:
             print(f"{config.setting:<24} {config.arm:<14} seed {config.seed}")
         print(f"{len(configs)} runs into {root}")
@@ -172,10 +169,10 @@ def _run_study(
     from moe_rl.cold_start import prepare_cold_starts
     from moe_rl.experiments.runner import check_study, run_all
 
-    check_study(configs, root, jobs=jobs)
-    study.write(root, command)
-    prepare_cold_starts(configs, cold_start_cache)
-    failures = run_all(configs, root, jobs=jobs, cold_start_cache=cold_start_cache)
+    check_study(configs, root, jobs=options.jobs)
+    study.write(root, shlex.join(["moe-rl", *sys.argv[1:]]))
+    prepare_cold_starts(configs, options.cold_start_cache)
+    failures = run_all(configs, root, jobs=options.jobs, cold_start_cache=options.cold_start_cache)
     for failure in failures:
         print(f"{failure.folder}: {failure.reason}", file=sys.stderr)
     page = write_report(root)
@@ -192,7 +189,10 @@ def _print_summary(root: Path) -> None:
 
 def train(options: Train) -> int:
     """`moe-rl train`."""
-    config = options.run
+    from moe_rl.trainer import check_clip_range
+
+    config = options.run.named()
+    check_clip_range(config)
     if options.dry_run:
         print(json.dumps(config.to_dict(), indent=2))
         return 0
@@ -253,17 +253,25 @@ def bench(options: Bench) -> int:
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its options, its function, and whether its options hold a RunConfig."""
+    """A subcommand."""
 
     options: type
     run: Callable[[Any], int]
     has_config: bool = False
+    """Whether its options hold a RunConfig."""
+    kept: str = ""
+    """What an interrupt leaves behind."""
+
+
+_STUDY_KEPT = "finished runs are kept, the same command goes on from here"
 
 
 COMMANDS = {
-    "reproduce": Command(Reproduce, reproduce),
-    "train": Command(Train, train, has_config=True),
-    "map": Command(Map, map_),
+    "reproduce": Command(Reproduce, reproduce, kept=_STUDY_KEPT),
+    "train": Command(
+        Train, train, has_config=True, kept="the lines written stay; the same command starts anew"
+    ),
+    "map": Command(Map, map_, kept=_STUDY_KEPT),
     "calibrate": Command(Calibrate, calibrate, has_config=True),
     "report": Command(Report, report),
     "doctor": Command(Doctor, doctor),
@@ -288,10 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[name].run(_parse(name, rest))
     except KeyboardInterrupt:
-        print(
-            "interrupted; finished runs are kept, the same command goes on from here",
-            file=sys.stderr,
-        )
+        kept = COMMANDS[name].kept
+        print(f"interrupted; {kept}" if kept else "interrupted", file=sys.stderr)
         return INTERRUPTED
     except ValueError as error:
         if os.environ.get("MOE_RL_TRACEBACK"):

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from moe_rl.config import RunConfig
-from moe_rl.policy import Policy, build_policy
+from moe_rl.policy import Policy, build_policy, resolve_device
 from moe_rl.rollout.cached import generate
 from moe_rl.rollout.score import score
+from moe_rl.routing import find_routers
 from moe_rl.runlog import write_json
 from moe_rl.seeding import generator, uniforms
 from moe_rl.tasks import Task, make_task
@@ -31,17 +32,16 @@ _VERSION = 1
 # Threads are part of what makes the weights (the order of sums), so they are fixed.
 _THREADS = 1
 _EVALUATION_PROMPTS = 512
+_MAX_GRAD_NORM = 1.0
 
 
 def cold_start_hash(config: RunConfig) -> str:
-    """Hash of everything that decides the weights: model, task, cold start, code version."""
-    model = dataclasses.asdict(config.model)
-    model.pop("device")
-    made_of = {
+    """Hash of all that decides the weights: model, task, cold start, device, torch, our version."""
+    made_of = _made_of(config) | {
         "version": _VERSION,
-        "model": model,
-        "task": dataclasses.asdict(config.task),
-        "cold_start": dataclasses.asdict(config.cold_start),
+        "torch": torch.__version__,
+        "device": resolve_device(config.model.device).type,
+        "checkpoint": _content_of(config.model.checkpoint),
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -71,9 +71,14 @@ def ensure_cold_start(
         policy.model.save_pretrained(scratch)
         policy.tokenizer.save_pretrained(scratch)
         write_json(scratch / "cold_start.json", report)
-        # Another process may have made the same folder meanwhile; either one will do.
-        if not folder.exists():
+        if folder.exists() and not (folder / "cold_start.json").is_file():
+            shutil.rmtree(folder)  # left half-made by something else than this function
+        try:
             os.replace(scratch, folder)
+        except OSError:
+            # Another process made the same folder meanwhile; either one will do.
+            if not (folder / "cold_start.json").is_file():
+                raise
     finally:
         torch.set_num_threads(threads)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -85,7 +90,7 @@ def prepare_cold_starts(configs: Sequence[RunConfig], cache: Path) -> None:
     seen = set()
     for config in configs:
         name = cold_start_hash(config)
-        if name in seen or config.cold_start.sft_steps == 0:
+        if name in seen or config.sft_steps == 0:
             continue
         seen.add(name)
         made = (cache / name / "cold_start.json").is_file()
@@ -99,11 +104,19 @@ def prepare_cold_starts(configs: Sequence[RunConfig], cache: Path) -> None:
         print(f"cold start {name} ({experts}): reward {report['reward']:.3f}", flush=True)
 
 
+def _content_of(checkpoint: str | None) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a checkpoint's files: a path alone may come to hold others."""
+    if checkpoint is None:
+        return []
+    stats = [(file.name, file.stat()) for file in sorted(Path(checkpoint).glob("*"))]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
 def _made_of(config: RunConfig) -> dict[str, Any]:
     return {
         "model": dataclasses.asdict(config.model),
         "task": dataclasses.asdict(config.task),
-        "cold_start": dataclasses.asdict(config.cold_start),
+        "cold_start": dataclasses.asdict(config.cold_start) | {"sft_steps": config.sft_steps},
     }
 
 
@@ -115,19 +128,20 @@ def train_on_demonstrations(
 ) -> float:
     """Supervised training in place; returns the last loss in nats per response token."""
     settings = config.cold_start
-    if settings.sft_steps == 0:
+    steps = config.sft_steps
+    if steps == 0:
         return float("nan")
     model = policy.model.train()
     model.config.router_aux_loss_coef = 0.0  # ours below balances every layer, not their sum
-    balanced = config.model.num_experts > config.model.experts_per_token
-    top_k = config.model.experts_per_token
+    router = find_routers(model)[0]
+    balanced = router.num_experts > router.top_k
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.sft_learning_rate, betas=(0.9, 0.95), weight_decay=0.0
     )
     loss = torch.tensor(float("nan"))
-    for step in range(settings.sft_steps):
+    for step in range(steps):
         for group in optimizer.param_groups:
-            decay = max(0.05, 1 - step / settings.sft_steps)
+            decay = max(0.05, 1 - step / steps)
             group["lr"] = settings.sft_learning_rate * min(1.0, step / 20) * decay
         rng = generator(settings.sft_seed, "demonstrations", step=step)
         pairs = task.demonstrations(rng, settings.sft_batch_size, settings.slip)
@@ -141,10 +155,10 @@ def train_on_demonstrations(
         )
         loss = output.loss
         if balanced:
-            uneven = load_balancing_loss(output.router_logits, top_k, mask)
+            uneven = load_balancing_loss(output.router_logits, router.top_k, mask)
             loss = loss + settings.load_balance_coef * uneven
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
         if progress is not None:

@@ -18,6 +18,11 @@ Algorithm = Literal["grpo", "gspo", "gspo_token"]
 RoutingReplay = Literal["disabled", "R2", "R3"]
 
 
+# Seeds are words of a counter-based generator and arguments of torch's: both take 63 bits.
+_SEEDS = 2**63
+_SFT_STEPS = 400
+
+
 class ConfigError(ValueError):
     """A setting that cannot work. The message names the field, its value and the way out."""
 
@@ -95,8 +100,8 @@ class TaskConfig:
 class ColdStartConfig:
     """Supervised warm start on noisy demonstrations; all arms and seeds start from the same one."""
 
-    sft_steps: int = 400
-    """Supervised steps; 0 leaves the policy as built or loaded."""
+    sft_steps: int | None = None
+    """Supervised steps; 0: none. Default: 400 for a built model, none for a loaded checkpoint."""
     sft_batch_size: int = 128
     """Demonstrations per supervised step."""
     sft_learning_rate: float = 2e-3
@@ -109,7 +114,13 @@ class ColdStartConfig:
     """Seed of initial weights and demonstrations; independent of the run's seed."""
 
     def __post_init__(self) -> None:
-        _require(self.sft_steps >= 0, f"sft_steps={self.sft_steps}: must be 0 or more")
+        _require(
+            self.sft_steps is None or self.sft_steps >= 0,
+            f"sft_steps={self.sft_steps}: must be 0 or more",
+        )
+        _require(
+            0 <= self.sft_seed < _SEEDS, f"sft_seed={self.sft_seed}: must be from 0 to 2^63 - 1"
+        )
         _require(
             self.sft_batch_size >= 1, f"sft_batch_size={self.sft_batch_size}: must be at least 1"
         )
@@ -128,8 +139,8 @@ class ColdStartConfig:
 class RunConfig:
     """One training run. The same config and seed give bitwise the same metrics on one machine."""
 
-    arm: str = "grpo"
-    """Name of the run's arm in a study; a label only."""
+    arm: str | None = None
+    """Name of the run's arm in reports. Default: what the settings say, as in grpo+replay."""
     setting: str = "default"
     """Name of the run's setting in a study; a label only."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -187,6 +198,8 @@ class RunConfig:
     """Groups per forward-backward pass: gradient accumulation. Default: the whole minibatch."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass; prompts are then not shared within a group."""
+    allow_any_clip_scale: bool = False
+    """Accept a clip range of the other algorithm's scale."""
     instruments: bool = True
     """Record the routing and ratio metrics."""
     attribution_every: int = 1
@@ -203,11 +216,11 @@ class RunConfig:
             "num_threads": 1,
             "attribution_every": 0,
             "save_every": 0,
-            "seed": 0,
         }
         for name, least in minimum.items():
             value = getattr(self, name)
             _require(value >= least, f"{name}={value}: must be at least {least}")
+        _require(0 <= self.seed < _SEEDS, f"seed={self.seed}: must be from 0 to 2^63 - 1")
         _require(
             self.group_size >= 2,
             f"group_size={self.group_size}: group advantages compare responses to one prompt; "
@@ -248,6 +261,25 @@ class RunConfig:
             "routing_replay=R2 with old_logprobs=rollout: R2 replays the choices of the trainer's "
             "own old pass, and no such pass is made; use R3, or old_logprobs=trainer",
         )
+
+    @property
+    def sft_steps(self) -> int:
+        """Supervised steps of the cold start, resolved."""
+        if self.cold_start.sft_steps is not None:
+            return self.cold_start.sft_steps
+        return _SFT_STEPS if self.model.checkpoint is None else 0
+
+    def named(self) -> "RunConfig":
+        """The same run with `arm` spelled out."""
+        if self.arm is not None:
+            return self
+        if self.model.checkpoint is None and self.model.num_experts == self.model.experts_per_token:
+            arm = "dense"
+        elif self.freeze_router:
+            arm = "frozen-router"
+        else:
+            arm = self.algorithm + ("" if self.routing_replay == "disabled" else "+replay")
+        return dataclasses.replace(self, arm=arm)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionary, ready for JSON."""

@@ -17,20 +17,19 @@ from moe_rl.routing import statistics
 
 
 @torch.no_grad()
-def rollout_metrics(batch: RolloutBatch, old: PassOutput, top_k: int) -> dict[str, Any]:
+def rollout_metrics(batch: RolloutBatch, old: PassOutput) -> dict[str, Any]:
     """What the old policy's routing looks like on a rollout: spread, margin, load.
 
     Args:
         batch: the rollout.
         old: its pass by the old policy, with router logits; entropy is left out if absent.
-        top_k: experts per token K.
     """
     assert old.routed_experts is not None and old.router_logits is not None
     mask, logits = batch.response_mask, old.router_logits
     routes = response_positions(old.routed_experts, batch.prompt_ids.shape[1])
     load = statistics.load(routes, logits.shape[-1], mask)
     layers = {
-        "routing/margin": statistics.per_layer(statistics.margin(logits, top_k, mask)),
+        "routing/margin": statistics.per_layer(statistics.margin(logits, routes.shape[-1], mask)),
         "routing/confidence": statistics.per_layer(statistics.confidence(logits, routes, mask)),
         "routing/entropy": statistics.per_layer(statistics.entropy(logits, mask)),
         "routing/load_cv": statistics.load_cv(load),

@@ -88,8 +88,10 @@ class Policy:
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether activations are recomputed in the backward pass."""
-        return any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        """Whether this pass will recompute activations: transformers does so in training mode."""
+        return self.model.training and any(
+            getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
+        )
 
     @property
     def pad_id(self) -> int:
@@ -297,7 +299,7 @@ def build_policy(
             torch.manual_seed(seed)
             model: Any = Qwen3MoeForCausalLM(_qwen3_moe_config(config, len(tokenizer)))
     else:
-        model, tokenizer = _load(config.checkpoint)
+        model, tokenizer = _load(config.checkpoint, alphabet)
     model = model.to(device=device, dtype=dtype).eval()
     if getattr(model.config, "final_logit_softcapping", None):
         raise ConfigError(
@@ -305,7 +307,7 @@ def build_policy(
         )
     choice = choose_experts(device, config.experts_implementation)
     model.set_experts_implementation(choice.name)
-    fused = tuple(use_fused_layers(model)) if fuse and device.type == "cpu" else ()
+    fused = tuple(use_fused_layers(model)) if fuse and _can_fuse(device, dtype) else ()
     return Policy(
         model=model,
         tokenizer=tokenizer,
@@ -313,6 +315,11 @@ def build_policy(
         fused=fused,
         temperature=temperature,
     )
+
+
+def _can_fuse(device: torch.device, dtype: torch.dtype) -> bool:
+    """The fused layers sum in the input's type, so they are for full precision on a CPU."""
+    return device.type == "cpu" and dtype in (torch.float32, torch.float64)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -323,8 +330,13 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device={name!r}: not a torch device; use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={name!r}: no CUDA device is available here; use cpu or auto")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name!r}: only cpu and cuda are supported")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={name!r}: {torch.cuda.device_count()} CUDA devices are available here; "
+            "use cpu or auto"
+        )
     return device
 
 
@@ -351,7 +363,7 @@ def _qwen3_moe_config(config: ModelConfig, vocabulary: int) -> Qwen3MoeConfig:
     )
 
 
-def _load(folder: str) -> tuple[Any, PreTrainedTokenizerBase]:
+def _load(folder: str, alphabet: str) -> tuple[Any, PreTrainedTokenizerBase]:
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise ConfigError(
@@ -367,6 +379,12 @@ def _load(folder: str) -> tuple[Any, PreTrainedTokenizerBase]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ConfigError(f"checkpoint={folder!r}: cannot be loaded ({reason})") from error
     find_routers(model)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"checkpoint={folder!r}: its tokenizer has no end-of-sequence token")
+    if tokenizer.decode(tokenizer.encode(alphabet, add_special_tokens=False)) != alphabet:
+        raise ConfigError(
+            f"checkpoint={folder!r}: its tokenizer cannot spell the task's characters {alphabet!r}"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer

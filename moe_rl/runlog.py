@@ -4,6 +4,7 @@ A run is complete when its summary.json is there. Lines are written whole and fl
 run loses at most the line being written. Everything the report shows is drawn from these files.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -14,6 +15,9 @@ from typing import IO, Any
 from moe_rl.config import ConfigError, RunConfig, load_config
 
 SCHEMA = 1
+LOCK = "lock"
+OUTPUT = "output.txt"
+"""What a run of a study prints."""
 
 
 def jsonable(value: Any) -> Any:
@@ -51,7 +55,7 @@ def check_run_folder(folder: Path, config: RunConfig) -> None:
     if not folder.is_dir():
         raise ConfigError(f"out={str(folder)!r}: is a file; give a folder")
     if not (folder / "config.json").is_file():
-        if any(folder.iterdir()):
+        if any(not _is_ours(file.name) for file in folder.iterdir()):
             raise ConfigError(
                 f"out={str(folder)!r}: holds files that are no run; give a new folder"
             )
@@ -66,6 +70,11 @@ def check_run_folder(folder: Path, config: RunConfig) -> None:
                 f"out={str(folder)!r}: holds a run with {key}={theirs[key]!r}, "
                 f"this one has {value!r}; give another folder"
             )
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a run that stopped before its config was whole can have left such a file."""
+    return name in (LOCK, OUTPUT, "steps.jsonl", "updates.jsonl") or name.endswith(".partial")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -88,6 +97,7 @@ class RunLog:
         check_run_folder(folder, config)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self._lock = _lock(folder)
         write_json(folder / "config.json", {"schema": SCHEMA, "config": config.to_dict()})
         self._steps = (folder / "steps.jsonl").open("w", encoding="utf-8")
         self._updates = (folder / "updates.jsonl").open("w", encoding="utf-8")
@@ -109,6 +119,22 @@ class RunLog:
         """Close the files; the run stays incomplete unless `finish` was called."""
         self._steps.close()
         self._updates.close()
+        self._lock.close()
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Hold the folder for this process; the system lets go when the process ends, however it ends.
+
+    Raises:
+        ConfigError: another process writes this run.
+    """
+    file = (folder / LOCK).open("w", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ConfigError(f"out={str(folder)!r}: another process is writing this run") from error
+    return file
 
 
 def _append(file: IO[str], values: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ independently, so no shuffling is needed.
 """
 
 import dataclasses
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -65,8 +66,10 @@ class Trainer:
         if config.freeze_router:
             freeze_routers(policy)
         if config.gradient_checkpointing:
-            policy.model.gradient_checkpointing_enable()
-            policy.model.train()  # transformers checkpoints only in training mode
+            model = policy.model
+            # transformers >= 5.2x renames it; the old name warns there.
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)()
         self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -153,7 +156,7 @@ class Trainer:
         }
         if config.instruments:
             with self._timed("instruments"):
-                metrics |= instruments.rollout_metrics(batch, old, config.model.experts_per_token)
+                metrics |= instruments.rollout_metrics(batch, old)
                 if config.old_logprobs == "trainer":
                     metrics |= instruments.mismatch_metrics(batch, old)
         experience = Experience(
@@ -170,7 +173,7 @@ class Trainer:
     def old_pass(self, batch: RolloutBatch, step: int) -> PassOutput:
         """The old policy over the rollout, in the very batches that the updates will use.
 
-        Equal shapes make the first update's ratios exactly 1. Straight from the engine where
+        Equal shapes make the first update's ratios 1 up to rounding. Straight from the engine where
         `old_logprobs` says so.
         """
         config = self.config
@@ -203,7 +206,7 @@ class Trainer:
         attribute = bool(config.instruments and last and every and step % every == 0)
         sequences = (prompts.stop - prompts.start) * config.group_size
         parts: list[tuple[slice, PassOutput, LossOutput]] = []
-        with self._timed("updates"):
+        with self._timed("updates"), self._training_mode():
             for part in self._forward_slices(prompts):
                 output = self._forward(experience, part, step, f"update{update}")
                 rows = self._rows(part)
@@ -223,10 +226,14 @@ class Trainer:
             with self._timed("instruments"):
                 metrics |= self._observe(experience, prompts, parts, attribute, step, update)
         with self._timed("updates"):
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
-            self.optimizer.step()
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm).item()
+            # A step along a non-finite gradient would end the run, and a study that loses its
+            # worst runs flatters the arm that made them.
+            skipped = not math.isfinite(norm)
+            if not skipped:
+                self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return metrics | {"grad_norm": norm.item()}
+        return metrics | {"grad_norm": norm, "skipped": int(skipped)}
 
     def _forward(
         self, experience: Experience, prompts: slice, step: int, purpose: str, flip: bool = False
@@ -304,6 +311,19 @@ class Trainer:
         )
 
     @contextmanager
+    def _training_mode(self) -> Iterator[None]:
+        """Training mode where activations are recomputed: transformers recomputes only then.
+
+        Elsewhere the model stays in evaluation mode, as checkpointing would take its cache away
+        while it samples.
+        """
+        self.policy.model.train(self.config.gradient_checkpointing)
+        try:
+            yield
+        finally:
+            self.policy.model.eval()
+
+    @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         if self.policy.device.type == "cuda":
             torch.cuda.synchronize(self.policy.device)
@@ -357,7 +377,8 @@ def train(
         ConfigError: the folder holds another run, or the policy cannot be built.
         ValueError: a clip range of the other algorithm's scale.
     """
-    check_clip(config.algorithm, *clip_range(config))
+    config = config.named()
+    check_clip_range(config)
     torch.set_num_threads(config.num_threads)
     log = RunLog(folder, config)
     try:
@@ -375,7 +396,7 @@ def starting_policy(
     """The policy every arm and seed starts from: cold-started, or as built or loaded."""
     task = make_task(config.task.task, **config.task.options())
     model = config.model
-    if config.cold_start.sft_steps:
+    if config.sft_steps:
         folder = ensure_cold_start(config, task, cold_start_cache, on_cold_start)
         model = dataclasses.replace(model, checkpoint=str(folder))
     return build_policy(
@@ -390,6 +411,15 @@ def clip_range(config: RunConfig) -> tuple[float, float]:
         low if config.clip_low is None else config.clip_low,
         high if config.clip_high is None else config.clip_high,
     )
+
+
+def check_clip_range(config: RunConfig) -> None:
+    """Refuse a clip range of the other algorithm's scale.
+
+    Raises:
+        ValueError: naming the algorithm the range belongs to.
+    """
+    check_clip(config.algorithm, *clip_range(config), allow_any_scale=config.allow_any_clip_scale)
 
 
 def freeze_routers(policy: Policy) -> None:

@@ -64,8 +64,9 @@ def test_the_first_update_is_on_policy(
     config = tiny(algorithm=algorithm, routing_replay=replay, steps=1)
     _, updates, _ = run(config, tmp_path / "run", cold)
     first = updates[0]
-    assert first["ratio/token_log_max"] == 0.0
-    assert first["ratio/token_var"] == 0.0
+    # Up to rounding: the passes with and without gradients may sum in another order.
+    assert abs(first["ratio/token_log_max"]) < 1e-5
+    assert first["ratio/token_var"] < 1e-11
     assert first["routing/churn"] == 0.0
     assert first["clip_ratio/region"] == 0.0
     assert updates[-1]["ratio/token_log_var"] > 0.0
@@ -242,3 +243,74 @@ def test_advantages_are_centred_within_each_group(cold: Path, tmp_path: Path) ->
     assert 0.0 <= metrics["reward"] <= 1.0
     groups = experience.advantages.view(4, 4)
     torch.testing.assert_close(groups.mean(1), torch.zeros(4), atol=1e-6, rtol=0)
+
+
+def test_gradient_checkpointing_trains_the_same(tmp_path: Path, cold: Path) -> None:
+    plain = run(tiny(routing_replay="R2"), tmp_path / "plain", cold)
+    saving = run(tiny(routing_replay="R2", gradient_checkpointing=True), tmp_path / "saving", cold)
+    for ours, theirs in zip(plain[1], saving[1], strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-2, abs=1e-5)
+
+
+def test_bfloat16_trains_on_a_cpu(tmp_path: Path, cold: Path) -> None:
+    steps, updates, _ = run(tiny(steps=1, dtype="bfloat16"), tmp_path / "run", cold)
+    assert steps[0]["reward"] >= 0.0
+    assert all(math.isfinite(u["grad_norm"]) for u in updates)
+
+
+def test_an_update_along_a_non_finite_gradient_is_skipped(tmp_path: Path, cold: Path) -> None:
+    config = tiny(updates_per_rollout=1)
+    trainer = Trainer(config, starting_policy(config, cold), RunLog(tmp_path / "run", config))
+    experience, _ = trainer.experience(0)
+    before = [p.clone() for p in trainer.parameters]
+    far = experience.old_logprobs - 1e4  # ratios overflow; those of bad responses are not clipped
+    broken = dataclasses.replace(experience, old_logprobs=far)
+    values = trainer.update(broken, slice(0, 4), step=0, update=0)
+    assert values["skipped"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    assert trainer.update(experience, slice(0, 4), step=0, update=0)["skipped"] == 0
+
+
+def test_a_loaded_checkpoint_is_trained_as_it_is(tmp_path: Path, cold: Path) -> None:
+    start = starting_policy(tiny(experts_per_token=3), cold)
+    start.model.save_pretrained(tmp_path / "model")
+    start.tokenizer.save_pretrained(tmp_path / "model")
+    config = tiny(checkpoint=str(tmp_path / "model"), steps=1).replace(sft_steps=None)
+    assert config.sft_steps == 0
+    loaded = starting_policy(config, cold)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(start.model.parameters(), loaded.model.parameters(), strict=True)
+    )
+    _, updates, _ = run(config, tmp_path / "run", cold)
+    assert updates[-1]["routing/churn"] >= 0.0  # three experts a token, though the config says two
+
+
+@pytest.mark.parametrize(
+    ("changes", "arm"),
+    [
+        ({}, "grpo"),
+        ({"routing_replay": "R3"}, "grpo+replay"),
+        ({"algorithm": "gspo"}, "gspo"),
+        ({"freeze_router": True}, "frozen-router"),
+        ({"num_experts": 2}, "dense"),
+        ({"arm": "mine"}, "mine"),
+    ],
+)
+def test_a_run_is_named_after_its_settings(changes: dict, arm: str) -> None:
+    assert tiny(**changes).named().arm == arm
+
+
+def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "run", tiny())
+    with pytest.raises(ConfigError, match="another process"):
+        RunLog(tmp_path / "run", tiny())
+    log.close()
+    RunLog(tmp_path / "run", tiny()).close()
+
+
+def test_what_an_interrupted_start_leaves_behind_does_not_block_the_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "output.txt").write_text("")
+    (tmp_path / "run" / "config.json.partial").write_text("{")
+    RunLog(tmp_path / "run", tiny()).close()

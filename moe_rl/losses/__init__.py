@@ -102,6 +102,7 @@ def check_clip(
                 f"{name} is {value:g}, the scale of {scale} ratios; {algorithm} has one ratio a "
                 f"{found.ratio}. Token ratios (grpo) take about 0.2 and 0.27, "
                 "sequence ratios (gspo, gspo_token) about 3e-4 and 4e-4; the boundary is "
-                f"{SCALE_BOUNDARY:g}. Pass allow_any_scale=True to clip at this scale on purpose"
+                f"{SCALE_BOUNDARY:g}. Pass allow_any_scale=True "
+                "(--allow-any-clip-scale) to clip at this scale on purpose"
             )
     return low, high
