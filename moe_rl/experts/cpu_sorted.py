@@ -35,7 +35,7 @@ NAME = "cpu_sorted"
 
 
 def cpu_sorted_experts_forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Sum over each token's experts of weight times gated MLP, `[T, H]`.
 
@@ -66,8 +66,8 @@ def register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, cpu_sorted_experts_forward)
 
 
-def _supported(experts: nn.Module, hidden_states: Tensor) -> bool:
-    return (
+def _supported(experts: Any, hidden_states: Tensor) -> bool:
+    return bool(
         hidden_states.device.type == "cpu"
         and hidden_states.dtype == experts.gate_up_proj.dtype == experts.down_proj.dtype
         and isinstance(experts.act_fn, nn.SiLU | SiLUActivation)

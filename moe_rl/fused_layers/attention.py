@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_rl.fused_layers.group_attention import (
     GroupAttention,
@@ -22,8 +22,12 @@ from moe_rl.fused_layers.rms_norm import EXACT_DTYPES
 _LONGEST_WITHOUT_CACHE = 512
 
 
+Weights = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Weights of the query, key and value projections and of the two head norms."""
+
+
 def attention_forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None,
@@ -89,7 +93,7 @@ def attention_forward(
 
 def _without_gradients(
     x: Tensor,
-    weights: tuple[Tensor, ...],
+    weights: Weights,
     shape: HeadShape,
     parts: tuple[Part, ...],
     cache: GroupCacheLayer | None,
@@ -124,9 +128,7 @@ def _cached_segments(
     return segments
 
 
-def _joined(
-    weights: tuple[Tensor, ...], shape: HeadShape, cache: GroupCacheLayer | None
-) -> HeadWeights:
+def _joined(weights: Weights, shape: HeadShape, cache: GroupCacheLayer | None) -> HeadWeights:
     """The joined weights; with a cache, joined once for as long as nobody writes to them."""
     if cache is None or any(w.is_inference() for w in weights):
         return join_weights(*weights, shape)

@@ -46,7 +46,7 @@ class Segment:
     """1 or 0, broadcast to `[P, kv, G, r, T, S]`; None: all are seen."""
 
     def fold(self, queries: Tensor) -> Tensor:
-        """Queries `[P, kv, G, r, T, D]`, or anything of their shape, as the batch meets the keys."""
+        """Queries `[P, kv, G, r, T, D]`, or anything so shaped, as the batch meets the keys."""
         batch = self.keys.shape[:-2].numel()
         return queries.view(batch, -1, queries.shape[-1])
 
@@ -139,7 +139,7 @@ class GroupAttention(torch.autograd.Function):
 
     Inputs: x `[N, H]`, the five weights, keys and values `[P, kv, Sp, D]` of prompts read before or
     None, the head shape, the parts. With two parts the second one's prompts are the first.
-    Outputs: weighted values `[N, queries * D]`; keys and values `[P, kv, G, T, D]` of the last part.
+    Outputs: weighted values `[N, queries * D]`; keys and values `[P, kv, G, T, D]` of the last.
     """
 
     @staticmethod
@@ -159,8 +159,17 @@ class GroupAttention(torch.autograd.Function):
         weights = join_weights(w_q, w_k, w_v, q_norm, k_norm, shape)
         made = project(x, weights, shape)
         out = x.new_empty(x.shape[0], shape.queries * shape.head_dim)
-        prompt = None if prompt_keys is None else (prompt_keys, prompt_values)
-        saved = [x, weights.joined, weights.norms, made.normed, made.scale, out]
+        prompt = None
+        if prompt_keys is not None and prompt_values is not None:
+            prompt = (prompt_keys, prompt_values)
+        saved: list[Tensor | None] = [
+            x,
+            weights.joined,
+            weights.norms,
+            made.normed,
+            made.scale,
+            out,
+        ]
         saved += [prompt_keys, prompt_values]
         for part in parts:
             queries, keys, values = lay_out(made, part, shape)

@@ -13,7 +13,7 @@ slow on a CPU. Here it is three and six; only n and one number a row are kept fo
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 EXACT_DTYPES = (torch.float32, torch.float64)
@@ -32,7 +32,7 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
     return norm.mul_(norm).div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-def rms_norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+def rms_norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     """Stands in for a transformers RMSNorm's `forward`; other dtypes take the class's own."""
     if hidden_states.dtype not in EXACT_DTYPES or self.weight.dtype != hidden_states.dtype:
         # Stock code computes 16-bit input in float32, in an order its users rely on.
