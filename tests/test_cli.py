@@ -50,7 +50,7 @@ def test_train_writes_a_complete_run_and_knows_it_again(tmp_path: Path) -> None:
         (["train", "--algoritm", "gspo"], "--algorithm"),
         (["train", "--learning-rat", "1"], "--learning-rate"),
         (["train", "--preset", "tinny"], "did you mean 'tiny'?"),
-        (["train", "--experts-per-token", "99"], "experts_per_token=99 with num_experts=16"),
+        (["train", "--experts-per-token", "99"], "experts_per_token=99 with num_experts=32"),
         (["train", "--group-size", "1"], "group_size=1"),
         (["train", "--algorithm", "gspo", "--clip-low", "0.2"], "clip"),
         (["train", "--routing-replay", "R2", "--old-logprobs", "rollout"], "use R3"),

@@ -1,35 +1,52 @@
-"""Stands in for Qwen3-MoE attention's `forward`: reads the call, runs `group_attention`."""
+"""Stands in for Qwen3-MoE attention's `forward`: reads the call, runs `attention_block`."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moe_rl.fused_layers.attention_block import (
+    BlockWeights,
+    FoldedWeights,
+    attention_block,
+    fold_weights,
+)
 from moe_rl.fused_layers.group_attention import (
-    GroupAttention,
     Segment,
     attend,
     segments_of,
     spread_rows,
 )
 from moe_rl.fused_layers.group_cache import GroupCache, GroupCacheLayer
-from moe_rl.fused_layers.heads import HeadShape, HeadWeights, Part, join_weights, lay_out, project
+from moe_rl.fused_layers.heads import HeadShape, Part, lay_out, project
 from moe_rl.fused_layers.one_pass import OnePass
 from moe_rl.fused_layers.parts import cached_part, sequence_part
-from moe_rl.fused_layers.rms_norm import EXACT_DTYPES
+from moe_rl.fused_layers.rms_norm import EXACT_DTYPES, inverse_rms
 
 # Scores are held whole; beyond this many positions stock SDPA's blockwise kernel is the better one.
 _LONGEST_WITHOUT_CACHE = 512
 
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-Weights = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Weights of the query, key and value projections and of the two head norms."""
+Positions = tuple[Tensor, Tensor]
+
+
+class Call(NamedTuple):
+    """The tensors of one call of an attention module, or of the first half of a layer."""
+
+    hidden: Tensor
+    """`[B, T, H]`."""
+    positions: Positions
+    """cos and sin `[1 or B, T, D]`."""
+    mask: Tensor | None
+    cache: Any
+    one_pass: OnePass | None
 
 
 def attention_forward(
     self: Any,
     hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
+    position_embeddings: Positions,
     attention_mask: Tensor | None,
     past_key_values: Any = None,
     one_pass: OnePass | None = None,
@@ -40,87 +57,183 @@ def attention_forward(
     Anything else goes to the class's own `forward`.
 
     Raises:
-        ValueError: with a GroupCache or a OnePass: a dtype other than float32 or float64, a float
-            mask, attention dropout; with a GroupCache: another batch than prompts times group
-            size, or a second continuation with gradients.
+        ValueError: see `run_block`.
     """
-    cache = None
-    fused_only = one_pass is not None or isinstance(past_key_values, GroupCache)
-    if fused_only:
-        _check(self, hidden_states, attention_mask)
-    elif (
-        past_key_values is not None
-        or hidden_states.shape[1] > _LONGEST_WITHOUT_CACHE
-        or not _exact(self, hidden_states, attention_mask)
-    ):
+    call = Call(hidden_states, position_embeddings, attention_mask, past_key_values, one_pass)
+    weights = plain_weights(self, None)
+    if not serves(self, weights, call) or weights is None:
         return type(self).forward(
-            self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            self,
+            hidden_states,
+            position_embeddings,
+            attention_mask,
+            past_key_values,
+            **kwargs,
         )
-    shape = _shape(self)
-    x = hidden_states.reshape(-1, hidden_states.shape[-1])
-    weights = (
-        self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.q_norm.weight,
-        self.k_norm.weight,
-    )  # fmt: skip
-    if fused_only and one_pass is None:
-        cache = past_key_values.layers[self.layer_idx]
-    prompt = (None, None) if cache is None or cache.prompt is None else cache.prompt
-    graph = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *weights, *prompt)
+    return run_block(self, weights, call), None
+
+
+def plain_weights(attention: nn.Module, norm: nn.Module | None) -> BlockWeights | None:
+    """The module's parameters, or None where something other than a plain product uses them.
+
+    Adapters and parametrizations replace a projection's class or hide its weight; hooks on a
+    submodule would not run, as the block does not call it.
+    """
+    # Straight from the registries: nn.Module's attribute lookup is most of a small call's cost.
+    modules = attention._modules
+    found: list[Tensor] = []
+    for name in _PROJECTIONS:
+        module = modules[name]
+        if type(module) is not nn.Linear or module._parameters["bias"] is not None:
+            return None
+        if hooked(module):
+            return None
+        found.append(module._parameters["weight"])  # type: ignore[arg-type]
+    norms = (modules["q_norm"], modules["k_norm"], norm)
+    if any(module is not None and hooked(module) for module in norms):
+        return None
+    q, k, v, o = found
+    q_norm, k_norm, first = (None if m is None else m._parameters["weight"] for m in norms)
+    return BlockWeights(q, k, v, q_norm, k_norm, o, first)  # type: ignore[arg-type]
+
+
+def runs(module: Any, forward: Any) -> bool:
+    """Whether a module runs the given swapped forward."""
+    return getattr(vars(module).get("forward"), "__func__", None) is forward
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether anybody would notice that a module is not called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
-    parts: tuple[Part, ...]
-    if one_pass is not None:
-        parts = one_pass.parts(position_embeddings, hidden_states)
-    elif cache is None:
-        parts = (sequence_part(position_embeddings, attention_mask, hidden_states),)
-    else:
-        _check_batch(cache, hidden_states, graph)
-        part = cached_part(
-            past_key_values, cache, position_embeddings, attention_mask, hidden_states,
-            in_blocks=cache.prompt is not None and not graph,
-        )  # fmt: skip
-        parts = (part,)
+
+
+def serves(attention: Any, weights: BlockWeights | None, call: Call) -> bool:
+    """Whether the fused maths is stock maths for this call.
+
+    Raises:
+        ValueError: it is not, but the call is one that stock code cannot serve either.
+    """
+    hidden, mask = call.hidden, call.mask
+    ours = call.one_pass is not None or isinstance(call.cache, GroupCache)
+    if not ours and (call.cache is not None or hidden.shape[1] > _LONGEST_WITHOUT_CACHE):
+        return False
+    exact = (
+        weights is not None
+        and hidden.device.type == "cpu"
+        and hidden.dtype in EXACT_DTYPES
+        and weights.q.dtype == hidden.dtype
+        and attention.config._attn_implementation == "sdpa"
+        and (mask is None or mask.dtype == torch.bool)
+        and not (attention.training and attention.attention_dropout > 0)
+        and not torch.is_autocast_enabled(hidden.device.type)
+    )
+    if ours and not exact:
+        raise ValueError(
+            f"GroupCache and one-pass reading need float32 or float64 weights and input on a CPU, "
+            f"plain projections without adapters or hooks, sdpa attention, a boolean mask, no "
+            f"autocast and no attention dropout; got {hidden.dtype} input on {hidden.device}, "
+            f"{attention.config._attn_implementation} attention: pass a DynamicCache instead"
+        )
+    return exact
+
+
+def run_block(attention: Any, weights: BlockWeights, call: Call, norm_eps: float = 0.0) -> Tensor:
+    """`attention_block` for a call that `serves` has accepted.
+
+    Raises:
+        ValueError: with a GroupCache: another batch than prompts times group size, or a second
+            continuation with gradients.
+    """
+    shape = HeadShape(
+        kv_heads=weights.k.shape[0] // attention.head_dim,
+        repeats=attention.num_key_value_groups,
+        head_dim=attention.head_dim,
+        scaling=attention.scaling,
+        eps=attention._modules["q_norm"].variance_epsilon,
+    )
+    layer = None if call.cache is None else call.cache.layers[attention.layer_idx]
+    prompt = None if layer is None else layer.prompt
+    hidden = call.hidden.reshape(-1, call.hidden.shape[-1])
+    graph = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, *weights, *(prompt or ()))
+    )
+    parts = _parts(call, layer, graph)
     if graph:
-        out, keys, values = GroupAttention.apply(x, *weights, *prompt, shape, parts)
-        if cache is not None and cache.prompt is None:
-            cache.set_prompt(keys.flatten(2, 3), values.flatten(2, 3))
-        elif cache is not None:
-            cache.hold(keys.detach(), values.detach())
+        out, keys, values = attention_block(hidden, weights, prompt, shape, parts, norm_eps)
+        if layer is not None and prompt is None:
+            layer.set_prompt(keys.flatten(2, 3), values.flatten(2, 3))
+        elif layer is not None:
+            layer.hold(keys.detach(), values.detach())
     else:
-        out = _without_gradients(x, weights, shape, parts, cache)
-    return self.o_proj(out.view(*hidden_states.shape[:-1], -1)), None
+        out = _without_graph(hidden, weights, shape, parts, norm_eps, layer)
+    return out.view(call.hidden.shape)
 
 
-def _without_gradients(
-    x: Tensor,
-    weights: Weights,
+def _parts(call: Call, layer: GroupCacheLayer | None, graph: bool) -> tuple[Part, ...]:
+    if call.one_pass is not None:
+        return call.one_pass.parts(call.positions, call.hidden)
+    if layer is None:
+        return (sequence_part(call.positions, call.mask, call.hidden),)
+    batch = call.hidden.shape[0]
+    if layer.prompt is not None and batch != layer.sequences:
+        raise ValueError(
+            f"batch of {batch}, but the cache holds {layer.sequences} sequences "
+            f"({layer.group_size} a prompt): pass one row a response, neighbours sharing a prompt"
+        )
+    if graph and layer.response_length:
+        raise ValueError(
+            f"the cache holds {layer.response_length} response tokens already: with gradients a "
+            "GroupCache takes one continuation; pass the whole response at once"
+        )
+    in_blocks = layer.prompt is not None and not graph
+    return (
+        cached_part(
+            call.cache,
+            layer,
+            call.positions,
+            call.mask,
+            call.hidden,
+            in_blocks=in_blocks,
+        ),
+    )
+
+
+def _without_graph(
+    hidden: Tensor,
+    weights: BlockWeights,
     shape: HeadShape,
     parts: tuple[Part, ...],
-    cache: GroupCacheLayer | None,
+    eps: float,
+    layer: GroupCacheLayer | None,
 ) -> Tensor:
-    joined = _joined(weights, shape, cache)
-    made = project(x, joined, shape)
-    out = x.new_empty(x.shape[0], shape.queries * shape.head_dim)
-    prompt = None if cache is None else cache.prompt
-    for part in parts:
-        queries, keys, values = lay_out(made, part, shape)
-        if cache is not None and prompt is not None:
-            cache.append(keys, values)
-            segments = _cached_segments(cache, part, prompt)
+    folded = _folded(weights, shape, layer)
+    rows = hidden if weights.norm is None else hidden * inverse_rms(hidden, eps)
+    laid = lay_out(project(rows, folded.heads.joined, shape), folded.heads, parts, shape)
+    out = hidden.new_empty(hidden.shape[0], shape.queries * shape.head_dim)
+    prompt = None if layer is None else layer.prompt
+    for part, (queries, keys, values) in zip(parts, laid, strict=True):
+        if layer is not None and prompt is not None:
+            layer.append(keys, values)
+            segments = _cached_segments(layer, part, prompt)
         else:
             segments = segments_of(part, keys, values, prompt)
-        attend(queries, segments, joined.bits, spread_rows(out, part, shape))
+        attend(queries, segments, folded.heads.bits, spread_rows(out, part, shape))
         prompt = (keys.flatten(2, 3), values.flatten(2, 3))
-        if cache is not None and cache.prompt is None:
-            cache.set_prompt(*prompt)
-    return out
+        if layer is not None and layer.prompt is None:
+            layer.set_prompt(*prompt)
+    return torch.mm(out, folded.o) if weights.norm is None else torch.addmm(hidden, out, folded.o)
 
 
 def _cached_segments(
-    cache: GroupCacheLayer, part: Part, prompt: tuple[Tensor, Tensor]
+    layer: GroupCacheLayer, part: Part, prompt: tuple[Tensor, Tensor]
 ) -> list[Segment]:
     segments, start = [Segment(*prompt, part.prompt_mask)], 0
-    for keys, values in cache.blocks:
+    for keys, values in layer.blocks:
         end = start + keys.shape[3]
         mask = None if part.own_mask is None else part.own_mask[..., start:end]
         segments.append(Segment(keys, values, mask))
@@ -128,57 +241,13 @@ def _cached_segments(
     return segments
 
 
-def _joined(weights: Weights, shape: HeadShape, cache: GroupCacheLayer | None) -> HeadWeights:
-    """The joined weights; with a cache, joined once for as long as nobody writes to them."""
-    if cache is None or any(w.is_inference() for w in weights):
-        return join_weights(*weights, shape)
-    key = (*(w._version for w in weights), *weights)
-    if cache.weights is None or any(a is not b for a, b in zip(cache.weights[0], key, strict=True)):
-        cache.weights = (key, join_weights(*weights, shape))
-    return cache.weights[1]
-
-
-def _shape(attention: Any) -> HeadShape:
-    return HeadShape(
-        kv_heads=attention.k_proj.out_features // attention.head_dim,
-        repeats=attention.num_key_value_groups,
-        head_dim=attention.head_dim,
-        scaling=attention.scaling,
-        eps=attention.q_norm.variance_epsilon,
-    )
-
-
-def _exact(attention: Any, hidden_states: Tensor, mask: Tensor | None) -> bool:
-    """Whether the fused maths is stock maths here."""
-    return (
-        hidden_states.dtype in EXACT_DTYPES
-        and attention.q_proj.weight.dtype == hidden_states.dtype
-        and attention.config._attn_implementation == "sdpa"
-        and (mask is None or mask.dtype == torch.bool)
-        and not (attention.training and attention.attention_dropout > 0)
-        and not torch.is_autocast_enabled(hidden_states.device.type)
-    )
-
-
-def _check(attention: Any, hidden_states: Tensor, mask: Tensor | None) -> None:
-    """Raise ValueError where stock maths is needed, but the call is one that only we can serve."""
-    if not _exact(attention, hidden_states, mask):
-        raise ValueError(
-            f"GroupCache and one-pass reading need float32 or float64 weights and input, sdpa "
-            f"attention, a boolean mask, no autocast and no attention dropout; got "
-            f"{hidden_states.dtype} input, {attention.config._attn_implementation} attention: "
-            "pass a DynamicCache instead"
-        )
-
-
-def _check_batch(cache: GroupCacheLayer, hidden_states: Tensor, graph: bool) -> None:
-    if cache.prompt is not None and hidden_states.shape[0] != cache.sequences:
-        raise ValueError(
-            f"batch of {hidden_states.shape[0]}, but the cache holds {cache.sequences} sequences "
-            f"({cache.group_size} a prompt): pass one row a response, neighbours sharing a prompt"
-        )
-    if graph and cache.response_length:
-        raise ValueError(
-            f"the cache holds {cache.response_length} response tokens already: with gradients a "
-            "GroupCache takes one continuation; pass the whole response at once"
-        )
+def _folded(
+    weights: BlockWeights, shape: HeadShape, layer: GroupCacheLayer | None
+) -> FoldedWeights:
+    """The folded weights; with a cache, folded once for as long as nobody writes to them."""
+    if layer is None or weights.q.is_inference():
+        return fold_weights(weights, shape)
+    key = (*weights, *(None if w is None else w._version for w in weights))
+    if layer.folded is None or any(a is not b for a, b in zip(layer.folded[0], key, strict=True)):
+        layer.folded = (key, fold_weights(weights, shape))
+    return layer.folded[1]

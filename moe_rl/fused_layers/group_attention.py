@@ -1,4 +1,4 @@
-"""Attention of grouped responses as one autograd node: hidden states to weighted values.
+"""Softmax attention of grouped responses, forward and backward, on plain tensors.
 
     out_t = sum_s softmax_s(q_t . k_s * scaling) v_s,     s over the prompt, then over the response
 
@@ -14,30 +14,18 @@ scores. Its maximum is subtracted only where the norms' weights allow scores tha
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from moe_rl.fused_layers.heads import (
-    LN2,
-    HeadShape,
-    Part,
-    join_weights,
-    lay_out,
-    project,
-    project_backward,
-    split_gradients,
-)
+from moe_rl.fused_layers.heads import HeadShape, Part
 
 # 2^60 squared stays far from float32's 2^127, also when summed over a context.
 _SAFE_BITS = 60.0
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Keys that queries attend to: shared `[P, kv, S, D]`, or each response's own with a G axis."""
 
     keys: Tensor
@@ -46,7 +34,7 @@ class Segment:
     """1 or 0, broadcast to `[P, kv, G, r, T, S]`; None: all are seen."""
 
     def fold(self, queries: Tensor) -> Tensor:
-        """Queries `[P, kv, G, r, T, D]`, or anything so shaped, as the batch meets the keys."""
+        """Queries, or anything of their shape but the last axis, as a batch that meets the keys."""
         batch = self.keys.shape[:-2].numel()
         return queries.view(batch, -1, queries.shape[-1])
 
@@ -88,10 +76,11 @@ def attend_backward(
     weights: Sequence[Tensor],
     inverse: Tensor,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """(gradient of the queries, lacking their factor `scaling`; of each segment's keys, values).
+    """(gradient of the queries, gradients of each segment's keys and values).
 
-    With weights e_s, their sum Z and g = d_out / Z, the gradient of a score in natural units is
-    e_s (g . v_s - (d_out . out) / Z).
+    With weights e_s, their sum Z and g = d_out / Z, the gradient of a score s (in bits) is
+    ln 2 e_s (g . v_s - (d_out . out) / Z). The factor ln 2 is left out, so that the gradients of
+    queries and keys are those over ln 2.
     """
     along = (d_out * out).sum(-1, keepdim=True).permute(0, 3, 1, 4, 2, 5) * inverse
     g = torch.empty_like(queries)
@@ -102,8 +91,7 @@ def attend_backward(
         folded_g = segment.fold(g)
         d_score = torch.bmm(folded_g, _matrices(segment.values).transpose(1, 2))
         d_score.sub_(segment.fold(along)).mul_(weight)
-        # Queries hold the factor 1 / ln 2, which the gradient in natural units must not.
-        d_keys = torch.bmm(d_score.transpose(1, 2), segment.fold(queries)).mul_(LN2)
+        d_keys = torch.bmm(d_score.transpose(1, 2), segment.fold(queries))
         d_values = torch.bmm(weight.transpose(1, 2), folded_g)
         d_scores.append(d_score)
         d_segments.append((d_keys.view_as(segment.keys), d_values.view_as(segment.values)))
@@ -134,94 +122,6 @@ def _subtract_maximum(scores: Sequence[Tensor], segments: Sequence[Segment]) -> 
         score.sub_(maximum)
 
 
-class GroupAttention(torch.autograd.Function):
-    """Attention of one or two parts of rows: whole sequences, or prompts and their responses.
-
-    Inputs: x `[N, H]`, the five weights, keys and values `[P, kv, Sp, D]` of prompts read before or
-    None, the head shape, the parts. With two parts the second one's prompts are the first.
-    Outputs: weighted values `[N, queries * D]`; keys and values `[P, kv, G, T, D]` of the last.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        w_q: Tensor,
-        w_k: Tensor,
-        w_v: Tensor,
-        q_norm: Tensor,
-        k_norm: Tensor,
-        prompt_keys: Tensor | None,
-        prompt_values: Tensor | None,
-        shape: HeadShape,
-        parts: tuple[Part, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        weights = join_weights(w_q, w_k, w_v, q_norm, k_norm, shape)
-        made = project(x, weights, shape)
-        out = x.new_empty(x.shape[0], shape.queries * shape.head_dim)
-        prompt = None
-        if prompt_keys is not None and prompt_values is not None:
-            prompt = (prompt_keys, prompt_values)
-        saved: list[Tensor | None] = [
-            x,
-            weights.joined,
-            weights.norms,
-            made.normed,
-            made.scale,
-            out,
-        ]
-        saved += [prompt_keys, prompt_values]
-        for part in parts:
-            queries, keys, values = lay_out(made, part, shape)
-            segments = segments_of(part, keys, values, prompt)
-            spread = spread_rows(out, part, shape)
-            attention, inverse = attend(queries, segments, weights.bits, spread)
-            saved += [queries, keys, values, inverse, *attention]
-            prompt = (keys.flatten(2, 3), values.flatten(2, 3))
-        ctx.save_for_backward(*saved)
-        ctx.shape, ctx.parts = shape, parts
-        ctx.set_materialize_grads(False)
-        return out, keys, values
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, d_out: Tensor | None, d_keys: Tensor | None, d_values: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        shape, parts = ctx.shape, ctx.parts
-        x, joined, norms, normed, scale, out, *rest = ctx.saved_tensors
-        d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
-        prompt = None if rest[0] is None else (rest[0], rest[1])
-        states, position = [], 2
-        for part in parts:
-            count = 1 if prompt is None else 2
-            queries, keys, values, inverse = rest[position : position + 4]
-            segments = segments_of(part, keys, values, prompt)
-            attention = rest[position + 4 : position + 4 + count]
-            states.append((part, queries, segments, attention, inverse))
-            position += 4 + count
-            prompt = (keys.flatten(2, 3), values.flatten(2, 3))
-        d_parts = []
-        from_later = (d_keys, d_values)
-        for part, queries, segments, attention, inverse in reversed(states):
-            d_queries, d_segments = attend_backward(
-                spread_rows(d_out, part, shape), spread_rows(out, part, shape),
-                queries, segments, attention, inverse,
-            )  # fmt: skip
-            own = [
-                mine if later is None else mine.add_(later.view_as(mine))
-                for mine, later in zip(d_segments[0], from_later, strict=True)
-            ]
-            d_parts.append((part, d_queries, *own))
-            from_later = d_segments[1] if len(d_segments) > 1 else (None, None)
-        d_rows, d_norms = project_backward(d_parts, normed, scale, norms, shape)
-        need = ctx.needs_input_grad
-        d_x = torch.mm(d_rows, joined) if need[0] else None
-        d_joined = torch.mm(d_rows.t(), x) if any(need[1:4]) else None
-        grads = (d_x, *split_gradients(d_joined, d_norms, shape), *from_later)
-        return *(g if n else None for g, n in zip(grads, need, strict=False)), None, None
-
-
 def segments_of(
     part: Part, keys: Tensor, values: Tensor, prompt: tuple[Tensor, Tensor] | None
 ) -> list[Segment]:
@@ -232,5 +132,12 @@ def segments_of(
 
 def spread_rows(rows: Tensor, part: Part, shape: HeadShape) -> Tensor:
     """A part's rows of `[N, queries * D]` as `[P, G, T, kv, r, D]`."""
-    sizes = (part.prompts, part.group, part.length, shape.kv_heads, shape.repeats, shape.head_dim)
+    sizes = (
+        part.prompts,
+        part.group,
+        part.length,
+        shape.kv_heads,
+        shape.repeats,
+        shape.head_dim,
+    )
     return rows[part.rows].view(sizes)

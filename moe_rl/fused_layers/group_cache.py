@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from moe_rl.fused_layers.heads import HeadWeights
+from moe_rl.fused_layers.attention_block import FoldedWeights
 
 # A block's positions, at least: torch multiplies matrices of fewer than 400 multiplications with a
 # slow loop, which a query of 24 or more numbers against 17 keys is not.
@@ -34,8 +34,8 @@ class GroupCacheLayer(CacheLayerMixin):
         """Keys and values `[P, kv, G, block length, D]`; zero where not yet filled."""
         self.response_length = 0
         """Positions that the responses have added so far."""
-        self.weights: tuple[tuple[Any, ...], HeadWeights] | None = None
-        """The attention's joined weights, and what tells whether they are still its weights."""
+        self.folded: tuple[tuple[Any, ...], FoldedWeights] | None = None
+        """The attention's folded weights, and what tells whether they are still its weights."""
 
     def set_prompt(self, keys: Tensor, values: Tensor) -> None:
         """Store the prompts' keys and values `[P, kv, Sp, D]` in an empty cache."""
@@ -102,6 +102,10 @@ class GroupCacheLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """No maximum: -1."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The name that transformers 5.17 has for `get_max_length`."""
         return -1
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -12,13 +12,15 @@ Two reorderings save most of the passes over the data, with the same result up t
 1. Query and key rows of the weights are permuted while the three matrices are joined, so that the
    two numbers that rotary turns together lie side by side: a rotation is one complex product, and
    it writes straight into the layout above. Scores do not notice, as queries and keys agree.
-2. Queries carry the factor scaling / ln 2, so that the softmax can run in powers of two.
+2. The query norm's weight carries the factor scaling / ln 2, so that the softmax can run in
+   powers of two; its backward leaves out a factor ln 2, which the way back through rotary adds.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +30,7 @@ from moe_rl.fused_layers.rms_norm import inverse_rms
 LN2 = math.log(2.0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeadShape:
+class HeadShape(NamedTuple):
     """Sizes and constants of one attention module."""
 
     kv_heads: int
@@ -45,9 +46,10 @@ class HeadShape:
         return self.kv_heads * self.repeats
 
     @property
-    def normed(self) -> int:
-        """Heads that are normed and turned: queries and keys."""
-        return self.queries + self.kv_heads
+    def row_counts(self) -> list[int]:
+        """Rows of the three weights."""
+        kv = self.kv_heads * self.head_dim
+        return [self.repeats * kv, kv, kv]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,20 +73,32 @@ class Part:
         """The part's rows."""
         return slice(self.start, self.start + self.prompts * self.group * self.length)
 
-    @property
+    @cached_property
+    def turns_back(self) -> Tensor:
+        """What turns gradients back, times ln 2, which the softmax's backward leaves out."""
+        return (self.turns.conj() * LN2).resolve_conj()
+
+    @cached_property
     def key_turns(self) -> Tensor:
         """`turns` without the axis of repeated query heads, which keys lack."""
         return self.turns if self.turns.dim() == 2 else self.turns.squeeze(3)
 
+    @cached_property
+    def key_turns_back(self) -> Tensor:
+        """`turns_back` for keys."""
+        back = self.turns_back
+        return back if back.dim() == 2 else back.squeeze(3)
 
-@dataclass(frozen=True)
-class HeadWeights:
-    """One module's weights as the fused code multiplies with them."""
+
+class HeadWeights(NamedTuple):
+    """One attention module's weights as the fused code multiplies with them."""
 
     joined: Tensor
     """`[(queries + 2 kv) * D, H]`, rotary pairs of queries and keys side by side."""
-    norms: Tensor
-    """`[(queries + kv) * D]`: the norm weight of each normed head, in the same order."""
+    q_norm: Tensor
+    """`[D]`, in the order of a joined head, times scaling / ln 2."""
+    k_norm: Tensor
+    """`[D]`, in the order of a joined head."""
     bits: float
     """Bound on |score| / ln 2: a normed head is at most sqrt(D) times its largest weight long."""
 
@@ -93,124 +107,170 @@ def join_weights(
     w_q: Tensor, w_k: Tensor, w_v: Tensor, q_norm: Tensor, k_norm: Tensor, shape: HeadShape
 ) -> HeadWeights:
     """Join and permute the weights of one attention module."""
-    rows, norm_rows = _orders(shape.queries, shape.kv_heads, shape.head_dim)[:2]
+    rows, pairs = _orders(shape)[:2]
     largest = math.prod(max(map(abs, weight.tolist())) for weight in (q_norm, k_norm))
     return HeadWeights(
         joined=torch.cat([w_q, w_k, w_v]).index_select(0, rows),
-        norms=torch.cat([q_norm, k_norm]).index_select(0, norm_rows),
+        q_norm=q_norm.index_select(0, pairs).mul_(shape.scaling / LN2),
+        k_norm=k_norm.index_select(0, pairs),
         bits=largest * shape.head_dim * shape.scaling / LN2,
     )
 
 
 def split_gradients(
-    d_joined: Tensor | None, d_norms: Tensor, shape: HeadShape
+    d_joined: Tensor | None, d_q_norm: Tensor, d_k_norm: Tensor, shape: HeadShape
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `join_weights`' five inputs from those of its two tensors."""
-    _, norm_rows, back = _orders(shape.queries, shape.kv_heads, shape.head_dim)
-    d = shape.head_dim
-    summed = d_norms.new_zeros(2 * d).index_add_(0, norm_rows, d_norms)
+    """Gradients of `join_weights`' five weights from those of its three tensors."""
+    _, _, rows_back, pairs_back = _orders(shape)
     d_q = d_k = d_v = None
     if d_joined is not None:
-        sizes = [shape.queries * d, shape.kv_heads * d, shape.kv_heads * d]
-        d_q, d_k, d_v = d_joined.index_select(0, back).split(sizes)
-    return d_q, d_k, d_v, summed[:d], summed[d:]
+        d_q, d_k, d_v = d_joined.index_select(0, rows_back).split(shape.row_counts)
+    d_q_norm = d_q_norm.index_select(0, pairs_back).mul_(shape.scaling / LN2)
+    return d_q, d_k, d_v, d_q_norm, d_k_norm.index_select(0, pairs_back)
 
 
 @lru_cache(maxsize=32)
-def _orders(queries: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(order of weight rows, index of each normed row's weight in [q_norm, k_norm], rows back).
+def _orders(shape: HeadShape) -> tuple[Tensor, ...]:
+    """(order of weight rows, order within a head, and the inverses of both).
 
     Within a query or key head, pair (i, i + D/2) goes to (2i, 2i + 1).
     """
-    pairs = torch.arange(head_dim).view(2, -1).t().reshape(-1)
-    heads = torch.arange(queries + kv_heads).unsqueeze(1)
-    values = torch.arange(kv_heads * head_dim) + heads.numel() * head_dim
-    rows = torch.cat([(heads * head_dim + pairs).view(-1), values])
-    norm_rows = ((heads >= queries) * head_dim + pairs).view(-1)
-    return rows, norm_rows, torch.argsort(rows)
+    normed, d = shape.queries + shape.kv_heads, shape.head_dim
+    pairs = torch.arange(d).view(2, -1).t().reshape(-1)
+    heads = torch.arange(normed).unsqueeze(1) * d
+    values = torch.arange(normed * d, (normed + shape.kv_heads) * d)
+    rows = torch.cat([(heads + pairs).view(-1), values])
+    return rows, pairs, torch.argsort(rows), torch.argsort(pairs)
 
 
-@dataclass(frozen=True)
-class Projected:
+class Normed(NamedTuple):
+    """Query heads, or key heads, divided by their root mean square."""
+
+    rows: Tensor
+    """`[N, heads, D]`."""
+    scale: Tensor
+    """`[N, heads, 1]`: what they were multiplied with."""
+
+
+class Projected(NamedTuple):
     """All rows after projection and norm, before they are laid out part by part."""
 
-    weighted: Tensor
-    """`[N, normed heads, D]`: normed, times the norm weights."""
+    queries: Normed
+    keys: Normed
     values: Tensor
     """`[N, kv, D]`."""
-    normed: Tensor
-    """`[N, normed heads, D]`: divided by each head's root mean square."""
-    scale: Tensor
-    """`[N, normed heads, 1]`: what divided them, inverted."""
 
 
-def project(x: Tensor, weights: HeadWeights, shape: HeadShape) -> Projected:
-    """Project x `[N, H]` and norm its queries and keys."""
-    out = torch.mm(x, weights.joined.t()).view(x.shape[0], -1, shape.head_dim)
-    raw, values = out[:, : shape.normed], out[:, shape.normed :]
-    scale = inverse_rms(raw, shape.eps)
-    normed = raw * scale
-    return Projected(normed * weights.norms.view(raw.shape[1:]), values, normed, scale)
+def project(x: Tensor, joined: Tensor, shape: HeadShape) -> Projected:
+    """Project x `[N, H]` by joined weights `[rows, H]`, and norm queries and keys.
 
-
-def lay_out(made: Projected, part: Part, shape: HeadShape) -> tuple[Tensor, Tensor, Tensor]:
-    """A part's rotated queries (times scaling / ln 2), rotated keys, and values."""
-    size = (part.prompts, part.group, part.length)
-    kv, r, d = shape.kv_heads, shape.repeats, shape.head_dim
-    weighted = made.weighted
-    queries = weighted.new_empty(part.prompts, kv, part.group, r, part.length, d)
-    keys = weighted.new_empty(part.prompts, kv, part.group, part.length, d)
-    pairs = _as_pairs(weighted[part.rows]).view(*size, -1, d // 2)
-    torch.mul(
-        pairs[..., : shape.queries, :].view(*size, kv, r, -1).permute(0, 3, 1, 4, 2, 5),
-        part.turns * (shape.scaling / LN2),
-        out=_as_pairs(queries),
+    Three products rather than one: their contiguous results are normed twice as fast as slices.
+    """
+    q, k, v = (
+        torch.mm(x, weight.t()).view(x.shape[0], -1, shape.head_dim)
+        for weight in joined.split(shape.row_counts)
     )
-    torch.mul(
-        pairs[..., shape.queries :, :].permute(0, 3, 1, 2, 4), part.key_turns, out=_as_pairs(keys)
-    )
-    values = made.values[part.rows].view(*size, kv, d).permute(0, 3, 1, 2, 4).contiguous()
-    return queries, keys, values
+    return Projected(_norm(q, shape.eps), _norm(k, shape.eps), v)
+
+
+def _norm(raw: Tensor, eps: float) -> Normed:
+    scale = inverse_rms(raw, eps)
+    return Normed(raw * scale, scale)
+
+
+def lay_out(
+    made: Projected, weights: HeadWeights, parts: Sequence[Part], shape: HeadShape
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Each part's rotated queries (times scaling / ln 2), rotated keys, and values."""
+    weighted_queries = made.queries.rows * weights.q_norm
+    weighted_keys = made.keys.rows * weights.k_norm
+    kv, d = shape.kv_heads, shape.head_dim
+    laid = []
+    for part in parts:
+        p, g, t = size = (part.prompts, part.group, part.length)
+        queries = weighted_queries.new_empty(p, kv, g, shape.repeats, t, d)
+        keys = weighted_queries.new_empty(p, kv, g, t, d)
+        from_queries = _spread_queries(weighted_queries[part.rows], size, shape)
+        torch.mul(from_queries, part.turns, out=_as_pairs(queries))
+        from_keys = _spread_keys(weighted_keys[part.rows], size)
+        torch.mul(from_keys, part.key_turns, out=_as_pairs(keys))
+        values = made.values[part.rows].view(*size, kv, d).permute(0, 3, 1, 2, 4).contiguous()
+        laid.append((queries, keys, values))
+    return laid
 
 
 def _as_pairs(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
 
 
-def project_backward(
-    d_parts: Sequence[tuple[Part, Tensor, Tensor, Tensor]],
-    normed: Tensor,
-    scale: Tensor,
-    norms: Tensor,
-    shape: HeadShape,
-) -> tuple[Tensor, Tensor]:
-    """(gradient of the product with the joined weights `[N, rows]`, gradient of `norms`).
+def _spread_queries(rows: Tensor, size: tuple[int, int, int], shape: HeadShape) -> Tensor:
+    """Complex view `[P, kv, G, r, T, D / 2]` of rows `[P * G * T, queries, D]`."""
+    pairs = torch.view_as_complex(rows.view(*size, shape.kv_heads, shape.repeats, -1, 2))
+    return pairs.permute(0, 3, 1, 4, 2, 5)
 
-    `d_parts` holds, for each part, the gradients of rotated queries, rotated keys, and values.
-    That of the queries is taken with respect to queries without the factor scaling / ln 2, and
-    still lacks the factor `scaling`, which is applied here.
-    """
-    kv, r, d = shape.kv_heads, shape.repeats, shape.head_dim
-    grad = torch.empty_like(normed)
-    out = grad.new_empty(normed.shape[0], shape.normed + kv, d)
-    for part, d_queries, d_keys, d_values in d_parts:
+
+def _spread_keys(rows: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Complex view `[P, kv, G, T, D / 2]` of rows `[P * G * T, kv, D]`."""
+    pairs = torch.view_as_complex(rows.view(*size, rows.shape[1], -1, 2))
+    return pairs.permute(0, 3, 1, 2, 4)
+
+
+class LaidGradients(NamedTuple):
+    """Gradients of one part's `lay_out`, those of queries and keys over ln 2."""
+
+    part: Part
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+def lay_out_backward(
+    grads: Sequence[LaidGradients],
+    queries: Normed,
+    keys: Normed,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    shape: HeadShape,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(gradients `[N, heads * D]` of the three products, gradients of both norms' weights)."""
+    d_queries, d_keys = torch.empty_like(queries.rows), torch.empty_like(keys.rows)
+    d_values = torch.empty_like(keys.rows)
+    for part, turned_queries, turned_keys, values in grads:
         size = (part.prompts, part.group, part.length)
-        pairs = _as_pairs(grad[part.rows]).view(*size, -1, d // 2)
-        torch.mul(
-            _as_pairs(d_queries),
-            (part.turns * shape.scaling).conj().resolve_conj(),
-            out=pairs[..., : shape.queries, :].view(*size, kv, r, -1).permute(0, 3, 1, 4, 2, 5),
-        )
-        torch.mul(
-            _as_pairs(d_keys),
-            part.key_turns.conj().resolve_conj(),
-            out=pairs[..., shape.queries :, :].permute(0, 3, 1, 2, 4),
-        )
-        d_raw_values = out[part.rows, shape.normed :].view(*size, kv, d)
-        d_raw_values.permute(0, 3, 1, 2, 4).copy_(d_values)
-    products = grad * normed
-    d_norms = products.sum(0).view(-1)
-    along = (products * norms.view(normed.shape[1:])).sum(-1, keepdim=True)
-    grad.mul_(norms.view(normed.shape[1:])).addcmul_(normed, along, value=-1.0 / d)
-    torch.mul(grad, scale, out=out[:, : shape.normed])
-    return out.view(normed.shape[0], -1), d_norms
+        spread = _spread_queries(d_queries[part.rows], size, shape)
+        torch.mul(_as_pairs(turned_queries), part.turns_back, out=spread)
+        spread = _spread_keys(d_keys[part.rows], size)
+        torch.mul(_as_pairs(turned_keys), part.key_turns_back, out=spread)
+        spread = d_values[part.rows].view(*size, *d_values.shape[1:])
+        spread.permute(0, 3, 1, 2, 4).copy_(values)
+    d_q_norm = _norm_backward(d_queries, queries, q_norm)
+    d_k_norm = _norm_backward(d_keys, keys, k_norm)
+    flat = (d_queries.flatten(1), d_keys.flatten(1), d_values.flatten(1))
+    return flat, (d_q_norm, d_k_norm)
+
+
+def _norm_backward(grad: Tensor, normed: Normed, weight: Tensor) -> Tensor:
+    """Gradient of the weight. `grad` becomes that of the rows before the norm."""
+    products = (grad * normed.rows).view(-1, weight.shape[0])
+    along = torch.mv(products, weight).view(normed.scale.shape)
+    grad.mul_(weight).addcmul_(normed.rows, along, value=-1.0 / weight.shape[0]).mul_(normed.scale)
+    return products.sum(0)
+
+
+def project_backward(
+    d_products: tuple[Tensor, Tensor, Tensor], x: Tensor, joined: Tensor, shape: HeadShape
+) -> Tensor:
+    """Gradient of `joined`, `[rows, H]`."""
+    d_joined = torch.empty_like(joined)
+    for grad, target in zip(d_products, d_joined.split(shape.row_counts), strict=True):
+        torch.mm(grad.t(), x, out=target)
+    return d_joined
+
+
+def project_input_backward(
+    d_products: tuple[Tensor, Tensor, Tensor], joined: Tensor, shape: HeadShape
+) -> Tensor:
+    """Gradient of x, `[N, H]`."""
+    w_q, w_k, w_v = joined.split(shape.row_counts)
+    d_q, d_k, d_v = d_products
+    return torch.mm(d_q, w_q).addmm_(d_k, w_k).addmm_(d_v, w_v)

@@ -9,19 +9,31 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
-from transformers.cache_utils import DynamicCache
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention, Qwen3MoeRMSNorm
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeAttention,
+    Qwen3MoeDecoderLayer,
+    Qwen3MoeRMSNorm,
+)
 
-from moe_rl.fused_layers.attention import attention_forward
-from moe_rl.fused_layers.group_cache import GroupCache
+from moe_rl.fused_layers.attention import attention_forward, plain_weights, runs
+from moe_rl.fused_layers.decoder_layer import decoder_layer_forward
 from moe_rl.fused_layers.rms_norm import rms_norm_forward
+
+_FUSED: dict[type[Any], Callable[..., Any]] = {
+    Qwen3MoeRMSNorm: rms_norm_forward,
+    Qwen3MoeAttention: attention_forward,
+    Qwen3MoeDecoderLayer: decoder_layer_forward,
+}
 
 
 def use_fused_layers(model: nn.Module) -> list[str]:
-    """Run the norms (and attention) of a Qwen3-MoE through hand-written autograd nodes.
+    """Run norms, attention and decoder layers of a Qwen3-MoE through hand-written autograd nodes.
 
-    Modules of other classes, and modules whose `forward` somebody else has already replaced, are
-    left alone. Experts are not touched here: see `moe_rl.experts`.
+    Modules of other classes, not on a CPU, or whose `forward` somebody else has replaced, are left
+    alone. Experts are not touched here: see `moe_rl.experts`.
+
+    A swapped module checks every call, and hands what it does not serve (16-bit floats, a foreign
+    cache, hooks or adapters on what it would skip, gradient checkpointing of a layer) to its class.
 
     Returns:
         Names of the modules that were swapped, in module order; empty when nothing was recognised.
@@ -39,40 +51,30 @@ def restore_layers(model: nn.Module) -> list[str]:
     """Undo `use_fused_layers`; returns the names of the modules that were restored."""
     restored = []
     for name, module in model.named_modules():
-        if _is_ours(vars(module).get("forward")):
+        if _is_ours(module):
             del module.forward
             restored.append(name)
     return restored
 
 
-def new_cache(model: Any) -> GroupCache | DynamicCache:
-    """An empty key-value cache: `GroupCache` where every attention is fused, else `DynamicCache`.
-
-    Both take `batch_repeat_interleave(G)` after the prompts were read.
-    """
-    layers = [m for m in model.modules() if isinstance(m, Qwen3MoeAttention)]
-    if layers and all(_is_ours(vars(layer).get("forward")) for layer in layers):
-        return GroupCache(len(layers))
-    return DynamicCache(config=model.config)
-
-
 def _fused_forward(module: nn.Module) -> Callable[..., Any] | None:
-    if isinstance(module, Qwen3MoeRMSNorm):
-        return rms_norm_forward
-    if isinstance(module, Qwen3MoeAttention) and _plain(module):
-        return attention_forward
+    if any(parameter.device.type != "cpu" for parameter in module.parameters()):
+        return None
+    for stock, fused in _FUSED.items():
+        # A subclass with a forward of its own is another layer.
+        if isinstance(module, stock) and type(module).forward is stock.forward:
+            return fused if stock is not Qwen3MoeAttention or _known(module) else None
     return None
 
 
-def _plain(attention: Any) -> bool:
-    """Whether the projections are plain matrices, with no bias, adapter, window or odd head."""
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+def _known(attention: Any) -> bool:
+    """Whether the attention has no bias, no sliding window, and heads of an even size."""
     return (
-        all(type(p) is nn.Linear and p.bias is None for p in projections)
+        plain_weights(attention, None) is not None
         and attention.sliding_window is None
         and attention.head_dim % 2 == 0
     )
 
 
-def _is_ours(forward: Any) -> bool:
-    return getattr(forward, "__func__", None) in (rms_norm_forward, attention_forward)
+def _is_ours(module: nn.Module) -> bool:
+    return any(runs(module, fused) for fused in _FUSED.values())
