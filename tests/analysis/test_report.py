@@ -182,10 +182,19 @@ def test_metrics_that_no_run_recorded_are_named_not_drawn(tmp_path):
     assert "Churn by layer over time (no routing/churn_per_layer)" in html
 
 
+def test_figures_beside_no_page_of_ours_are_kept(tmp_path, one_figure):
+    root = synthetic.write_study(tmp_path / "s", arms=["grpo"], seeds=1, steps=2, updates=1)
+    foreign = root / "report" / "figures" / "thesis.png"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"precious")
+    write_report(root)
+    assert foreign.read_bytes() == b"precious"
+
+
 def test_old_figures_do_not_outlive_a_redraw(tmp_path, one_figure):
     root = synthetic.write_study(tmp_path / "s", arms=["grpo"], seeds=1, steps=2, updates=1)
+    write_report(root)
     stale = root / "report" / "figures" / "gone-reward.svg"
-    stale.parent.mkdir(parents=True)
     stale.write_text("old")
     (stale.parent / "notes.txt").write_text("mine")
     write_report(root)
