@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from moe_rl.config import ConfigError, RunConfig
-from moe_rl.policy import Pass, Policy
+from moe_rl.policy import Policy
+from moe_rl.response_pass import Pass, response_pass
 from moe_rl.rollout.batch import RolloutBatch, response_positions
 from moe_rl.rollout.cached import generate
 from moe_rl.rollout.noise import RouterNoise
@@ -100,7 +101,7 @@ def _measure(config: RunConfig, policy: Policy, batch: RolloutBatch, noise: floa
             prompts=range(batch.prompt_ids.shape[0]),
             group_size=batch.group_size,
         )
-        output = policy.response_pass(batch, Pass(noise=source))
+        output = response_pass(policy, batch, Pass(noise=source))
         assert output.routed_experts is not None
         routes.append(response_positions(output.routed_experts, batch.prompt_ids.shape[1]))
     mask = batch.response_mask

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_rl.policy import PassOutput
 from moe_rl.ratios import clip_shares, mismatch_statistics, ratio_statistics, split_log_ratio
+from moe_rl.response_pass import PassOutput
 from moe_rl.rollout.batch import RolloutBatch, response_positions
 from moe_rl.routing import statistics
 

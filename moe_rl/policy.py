@@ -1,12 +1,9 @@
-"""The policy: a transformers MoE causal LM, its tokenizer, and the one forward pass RL needs.
+"""The policy: a transformers MoE causal LM built small or loaded, its tokenizer, its backends.
 
 The prompts of a group are read once: their key-value cache is repeated for the G responses, with
 gradients, which halves the tokens of a forward pass when prompt and response are as long.
 """
 
-import contextlib
-import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,52 +24,8 @@ from transformers import (
 from moe_rl.config import ConfigError, ModelConfig
 from moe_rl.experts import choose_experts
 from moe_rl.fused_layers import new_cache, use_fused_layers
-from moe_rl.kernels import token_logprobs
-from moe_rl.rollout.batch import RolloutBatch, full_record
-from moe_rl.rollout.noise import NoiseDraw, RouterNoise
-from moe_rl.routing import find_routers, record_routing, replay_routing, router_noise
+from moe_rl.routing import find_routers
 from moe_rl.tokenizer import character_tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pass:
-    """How one forward pass treats routing, and what it should bring back."""
-
-    replay: Tensor | None = None
-    """int16 [B, Sp + T, L, K] expert choices to replay; None: live routing."""
-    record: bool = True
-    """Bring back the live expert choices."""
-    scores: bool = False
-    """Bring back the router logits."""
-    entropy: bool = False
-    """Bring back the entropy of each predicted distribution."""
-    noise: RouterNoise | None = None
-    """Noise on the choice of experts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PassOutput:
-    """Result of `Policy.response_pass`; tensors over the T response tokens of B sequences."""
-
-    logprobs: Tensor
-    """float32 [B, T]; meaningless where the response mask is False."""
-    entropy: Tensor | None
-    """float32 [B, T] in nats, no gradient."""
-    routed_experts: Tensor | None
-    """int16 [B, Sp + T, L, K]: the live choices, also while replaying; the last row is -1."""
-    router_logits: Tensor | None
-    """float32 [B, T, L, E] where each response token is predicted."""
-
-    @classmethod
-    def concatenate(cls, outputs: list["PassOutput"]) -> "PassOutput":
-        """The outputs of consecutive parts of a batch as one."""
-        if len(outputs) == 1:
-            return outputs[0]
-        parts: dict[str, Tensor | None] = {}
-        for field in dataclasses.fields(cls):
-            values = [getattr(output, field.name) for output in outputs]
-            parts[field.name] = None if values[0] is None else torch.cat(values)
-        return cls(**parts)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +35,7 @@ class Policy:
     model: Any
     tokenizer: PreTrainedTokenizerBase
     experts: str
-    fused: tuple[str, ...]
     temperature: float = 1.0
-    share_prompts: bool = True
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -161,111 +112,6 @@ class Policy:
         """float32 next-token logits at the sampling temperature: [..., H] -> [..., V]."""
         return self.model.get_output_embeddings()(hidden).float() / self.temperature
 
-    def response_pass(self, batch: RolloutBatch, options: Pass) -> PassOutput:
-        """Log-probs of the response tokens under the current weights, and what routing did.
-
-        Gradients flow where grad mode is on; `options.replay` must then enclose the backward pass
-        only when gradient checkpointing is on (see `moe_rl.routing`).
-        """
-        shared = self.share_prompts and not self.gradient_checkpointing
-        hidden, routes, scores = (self._shared if shared else self._whole)(batch, options)
-        head = self.model.get_output_embeddings()
-        logprobs = token_logprobs(
-            hidden, head.weight, batch.response_ids, bias=head.bias, temperature=self.temperature
-        )
-        entropy = None
-        if options.entropy:
-            with torch.no_grad():
-                log_p = torch.log_softmax(self.logits(hidden.detach()), dim=-1)
-                entropy = -(log_p.exp() * log_p).sum(-1)
-        return PassOutput(
-            logprobs=logprobs, entropy=entropy, routed_experts=routes, router_logits=scores
-        )
-
-    def _shared(
-        self, batch: RolloutBatch, options: Pass
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Prompts read once per group. Returns hidden [B, T, H], routes, router logits."""
-        group, prompt_length = batch.group_size, batch.prompt_ids.shape[1]
-        noise = options.noise
-        replay_prompts = replay_responses = None
-        if options.replay is not None:
-            replay_prompts = options.replay[::group, :prompt_length]
-            replay_responses = options.replay[:, prompt_length:-1]
-        with self.routing(
-            options, replay_prompts, noise.for_prompts() if noise else None
-        ) as seen_prompts:
-            prompt_hidden, cache = self.read_prompts(batch.prompt_ids, batch.prompt_mask)
-        cache.batch_repeat_interleave(group)
-        first = prompt_hidden[:, -1:].repeat_interleave(group, dim=0)
-        if batch.response_ids.shape[1] == 1:
-            hidden, seen = first, None
-        else:
-            with self.routing(
-                options, replay_responses, noise.for_responses() if noise else None
-            ) as seen:
-                rest = self.read_on(batch.response_ids[:, :-1], cache, batch.prompt_mask, group)
-            hidden = torch.cat([first, rest], dim=1)
-        routes = scores = None
-        if options.record:
-            prompt_routes = _live(seen_prompts)
-            responses = _live(seen) if seen is not None else prompt_routes[:, :0]
-            routes = full_record(prompt_routes, responses, group)
-        if options.scores:
-            last = seen_prompts.router_logits[:, -1:].repeat_interleave(group, dim=0)
-            scores = last if seen is None else torch.cat([last, seen.router_logits], dim=1)
-        return hidden, routes, scores
-
-    def _whole(
-        self, batch: RolloutBatch, options: Pass
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Every sequence read from its first token: for gradient checkpointing (no cache then)."""
-        group, prompt_length = batch.group_size, batch.prompt_ids.shape[1]
-        prompt_mask = batch.prompt_mask.repeat_interleave(group, dim=0)
-        ids = torch.cat(
-            [batch.prompt_ids.repeat_interleave(group, dim=0), batch.response_ids[:, :-1]], dim=1
-        )
-        mask = torch.nn.functional.pad(prompt_mask, (0, ids.shape[1] - prompt_length), value=True)
-        replay = None if options.replay is None else options.replay[:, :-1]
-        noise = options.noise.for_sequences(prompt_length) if options.noise else None
-        with self.routing(options, replay, noise) as seen:
-            hidden = self.model.base_model(
-                input_ids=ids,
-                attention_mask=None if bool(mask.all()) else mask.long(),
-                position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
-                use_cache=False,
-            ).last_hidden_state
-        routes = scores = None
-        if options.record:
-            live = _live(seen)
-            routes = torch.cat([live, torch.full_like(live[:, :1], -1)], dim=1)
-        if options.scores:
-            scores = seen.router_logits[:, prompt_length - 1 :]
-        return hidden[:, prompt_length - 1 :], routes, scores
-
-    @contextlib.contextmanager
-    def routing(
-        self, options: Pass, replay: Tensor | None, noise: NoiseDraw | None
-    ) -> Iterator[Any]:
-        """Record, replay and noise around one call of the model, as `options` asks."""
-        with contextlib.ExitStack() as stack:
-            if noise is not None:
-                stack.enter_context(router_noise(self.model, noise))
-            if replay is not None:
-                yield stack.enter_context(
-                    replay_routing(self.model, replay, scores=options.scores, validate=False)
-                )
-            elif options.record or options.scores:
-                yield stack.enter_context(record_routing(self.model, scores=options.scores))
-            else:
-                yield None
-
-
-def _live(seen: Any) -> Tensor:
-    """The live choices that a record or a replay context saw."""
-    live = getattr(seen, "live_routed_experts", None)
-    return seen.routed_experts if live is None else live
-
 
 # Small checkpoints load at once; the library's bars would break our one line a step.
 transformers.utils.logging.disable_progress_bar()
@@ -307,14 +153,9 @@ def build_policy(
         )
     choice = choose_experts(device, config.experts_implementation)
     model.set_experts_implementation(choice.name)
-    fused = tuple(use_fused_layers(model)) if fuse and _can_fuse(device, dtype) else ()
-    return Policy(
-        model=model,
-        tokenizer=tokenizer,
-        experts=choice.name,
-        fused=fused,
-        temperature=temperature,
-    )
+    if fuse and _can_fuse(device, dtype):
+        use_fused_layers(model)
+    return Policy(model=model, tokenizer=tokenizer, experts=choice.name, temperature=temperature)
 
 
 def _can_fuse(device: torch.device, dtype: torch.dtype) -> bool:

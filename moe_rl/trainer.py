@@ -24,7 +24,8 @@ from moe_rl.advantages import group_advantages
 from moe_rl.cold_start import ensure_cold_start
 from moe_rl.config import RunConfig
 from moe_rl.losses import LossOutput, check_clip, default_clip, loss_function
-from moe_rl.policy import Pass, PassOutput, Policy, build_policy
+from moe_rl.policy import Policy, build_policy
+from moe_rl.response_pass import Pass, PassOutput, response_pass
 from moe_rl.rollout.batch import RolloutBatch
 from moe_rl.rollout.cached import generate
 from moe_rl.rollout.noise import RouterNoise
@@ -193,7 +194,7 @@ class Trainer:
                 entropy=config.instruments,
                 noise=self._noise(step, "old", prompts),
             )
-            outputs.append(self.policy.response_pass(part, options))
+            outputs.append(response_pass(self.policy, part, options))
         return PassOutput.concatenate(outputs)
 
     def update(
@@ -241,7 +242,8 @@ class Trainer:
         """The current policy over some prompts; `flip` turns replay on where it is off."""
         rows = self._rows(prompts)
         replayed = (self.config.routing_replay != "disabled") != flip
-        return self.policy.response_pass(
+        return response_pass(
+            self.policy,
             experience.batch.select(prompts),
             Pass(
                 replay=experience.replay[rows] if replayed else None,

@@ -7,7 +7,8 @@ so a rollout is a pure function of (weights, prompts, uniforms, noise).
 import torch
 from torch import Tensor
 
-from moe_rl.policy import Pass, Policy
+from moe_rl.policy import Policy
+from moe_rl.response_pass import Pass, routing
 from moe_rl.rollout.batch import RolloutBatch, full_record
 from moe_rl.rollout.noise import RouterNoise
 
@@ -42,11 +43,13 @@ def generate(
     logprobs: list[Tensor] = []
     masks: list[Tensor] = []
     finished = torch.zeros(sequences, dtype=torch.bool, device=policy.device)
-    with policy.routing(options, None, noise.for_prompts() if noise else None) as seen_prompts:
+    with routing(
+        policy.model, options, None, noise.for_prompts() if noise else None
+    ) as seen_prompts:
         hidden, cache = policy.read_prompts(prompt_ids, prompt_mask)
     cache.batch_repeat_interleave(group)
     hidden = hidden[:, -1].repeat_interleave(group, dim=0)
-    with policy.routing(options, None, noise.for_responses() if noise else None) as seen:
+    with routing(policy.model, options, None, noise.for_responses() if noise else None) as seen:
         for step in range(budget):
             token, logprob = sample(policy.logits(hidden), uniforms[:, step])
             masks.append(~finished)

@@ -63,6 +63,16 @@ class RouterNoise:
 
         return draw
 
+    def for_rows(self, prompt_length: int) -> NoiseDraw:
+        """Draws for the rows of all prompts, then of all responses: logits [P * Sp + B * s, E]."""
+        prompts, responses = self.for_prompts(), self.for_responses()
+        split = len(self.prompts) * prompt_length
+
+        def draw(layer: int, logits: Tensor) -> Tensor:
+            return torch.cat([prompts(layer, logits[:split]), responses(layer, logits[split:])])
+
+        return draw
+
     def _draw(self, rows: list[tuple[int, int]]) -> NoiseDraw:
         streams: dict[int, list[np.random.Generator]] = {}
 
