@@ -27,8 +27,9 @@ from moe_rl.config import ConfigError, RunConfig, preset
 from moe_rl.policy import build_policy
 from moe_rl.runlog import RunLog, write_json
 from moe_rl.seeding import generator
+from moe_rl.start import starting_policy
 from moe_rl.tasks import Task, make_task
-from moe_rl.trainer import Trainer, starting_policy
+from moe_rl.trainer import Trainer
 
 _PEAK_SIZES = (512, 1024, 2048)
 _WARM_UP = 1

@@ -14,12 +14,12 @@ from moe_rl.config import ConfigError, RunConfig
 from moe_rl.policy import Policy
 from moe_rl.response_pass import Pass, response_pass
 from moe_rl.rollout.batch import RolloutBatch, response_positions
-from moe_rl.rollout.cached import generate
 from moe_rl.rollout.noise import RouterNoise
+from moe_rl.rollout.sampling import sample_responses
 from moe_rl.routing.statistics import churn, router_disagreement
-from moe_rl.seeding import generator, uniforms
+from moe_rl.seeding import generator
+from moe_rl.start import starting_policy
 from moe_rl.tasks import make_task
-from moe_rl.trainer import starting_policy
 
 _SMALLEST_NOISE, _LARGEST_NOISE = 1e-4, 64.0
 # Halvings of the ratio between the bounds: they end within 0.1% of each other.
@@ -78,15 +78,14 @@ def calibrate_noise(config: RunConfig, share: float, cold_start_cache: Path) -> 
 def _rollout(config: RunConfig, policy: Policy) -> RolloutBatch:
     task = make_task(config.task.task, **config.task.options())
     problems = task.prompts(generator(config.seed, "calibrate"), config.prompts_per_rollout)
-    draws = uniforms(
-        config.seed,
-        "calibrate_samples",
-        step=0,
-        prompts=range(len(problems)),
+    return sample_responses(
+        policy,
+        task,
+        problems,
+        seed=config.seed,
+        purpose="calibrate_samples",
         group_size=config.group_size,
-        count=task.max_response_tokens,
     )
-    return generate(policy, [p.prompt for p in problems], torch.from_numpy(draws))
 
 
 @torch.no_grad()
@@ -105,10 +104,10 @@ def _measure(config: RunConfig, policy: Policy, batch: RolloutBatch, noise: floa
         assert output.routed_experts is not None
         routes.append(response_positions(output.routed_experts, batch.prompt_ids.shape[1]))
     mask = batch.response_mask
-    first, second = routes
+    differ = churn(routes[0], routes[1], mask)
     return Calibration(
         noise=noise,
-        router_disagreement=float(router_disagreement(first, second, mask).nanmean()),
-        churn=float(churn(first, second, mask).nanmean()),
+        router_disagreement=float(router_disagreement(differ).nanmean()),
+        churn=float(differ.nanmean()),
         tokens=int(mask.sum()),
     )

@@ -189,10 +189,10 @@ def _print_summary(root: Path) -> None:
 
 def train(options: Train) -> int:
     """`moe-rl train`."""
-    from moe_rl.trainer import check_clip_range
+    from moe_rl.start import clip_range
 
     config = options.run.named()
-    check_clip_range(config)
+    clip_range(config)
     if options.dry_run:
         print(json.dumps(config.to_dict(), indent=2))
         return 0

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from moe_rl.config import RunConfig
 from moe_rl.policy import Policy, build_policy, resolve_device
-from moe_rl.rollout.cached import generate
+from moe_rl.rollout.sampling import sample_responses
 from moe_rl.rollout.score import score
 from moe_rl.routing import find_routers
 from moe_rl.runlog import write_json
-from moe_rl.seeding import generator, uniforms
+from moe_rl.seeding import generator
 from moe_rl.tasks import Task, make_task
 
 # Part of the hash: raise it when a change here makes other weights from the same config.
@@ -212,13 +212,7 @@ def evaluate(policy: Policy, task: Task, config: RunConfig) -> float:
     """Mean reward of one sample each on fresh prompts."""
     seed = config.cold_start.sft_seed
     problems = task.prompts(generator(seed, "cold_start_evaluation"), _EVALUATION_PROMPTS)
-    draws = uniforms(
-        seed,
-        "cold_start_evaluation_samples",
-        step=0,
-        prompts=range(len(problems)),
-        group_size=1,
-        count=task.max_response_tokens,
+    batch = sample_responses(
+        policy, task, problems, seed=seed, purpose="cold_start_evaluation_samples"
     )
-    batch = generate(policy, [p.prompt for p in problems], torch.from_numpy(draws))
     return float(score(policy, task, problems, batch.response_ids).mean())

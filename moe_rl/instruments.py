@@ -51,7 +51,7 @@ def mismatch_metrics(batch: RolloutBatch, old: PassOutput) -> dict[str, Any]:
     trainer = response_positions(old.routed_experts, prompt_length)
     return {
         **mismatch_statistics(old.logprobs, batch.rollout_logprobs, mask),
-        **_prefixed("mismatch", _disagreement(engine, trainer, mask)),
+        **_prefixed("mismatch", _disagreement(statistics.churn(engine, trainer, mask))),
     }
 
 
@@ -88,10 +88,11 @@ def update_metrics(
     assert output.routed_experts is not None
     old = response_positions(old_routes, prompt_length)
     new = response_positions(output.routed_experts, prompt_length)
+    churn = statistics.churn(old, new, mask)
     metrics: dict[str, Any] = {
         **clip_shares(clipped_low, clipped_high, mask),
         **ratio_statistics(output.logprobs, old_logprobs, mask),
-        **_prefixed("routing", _disagreement(old, new, mask)),
+        **_prefixed("routing", _disagreement(churn)),
     }
     if output.router_logits is not None:
         top_k = old.shape[-1]
@@ -101,8 +102,7 @@ def update_metrics(
             shift = statistics.shift(old_scores, output.router_logits, old, mask)
             metrics["routing/shift"] = shift.nanmean().item()
     if per_position:
-        by_position = statistics.churn(old, new, mask).nanmean(dim=(0, 2))
-        metrics["routing/churn_per_position"] = by_position.tolist()
+        metrics["routing/churn_per_position"] = churn.nanmean(dim=(0, 2)).tolist()
     if other_logprobs is not None:
         live, replay = output.logprobs, other_logprobs
         if replayed:
@@ -111,16 +111,14 @@ def update_metrics(
     return metrics
 
 
-def _disagreement(a: Tensor, b: Tensor, mask: Tensor) -> dict[str, Any]:
+def _disagreement(churn: Tensor) -> dict[str, Any]:
     """The three ten-percents: expert slots (GSPO), routers (R3), tokens (R3)."""
-    churn = statistics.churn(a, b, mask)
-    differ = torch.where(churn.isnan(), churn, (churn > 0).float())
-    token = differ.nan_to_num(0.0).amax(dim=-1)[mask].mean().item()
     layers = {
         "churn": statistics.per_layer(churn),
-        "router_disagreement": statistics.per_layer(differ),
+        "router_disagreement": statistics.per_layer(statistics.router_disagreement(churn)),
     }
-    return {**_by_layer(layers), "token_disagreement": token}
+    tokens = statistics.token_disagreement(churn).nanmean().item()
+    return {**_by_layer(layers), "token_disagreement": tokens}
 
 
 def _by_layer(layers: dict[str, Tensor]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ decided by its config alone. Minibatches are consecutive whole groups: prompts a
 independently, so no shuffling is needed.
 """
 
-import dataclasses
 import math
 import time
 from collections import defaultdict
@@ -21,18 +20,17 @@ from torch import Tensor
 
 from moe_rl import instruments
 from moe_rl.advantages import group_advantages
-from moe_rl.cold_start import ensure_cold_start
 from moe_rl.config import RunConfig
-from moe_rl.losses import LossOutput, check_clip, default_clip, loss_function
-from moe_rl.policy import Policy, build_policy
+from moe_rl.losses import LossOutput, loss_function
+from moe_rl.policy import Policy
 from moe_rl.response_pass import Pass, PassOutput, response_pass
 from moe_rl.rollout.batch import RolloutBatch
-from moe_rl.rollout.cached import generate
 from moe_rl.rollout.noise import RouterNoise
+from moe_rl.rollout.sampling import sample_responses
 from moe_rl.rollout.score import score
-from moe_rl.routing import find_routers
 from moe_rl.runlog import RunLog
-from moe_rl.seeding import generator, uniforms
+from moe_rl.seeding import generator
+from moe_rl.start import active_parameters, clip_range, freeze_routers, starting_policy
 from moe_rl.tasks import make_task
 
 StepCallback = Callable[[dict[str, Any]], None]
@@ -124,18 +122,14 @@ class Trainer:
                 self.task.prompts(generator(config.seed, "prompts", step=step, prompt=p), 1)[0]
                 for p in range(config.prompts_per_rollout)
             ]
-            draws = uniforms(
-                config.seed,
-                "sample",
-                step=step,
-                prompts=range(config.prompts_per_rollout),
-                group_size=config.group_size,
-                count=self.task.max_response_tokens,
-            )
-            batch = generate(
+            batch = sample_responses(
                 self.policy,
-                [problem.prompt for problem in problems],
-                torch.from_numpy(draws),
+                self.task,
+                problems,
+                seed=config.seed,
+                purpose="sample",
+                step=step,
+                group_size=config.group_size,
                 noise=self._noise(step, "rollout", slice(0, config.prompts_per_rollout)),
                 scores=config.instruments and config.old_logprobs == "rollout",
             )
@@ -380,7 +374,7 @@ def train(
         ValueError: a clip range of the other algorithm's scale.
     """
     config = config.named()
-    check_clip_range(config)
+    clip_range(config)
     torch.set_num_threads(config.num_threads)
     log = RunLog(folder, config)
     try:
@@ -388,51 +382,3 @@ def train(
         return Trainer(config, policy, log).run(on_step)
     finally:
         log.close()
-
-
-def starting_policy(
-    config: RunConfig,
-    cold_start_cache: Path,
-    on_cold_start: Callable[[int, float], None] | None = None,
-) -> Policy:
-    """The policy every arm and seed starts from: cold-started, or as built or loaded."""
-    task = make_task(config.task.task, **config.task.options())
-    model = config.model
-    if config.sft_steps:
-        folder = ensure_cold_start(config, task, cold_start_cache, on_cold_start)
-        model = dataclasses.replace(model, checkpoint=str(folder))
-    return build_policy(
-        model, task.alphabet, seed=config.cold_start.sft_seed, temperature=config.temperature
-    )
-
-
-def clip_range(config: RunConfig) -> tuple[float, float]:
-    """The run's clip range; the algorithm's published one where the config leaves it out."""
-    low, high = default_clip(config.algorithm)
-    return (
-        low if config.clip_low is None else config.clip_low,
-        high if config.clip_high is None else config.clip_high,
-    )
-
-
-def check_clip_range(config: RunConfig) -> None:
-    """Refuse a clip range of the other algorithm's scale.
-
-    Raises:
-        ValueError: naming the algorithm the range belongs to.
-    """
-    check_clip(config.algorithm, *clip_range(config), allow_any_scale=config.allow_any_clip_scale)
-
-
-def freeze_routers(policy: Policy) -> None:
-    """Keep every router's weights as they are."""
-    for router in find_routers(policy.model):
-        router.module.requires_grad_(False)
-
-
-def active_parameters(policy: Policy) -> int:
-    """Parameters that one token passes through: all of them, but K of E experts a layer."""
-    experts = sum(p.numel() for name, p in policy.model.named_parameters() if ".experts." in name)
-    total = sum(p.numel() for p in policy.model.parameters())
-    routers = find_routers(policy.model)
-    return total - experts + experts * routers[0].top_k // routers[0].num_experts

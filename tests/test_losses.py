@@ -16,12 +16,11 @@ from torch import Tensor
 from moe_rl.losses import (
     ALGORITHMS,
     LossOutput,
-    check_clip,
-    default_clip,
     grpo_loss,
     gspo_loss,
     gspo_token_loss,
     loss_function,
+    resolve_clip,
 )
 
 Array = NDArray[np.float64]
@@ -344,15 +343,15 @@ def test_algorithms_are_found_by_name_and_a_typo_gets_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"algorithm is 'gspo-token'.*did you mean 'gspo_token'"):
         loss_function("gspo-token")
     with pytest.raises(ValueError, match="did you mean 'grpo'"):
-        default_clip("grpox")
+        resolve_clip("grpox")
 
 
 def test_default_clips_are_the_papers_and_those_of_the_functions() -> None:
-    assert default_clip("grpo") == (0.2, 0.27)
-    assert default_clip("gspo") == default_clip("gspo_token") == (3e-4, 4e-4)
+    assert resolve_clip("grpo") == (0.2, 0.27)
+    assert resolve_clip("gspo") == resolve_clip("gspo_token") == (3e-4, 4e-4)
     batch = random_batch(spread=0.01)
     for name in ALGORITHM_NAMES:
-        low, high = default_clip(name)
+        low, high = resolve_clip(name)
         implied = loss_function(name)(*batch)
         named = loss_function(name)(*batch, clip_low=low, clip_high=high)
         assert torch.equal(implied.clipped_low, named.clipped_low)
@@ -361,16 +360,16 @@ def test_default_clips_are_the_papers_and_those_of_the_functions() -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHM_NAMES)
 def test_every_default_clip_passes_its_own_check_and_fails_the_others(algorithm: str) -> None:
-    assert check_clip(algorithm, *default_clip(algorithm)) == default_clip(algorithm)
+    assert resolve_clip(algorithm, *resolve_clip(algorithm)) == resolve_clip(algorithm)
     other = "gspo" if algorithm == "grpo" else "grpo"
     with pytest.raises(ValueError, match=r"clip_low is .*0\.2 and 0\.27.*3e-4 and 4e-4"):
-        check_clip(algorithm, *default_clip(other))
-    low, high = default_clip(other)
-    assert check_clip(algorithm, low, high, allow_any_scale=True) == (low, high)
+        resolve_clip(algorithm, *resolve_clip(other))
+    low, high = resolve_clip(other)
+    assert resolve_clip(algorithm, low, high, allow_any_scale=True) == (low, high)
     with pytest.raises(ValueError, match="clip_high"):
-        check_clip(algorithm, default_clip(algorithm)[0], high)
+        resolve_clip(algorithm, resolve_clip(algorithm)[0], high)
 
 
 def test_allowing_any_scale_still_refuses_an_impossible_range() -> None:
     with pytest.raises(ValueError, match=r"clip_low is -0\.1"):
-        check_clip("grpo", -0.1, 0.2, allow_any_scale=True)
+        resolve_clip("grpo", -0.1, 0.2, allow_any_scale=True)

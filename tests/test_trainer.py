@@ -12,7 +12,8 @@ import torch
 from moe_rl.config import ConfigError, RunConfig, preset
 from moe_rl.response_pass import Pass, response_pass
 from moe_rl.runlog import RunLog
-from moe_rl.trainer import Trainer, learning_rate, starting_policy, train
+from moe_rl.start import starting_policy
+from moe_rl.trainer import Trainer, learning_rate, train
 
 TIMES = ("seconds", "instruments_share")
 

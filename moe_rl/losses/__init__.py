@@ -9,7 +9,7 @@ import difflib
 from typing import NamedTuple
 
 from moe_rl.losses import grpo, gspo
-from moe_rl.losses.base import LossFunction, LossOutput, check_clip_range
+from moe_rl.losses.base import LossFunction, LossOutput, check_clip_bounds
 from moe_rl.losses.grpo import grpo_loss
 from moe_rl.losses.gspo import gspo_loss
 from moe_rl.losses.gspo_token import gspo_token_loss
@@ -18,12 +18,11 @@ __all__ = [
     "ALGORITHMS",
     "LossFunction",
     "LossOutput",
-    "check_clip",
-    "default_clip",
     "grpo_loss",
     "gspo_loss",
     "gspo_token_loss",
     "loss_function",
+    "resolve_clip",
 ]
 
 # A token ratio moves by tens of percent, the geometric mean of a response's ratios by far less, so
@@ -65,28 +64,22 @@ def loss_function(algorithm: str) -> LossFunction:
     return _find(algorithm).loss
 
 
-def default_clip(algorithm: str) -> tuple[float, float]:
-    """(clip_low, clip_high) of the GSPO paper (arXiv 2507.18071), 5.1, for `algorithm`.
-
-    Raises:
-        ValueError: for an unknown algorithm, with the nearest one.
-    """
-    found = _find(algorithm)
-    return found.clip_low, found.clip_high
-
-
-def check_clip(
-    algorithm: str, low: float, high: float, *, allow_any_scale: bool = False
+def resolve_clip(
+    algorithm: str,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    allow_any_scale: bool = False,
 ) -> tuple[float, float]:
-    """(low, high) if it is a clip range of the algorithm's scale.
+    """(clip_low, clip_high) of a run: what was given, else the GSPO paper's (2507.18071, 5.1).
 
     Under the other algorithm's range a run goes on without an error and means little: GSPO at 0.2
-    clips nothing, GRPO at 3e-4 nearly everything.
+    clips nothing, GRPO at 3e-4 nearly everything. So that is refused.
 
     Args:
         algorithm: grpo, gspo or gspo_token.
-        low: a ratio's lower bound is 1 - low; from 0 to 1.
-        high: a ratio's upper bound is 1 + high; at least 0.
+        low: a ratio's lower bound is 1 - low; from 0 to 1; None: the paper's.
+        high: a ratio's upper bound is 1 + high; at least 0; None: the paper's.
         allow_any_scale: skip the comparison of scales (not that of bounds).
 
     Raises:
@@ -94,7 +87,9 @@ def check_clip(
             side of SCALE_BOUNDARY.
     """
     found = _find(algorithm)
-    check_clip_range(low, high)
+    low = found.clip_low if low is None else low
+    high = found.clip_high if high is None else high
+    check_clip_bounds(low, high)
     for name, value in (("clip_low", low), ("clip_high", high)):
         scale = "token" if value >= SCALE_BOUNDARY else "sequence"
         if scale != found.ratio and not allow_any_scale:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ def check_inputs(
     raise ValueError(f"advantages has shape {list(advantages.shape)}; expected {expected}: {fix}")
 
 
-def check_clip_range(clip_low: float, clip_high: float) -> None:
+def check_clip_bounds(clip_low: float, clip_high: float) -> None:
     """Raise ValueError unless 0 <= clip_low <= 1 and clip_high >= 0."""
     if not 0.0 <= clip_low <= 1.0:
         raise ValueError(
@@ -102,15 +102,56 @@ def check_clip_range(clip_low: float, clip_high: float) -> None:
         )
 
 
-def sequence_divisor(num_sequences: int | None, batch: int) -> int:
-    """The number of sequences to divide by: `num_sequences`, or the batch's own number."""
-    divisor = batch if num_sequences is None else num_sequences
+class Prepared(NamedTuple):
+    """Checked inputs, in the form that every loss starts from."""
+
+    log_ratio: Tensor
+    """log w [B, T], 0 in padding; see `masked_log_ratio`."""
+
+    advantages: Tensor
+    """[B] or [B, T], without gradient, in the dtype of log_ratio."""
+
+    lengths: Tensor
+    """int64 [B], response tokens of each sequence, at least 1: they divide."""
+
+    divisor: int
+    """The number of sequences to divide by."""
+
+
+def prepare(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float,
+    clip_high: float,
+    num_sequences: int | None,
+    *,
+    token_advantages: bool = False,
+) -> Prepared:
+    """Check what a loss was given, and compute what all of them need.
+
+    Raises:
+        ValueError: see `check_inputs` and `check_clip_bounds`; or fewer than one sequence.
+    """
+    check_inputs(logprobs, old_logprobs, advantages, mask, token_advantages=token_advantages)
+    check_clip_bounds(clip_low, clip_high)
+    divisor = logprobs.shape[0] if num_sequences is None else num_sequences
     if divisor < 1:
         raise ValueError(
             f"num_sequences is {divisor}; expected at least 1: pass the number of sequences of "
             "the whole minibatch, over all micro-batches and ranks"
         )
-    return divisor
+    log_ratio = masked_log_ratio(logprobs, old_logprobs, mask)
+    advantages = advantages.detach().to(log_ratio.dtype)
+    return Prepared(log_ratio, advantages, mask.sum(1).clamp(min=1), divisor)
+
+
+def spread_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
+    """One advantage a response token, [B, T], from [B] or [B, T]; 0 in padding."""
+    if advantages.ndim == 1:
+        advantages = advantages[:, None].expand_as(mask)
+    return advantages.masked_fill(~mask, 0.0)
 
 
 def masked_log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:

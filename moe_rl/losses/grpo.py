@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moe_rl.losses.base import (
-    LossOutput,
-    check_clip_range,
-    check_inputs,
-    clip_log_ratio,
-    masked_log_ratio,
-    sequence_divisor,
-)
+from moe_rl.losses.base import LossOutput, clip_log_ratio, prepare, spread_advantages
 
 CLIP_LOW = 0.2  # GSPO paper (arXiv 2507.18071), 5.1: the GRPO baseline's left range
 CLIP_HIGH = 0.27  # GSPO paper, 5.1: the GRPO baseline's right range
@@ -47,16 +40,13 @@ def grpo_loss(
     Raises:
         ValueError: for a shape, dtype, clip range or divisor that cannot be meant.
     """
-    check_inputs(logprobs, old_logprobs, advantages, mask)
-    check_clip_range(clip_low, clip_high)
-    divisor = sequence_divisor(num_sequences, logprobs.shape[0])
-    log_ratio = masked_log_ratio(logprobs, old_logprobs, mask)
-    token_advantages = advantages.detach().to(log_ratio.dtype)[:, None].expand_as(mask)
-    token_advantages = token_advantages.masked_fill(~mask, 0.0)
+    log_ratio, advantages, lengths, divisor = prepare(
+        logprobs, old_logprobs, advantages, mask, clip_low, clip_high, num_sequences
+    )
+    token_advantages = spread_advantages(advantages, mask)
     picked, clipped_low, clipped_high = clip_log_ratio(
         log_ratio, token_advantages, clip_low, clip_high
     )
     surrogate = picked.exp() * token_advantages
-    lengths = mask.sum(1).clamp(min=1)
     loss = -(surrogate.sum(1) / lengths).sum() / divisor
     return LossOutput(loss=loss, clipped_low=clipped_low, clipped_high=clipped_high)

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moe_rl.losses.base import (
-    LossOutput,
-    check_clip_range,
-    check_inputs,
-    clip_log_ratio,
-    masked_log_ratio,
-    sequence_divisor,
-)
+from moe_rl.losses.base import LossOutput, clip_log_ratio, prepare
 
 CLIP_LOW = 3e-4  # GSPO paper (arXiv 2507.18071), 5.1: GSPO's left range
 CLIP_HIGH = 4e-4  # GSPO paper, 5.1: GSPO's right range
@@ -50,14 +43,11 @@ def gspo_loss(
     Raises:
         ValueError: for a shape, dtype, clip range or divisor that cannot be meant.
     """
-    check_inputs(logprobs, old_logprobs, advantages, mask)
-    check_clip_range(clip_low, clip_high)
-    divisor = sequence_divisor(num_sequences, logprobs.shape[0])
-    lengths = mask.sum(1)
-    log_ratio = masked_log_ratio(logprobs, old_logprobs, mask)
-    sequence_log_ratio = log_ratio.sum(1) / lengths.clamp(min=1)
+    log_ratio, advantages, lengths, divisor = prepare(
+        logprobs, old_logprobs, advantages, mask, clip_low, clip_high, num_sequences
+    )
     # An advantage of 0 takes a sequence without a token out of the sum.
-    sequence_advantages = advantages.detach().to(log_ratio.dtype).masked_fill(lengths == 0, 0.0)
-    picked, low, high = clip_log_ratio(sequence_log_ratio, sequence_advantages, clip_low, clip_high)
-    loss = -(picked.exp() * sequence_advantages).sum() / divisor
+    advantages = advantages.masked_fill(~mask.any(1), 0.0)
+    picked, low, high = clip_log_ratio(log_ratio.sum(1) / lengths, advantages, clip_low, clip_high)
+    loss = -(picked.exp() * advantages).sum() / divisor
     return LossOutput(loss=loss, clipped_low=low[:, None] & mask, clipped_high=high[:, None] & mask)

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moe_rl.losses.base import (
-    LossOutput,
-    check_clip_range,
-    check_inputs,
-    clip_log_ratio,
-    masked_log_ratio,
-    sequence_divisor,
-)
+from moe_rl.losses.base import LossOutput, clip_log_ratio, prepare, spread_advantages
 from moe_rl.losses.gspo import CLIP_HIGH, CLIP_LOW
 
 
@@ -48,11 +41,16 @@ def gspo_token_loss(
     Raises:
         ValueError: for a shape, dtype, clip range or divisor that cannot be meant.
     """
-    check_inputs(logprobs, old_logprobs, advantages, mask, token_advantages=True)
-    check_clip_range(clip_low, clip_high)
-    divisor = sequence_divisor(num_sequences, logprobs.shape[0])
-    lengths = mask.sum(1).clamp(min=1)
-    log_ratio = masked_log_ratio(logprobs, old_logprobs, mask)
+    log_ratio, advantages, lengths, divisor = prepare(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        clip_low,
+        clip_high,
+        num_sequences,
+        token_advantages=True,
+    )
     sequence_log_ratio = (log_ratio.detach().sum(1) / lengths)[:, None]
     # pi / sg(pi) in logs: 0 in value, the token's own score in gradient. Log-probs of -inf would
     # make it inf - inf; their sequence has s = 0, which passes no gradient on in any case.
@@ -60,10 +58,7 @@ def gspo_token_loss(
     own_score = log_ratio.masked_fill(unreachable, 0.0)
     token_log_ratio = sequence_log_ratio + (own_score - own_score.detach())
 
-    token_advantages = advantages.detach().to(log_ratio.dtype)
-    if token_advantages.ndim == 1:
-        token_advantages = token_advantages[:, None].expand_as(mask)
-    token_advantages = token_advantages.masked_fill(~mask, 0.0)
+    token_advantages = spread_advantages(advantages, mask)
     picked, clipped_low, clipped_high = clip_log_ratio(
         token_log_ratio, token_advantages, clip_low, clip_high
     )

@@ -42,23 +42,24 @@ def churn(e_a: Tensor, e_b: Tensor, mask: Tensor | None = None) -> Tensor:
     return _only(share, mask, _recorded(e_a) & _recorded(e_b))
 
 
-def router_disagreement(e_a: Tensor, e_b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """1 where the two sets of experts differ, else 0. `[..., L]`.
+def router_disagreement(churn: Tensor) -> Tensor:
+    """1 where the two sets of experts differ, else 0, from their `churn`. `[..., L]`.
 
     Its mean is the share of routers that disagree (R3, arXiv 2510.11370: about 10% between
-    engines). Arguments and errors as in `churn`.
+    engines).
     """
-    share = churn(e_a, e_b, mask)
-    return torch.where(share.isnan(), share, (share > 0).float())
+    return torch.where(churn.isnan(), churn, (churn > 0).float())
 
 
-def token_disagreement(e_a: Tensor, e_b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """1 for a token with at least one layer whose sets differ, else 0. `[...]`.
+def token_disagreement(churn: Tensor) -> Tensor:
+    """1 for a token with at least one layer whose sets differ, else 0, from `churn`. `[...]`.
 
     R3 (arXiv 2510.11370) reports 94%. Grows with depth: never compare models of different L.
-    NaN for a token without a record at any layer. Arguments and errors as in `churn`.
+    NaN for a token without a record at any layer.
     """
-    return _max_over_layers(router_disagreement(e_a, e_b, mask))
+    known = ~churn.isnan()
+    differ = (churn.nan_to_num(0.0) > 0).any(dim=-1).float()
+    return differ.masked_fill(~known.any(dim=-1), torch.nan)
 
 
 def margin(router_logits: Tensor, top_k: int, mask: Tensor | None = None) -> Tensor:
@@ -194,12 +195,6 @@ def _require_mask(mask: Tensor, values: Tensor) -> None:
             f"mask: {mask.dtype} {list(mask.shape)} for tokens {list(values.shape[:-1])}. "
             "Pass a boolean mask over the token axes, without the layer axis."
         )
-
-
-def _max_over_layers(values: Tensor) -> Tensor:
-    known = ~values.isnan()
-    worst = values.nan_to_num(0.0).amax(dim=-1)
-    return worst.masked_fill(~known.any(dim=-1), torch.nan)
 
 
 def _require_same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:

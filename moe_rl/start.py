@@ -1,0 +1,56 @@
+"""What a run starts from: its policy, cold-started or loaded, and its resolved clip range."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from moe_rl.cold_start import ensure_cold_start
+from moe_rl.config import RunConfig
+from moe_rl.losses import resolve_clip
+from moe_rl.policy import Policy, build_policy
+from moe_rl.routing import find_routers
+from moe_rl.tasks import make_task
+
+
+def starting_policy(
+    config: RunConfig,
+    cold_start_cache: Path,
+    on_cold_start: Callable[[int, float], None] | None = None,
+) -> Policy:
+    """The policy every arm and seed starts from: cold-started, or as built or loaded."""
+    task = make_task(config.task.task, **config.task.options())
+    model = config.model
+    if config.sft_steps:
+        folder = ensure_cold_start(config, task, cold_start_cache, on_cold_start)
+        model = dataclasses.replace(model, checkpoint=str(folder))
+    return build_policy(
+        model, task.alphabet, seed=config.cold_start.sft_seed, temperature=config.temperature
+    )
+
+
+def clip_range(config: RunConfig) -> tuple[float, float]:
+    """The run's (clip_low, clip_high); the algorithm's published ones where it leaves them out.
+
+    Raises:
+        ValueError: a range of the other algorithm's scale, unless the config allows it.
+    """
+    return resolve_clip(
+        config.algorithm,
+        config.clip_low,
+        config.clip_high,
+        allow_any_scale=config.allow_any_clip_scale,
+    )
+
+
+def freeze_routers(policy: Policy) -> None:
+    """Keep every router's weights as they are."""
+    for router in find_routers(policy.model):
+        router.module.requires_grad_(False)
+
+
+def active_parameters(policy: Policy) -> int:
+    """Parameters that one token passes through: all of them, but K of E experts a layer."""
+    experts = sum(p.numel() for name, p in policy.model.named_parameters() if ".experts." in name)
+    total = sum(p.numel() for p in policy.model.parameters())
+    routers = find_routers(policy.model)
+    return total - experts + experts * routers[0].top_k // routers[0].num_experts
