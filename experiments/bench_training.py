@@ -27,7 +27,7 @@ from moe_rl.config import ConfigError, RunConfig, preset
 from moe_rl.policy import build_policy
 from moe_rl.runlog import RunLog, write_json
 from moe_rl.seeding import generator
-from moe_rl.start import starting_policy
+from moe_rl.start import prepare_process, starting_policy
 from moe_rl.tasks import Task, make_task
 from moe_rl.trainer import Trainer
 
@@ -87,7 +87,7 @@ def bench_training(*, repeats: int, out: Path | None) -> int:
     if repeats < 1:
         raise ConfigError(f"repeats={repeats}: must be at least 1")
     config = preset("staleness").replace(steps=10_000, learning_rate=1e-5, device="cpu")
-    torch.set_num_threads(config.num_threads)
+    prepare_process(config.num_threads)
     task = make_task(config.task.task, **config.task.options())
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch) / "cold_start"

@@ -18,7 +18,7 @@ from moe_rl.rollout.noise import RouterNoise
 from moe_rl.rollout.sampling import sample_responses
 from moe_rl.routing.statistics import churn, router_disagreement
 from moe_rl.seeding import generator
-from moe_rl.start import starting_policy
+from moe_rl.start import prepare_process, starting_policy
 from moe_rl.tasks import make_task
 
 _SMALLEST_NOISE, _LARGEST_NOISE = 1e-4, 64.0
@@ -60,7 +60,7 @@ def calibrate_noise(config: RunConfig, share: float, cold_start_cache: Path) -> 
             f"num_experts={config.model.num_experts} with experts_per_token="
             f"{config.model.experts_per_token}: every expert is always on, nothing can differ"
         )
-    torch.set_num_threads(config.num_threads)
+    prepare_process(config.num_threads)
     policy = starting_policy(config, cold_start_cache)
     batch = _rollout(config, policy)
     low, high = _SMALLEST_NOISE, _LARGEST_NOISE

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_rl.config import RunConfig
+from moe_rl.fused_layers import keep_freed_memory
 from moe_rl.policy import Policy, build_policy, resolve_device
 from moe_rl.rollout.sampling import sample_responses
 from moe_rl.rollout.score import score
@@ -63,6 +64,7 @@ def ensure_cold_start(
     cache.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(_THREADS)
+    keep_freed_memory()
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
     try:
         policy = build_policy(config.model, task.alphabet, seed=config.cold_start.sft_seed)

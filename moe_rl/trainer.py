@@ -30,7 +30,13 @@ from moe_rl.rollout.sampling import sample_responses
 from moe_rl.rollout.score import score
 from moe_rl.runlog import RunLog
 from moe_rl.seeding import generator
-from moe_rl.start import active_parameters, clip_range, freeze_routers, starting_policy
+from moe_rl.start import (
+    active_parameters,
+    clip_range,
+    freeze_routers,
+    prepare_process,
+    starting_policy,
+)
 from moe_rl.tasks import make_task
 
 StepCallback = Callable[[dict[str, Any]], None]
@@ -375,7 +381,7 @@ def train(
     """
     config = config.named()
     clip_range(config)
-    torch.set_num_threads(config.num_threads)
+    prepare_process(config.num_threads)
     log = RunLog(folder, config)
     try:
         policy = starting_policy(config, cold_start_cache, on_cold_start)
