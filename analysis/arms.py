@@ -9,6 +9,7 @@ ARM_LABELS = {
     "gspo+replay": "GSPO + replay",
     "dense": "dense control",
     "frozen-router": "frozen router",
+    "grpo-restart": "GRPO restarted",
 }
 ARM_ORDER = tuple(ARM_LABELS)
 

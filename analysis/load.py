@@ -8,7 +8,6 @@ found. Nothing is written and nothing is guessed: what is missing is named.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import warnings
@@ -148,8 +147,7 @@ def load_study(path: str | Path) -> Study:
 
 
 def _planned(study: dict[str, Any]) -> list[RunKey]:
-    names = [study.get(name, []) for name in ("settings", "arms", "seeds")]
-    return [(str(s), str(arm), int(seed)) for s, arm, seed in itertools.product(*names)]
+    return [(str(setting), str(arm), int(seed)) for setting, arm, seed in study.get("runs", [])]
 
 
 def _run_folders(root: Path, is_study: bool) -> Iterator[Path]:

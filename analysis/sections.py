@@ -182,9 +182,7 @@ def runs_section(study: Study) -> Html:
 
 
 def absent_runs(study: Study) -> list[tuple[str, str, int]]:
-    """Runs that study.json plans and that have no folder; a map need not be a full cross."""
-    if study.mode == "map":
-        return []
+    """Runs that study.json plans and that have no folder."""
     return [key for key in study.planned if key not in study.configs]
 
 

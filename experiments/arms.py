@@ -1,7 +1,9 @@
 """The arms of the study: what is compared, each a small change to one base config."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from moe_rl.config import RoutingReplay, RunConfig
 
@@ -69,3 +71,33 @@ def arm_config(name: str, base: RunConfig, *, replay: RoutingReplay, seed: int) 
         seed: paired over arms: equal seeds see equal prompts and sampling numbers.
     """
     return ARMS[name].change(base, replay).replace(arm=name, seed=seed)
+
+
+RESTART = "grpo-restart"
+# Before the collapse: in no setting of the study has GRPO fallen by then.
+_RESTART_STEP = 5
+
+
+def restart_config(original: RunConfig, folder: Path) -> tuple[RunConfig, RunConfig]:
+    """(the restarted run, the original that saves what it starts from).
+
+    GSPO paper, 5.3: after a collapse training cannot be resumed, even from an earlier checkpoint
+    with other hyperparameters. So the restart takes the policy from before the collapse, fresh
+    optimiser state and half the learning rate.
+
+    Args:
+        original: the run that collapses.
+        folder: its run folder.
+    """
+    original = original.replace(save_every=_RESTART_STEP)
+    restarted = dataclasses.replace(
+        original,
+        arm=RESTART,
+        model=dataclasses.replace(
+            original.model, checkpoint=str(folder / f"policy_{_RESTART_STEP:05d}")
+        ),
+        learning_rate=original.learning_rate / 2,
+        steps=original.steps - _RESTART_STEP,
+        save_every=0,
+    )
+    return restarted, original

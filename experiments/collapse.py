@@ -1,123 +1,93 @@
-"""The collapse experiment: the arms of one or two settings on paired seeds, then the report.
+"""The collapse experiment: the arms on paired seeds, in one setting or in all, then the report.
 
 moe-rl reproduce --quick     three arms, two seeds, one setting: minutes
-moe-rl reproduce --full      six arms, five seeds, two settings
+moe-rl reproduce --full      all arms and controls, five seeds, all settings
 """
 
-import json
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moe_rl.config import ConfigError, RoutingReplay, RunConfig, preset
-from moe_rl.experiments.arms import ARMS, MAIN_ARMS, arm_config
-from moe_rl.runlog import SCHEMA, write_json
+from moe_rl.experiments.arms import ARMS, MAIN_ARMS, RESTART, arm_config, restart_config
+from moe_rl.experiments.runner import run_folder
+from moe_rl.experiments.study import Study
 
-# R2 replays the trainer's own old choice: the answer to staleness. Where two engines differ, the
-# record that both can share is the rollout engine's: R3.
-REPLAY_OF_SETTING: dict[str, RoutingReplay] = {"staleness": "R2", "engine-noise": "R3"}
+_SEEDS = (1, 2, 3, 4, 5)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
-    """What is run: settings x arms x seeds."""
+class Setting:
+    """What one setting of the full study varies, and the arms that it needs."""
 
-    name: str
-    mode: str
-    settings: tuple[str, ...]
+    base: RunConfig
     arms: tuple[str, ...]
-    seeds: tuple[int, ...]
-    shorten: Callable[[RunConfig], RunConfig] = lambda base: base
-
-    def configs(self) -> list[RunConfig]:
-        """One config a run, seed by seed, so that an interrupted study has whole pairs."""
-        return [
-            arm_config(
-                arm, self.shorten(preset(setting)), replay=REPLAY_OF_SETTING[setting], seed=seed
-            )
-            for setting in self.settings
-            for seed in self.seeds
-            for arm in self.arms
-        ]
-
-    def write(self, root: Path, command: str) -> None:
-        """Write study.json, which says what the folder holds and how to make it again."""
-        write_study(root, self.name, self.mode, self.settings, self.arms, self.seeds, command)
+    replay: RoutingReplay
 
 
-def write_study(
-    root: Path,
-    name: str,
-    mode: str,
-    settings: Sequence[str],
-    arms: Sequence[str],
-    seeds: Sequence[int],
-    command: str,
-) -> None:
-    """Write study.json into a study folder, made if need be.
+def settings() -> dict[str, Setting]:
+    """The settings of the full study by name.
 
-    Raises:
-        ConfigError: the folder holds another study, or files that are no study.
+    R2 replays the trainer's own old choice: the answer to staleness. Where two engines differ, the
+    record that both can share is the rollout engine's: R3.
     """
-    file = root / "study.json"
-    if not file.is_file() and root.exists() and any(root.iterdir()):
-        raise ConfigError(f"out={str(root)!r}: holds files that are no study; give a new folder")
-    values = {
-        "schema": SCHEMA,
-        "name": name,
-        "mode": mode,
-        "settings": list(settings),
-        "arms": list(arms),
-        "seeds": list(seeds),
-        "command": command,
+    staleness, noise = preset("staleness"), preset("engine-noise")
+    deeper = staleness.replace(setting="deeper", num_layers=2 * staleness.model.num_layers)
+    return {
+        "staleness": Setting(base=staleness, arms=tuple(ARMS), replay="R2"),
+        "engine-noise": Setting(base=noise, arms=(*ARMS, RESTART), replay="R3"),
+        # For the claim that churn grows with depth; the remedies tell whether failure does too.
+        "deeper": Setting(base=deeper, arms=MAIN_ARMS, replay="R2"),
     }
-    if file.is_file():
-        _check_same_study(file, values)
-    root.mkdir(parents=True, exist_ok=True)
-    write_json(file, values)
-
-
-def _check_same_study(file: Path, values: dict[str, Any]) -> None:
-    try:
-        theirs = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error}); give a new folder") from error
-    for key in ("name", "mode", "settings", "arms", "seeds"):
-        other = theirs.get(key) if isinstance(theirs, dict) else None
-        if other != values[key]:
-            raise ConfigError(
-                f"out={str(file.parent)!r}: holds a study with {key}={other!r}, this one has "
-                f"{values[key]!r}; give another folder"
-            )
 
 
 def quick() -> Study:
-    """Three main arms, two seeds, shorter runs from a cold start on half the demonstrations."""
-    return Study(
-        name="collapse",
-        mode="quick",
-        settings=("staleness",),
-        arms=MAIN_ARMS,
-        seeds=(1, 2),
-        # The learning rate decays over these steps: a whole run in small, not the start of one.
-        shorten=lambda base: base.replace(steps=24, sft_batch_size=64),
-    )
+    """Three main arms on two seeds where the paper's order shows, in shorter runs.
+
+    The cold start sees half the demonstrations. The learning rate decays over the shorter run: a
+    whole run in small, not the start of one.
+    """
+    base = preset("engine-noise").replace(steps=24, sft_batch_size=64)
+    configs = [
+        arm_config(arm, base, replay="R3", seed=seed) for seed in _SEEDS[:2] for arm in MAIN_ARMS
+    ]
+    return Study(name="collapse", mode="quick", configs=tuple(configs))
 
 
-def full(settings: Sequence[str] = tuple(REPLAY_OF_SETTING)) -> Study:
+def full(root: Path, names: Sequence[str]) -> Study:
     """All arms and both controls on five paired seeds.
+
+    Args:
+        root: the study folder; restarted runs load what other runs of the study save there.
+        names: settings to run, some of `settings()`.
 
     Raises:
         ConfigError: a setting that the study does not have.
     """
-    unknown = [name for name in settings if name not in REPLAY_OF_SETTING]
-    if unknown or not settings:
-        raise ConfigError(f"settings={unknown}: expected some of {', '.join(REPLAY_OF_SETTING)}")
-    return Study(
-        name="collapse",
-        mode="full",
-        settings=tuple(settings),
-        arms=tuple(ARMS),
-        seeds=(1, 2, 3, 4, 5),
-    )
+    known = settings()
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ConfigError(f"settings={name!r}: expected some of {', '.join(known)}{hint}")
+    if not names:
+        raise ConfigError(f"settings: give some of {', '.join(known)}")
+    # Seed by seed, so that an interrupted study has whole pairs.
+    configs = [
+        config for name in names for seed in _SEEDS for config in _of_seed(known[name], seed, root)
+    ]
+    return Study(name="collapse", mode="full", configs=tuple(configs))
+
+
+def _of_seed(setting: Setting, seed: int, root: Path) -> list[RunConfig]:
+    configs = {
+        arm: arm_config(arm, setting.base, replay=setting.replay, seed=seed)
+        for arm in setting.arms
+        if arm != RESTART
+    }
+    if RESTART in setting.arms:
+        original = configs["grpo"]
+        restarted, original = restart_config(original, run_folder(root, original))
+        configs |= {"grpo": original, RESTART: restarted}
+    return list(configs.values())

@@ -7,38 +7,10 @@ largest learning rate at which the final reward stays within 20% of its peak.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from moe_rl.config import ConfigError, RunConfig
 from moe_rl.experiments.arms import ARMS, arm_config
-from moe_rl.experiments.collapse import write_study
-
-
-@dataclass(frozen=True, kw_only=True)
-class MapStudy:
-    """Every combination of settings, arms and seeds."""
-
-    bases: tuple[RunConfig, ...]
-    arms: tuple[str, ...]
-    seeds: tuple[int, ...]
-    mode: str = "map"
-
-    def configs(self) -> list[RunConfig]:
-        """One config a run; a whole seed of the map comes before the next seed."""
-        return [
-            arm_config(arm, base, replay="R3" if base.router_noise else "R2", seed=seed)
-            for seed in self.seeds
-            for base in self.bases
-            for arm in self.arms
-            # Without a choice of experts there is nothing to perturb.
-            if not (arm == "dense" and base.router_noise)
-        ]
-
-    def write(self, root: Path, command: str) -> None:
-        """Write study.json."""
-        settings = tuple(base.setting for base in self.bases)
-        write_study(root, "map", self.mode, settings, self.arms, self.seeds, command)
+from moe_rl.experiments.study import Study
 
 
 def grid(
@@ -49,7 +21,7 @@ def grid(
     noises: Sequence[float],
     arms: Sequence[str],
     seeds: Sequence[int],
-) -> MapStudy:
+) -> Study:
     """The map around `base`.
 
     Raises:
@@ -73,4 +45,15 @@ def grid(
         for count in updates
         for rate in learning_rates
     ]
-    return MapStudy(bases=tuple(bases), arms=tuple(arms), seeds=tuple(seeds))
+    configs = [
+        arm_config(arm, base, replay="R3" if base.router_noise else "R2", seed=seed)
+        # A whole seed of the map comes before the next seed.
+        for seed in seeds
+        for base in bases
+        for arm in arms
+        # Without a choice of experts there is nothing to perturb.
+        if not (arm == "dense" and base.router_noise)
+    ]
+    if not configs:
+        raise ConfigError("noises: the dense control has no router to perturb; add 0")
+    return Study(name="map", mode="map", configs=tuple(configs))

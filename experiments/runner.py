@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,9 +62,13 @@ def run_all(
     with _terminate_as_interrupt(), _Display(len(configs), done) as display:
         try:
             while waiting or running:
-                while waiting and len(running) < jobs:
-                    running.append(_Process(waiting.popleft(), root, cold_start_cache))
+                while len(running) < jobs and (ready := _first_ready(waiting)) is not None:
+                    waiting.remove(ready)
+                    running.append(_Process(ready, root, cold_start_cache))
                     display.start(running[-1])
+                if waiting and not running:
+                    failures += [_orphan(config, root) for config in waiting]
+                    break
                 time.sleep(_POLL_SECONDS)
                 for process in list(running):
                     display.show(process)
@@ -81,6 +85,20 @@ def run_all(
             for process in running:
                 process.wait()
     return failures
+
+
+def _first_ready(waiting: Iterable[RunConfig]) -> RunConfig | None:
+    """The first run whose checkpoint, if it starts from one, has been saved."""
+    for config in waiting:
+        checkpoint = config.model.checkpoint
+        if checkpoint is None or Path(checkpoint, "config.json").is_file():
+            return config
+    return None
+
+
+def _orphan(config: RunConfig, root: Path) -> Failure:
+    reason = f"its checkpoint {config.model.checkpoint} was never saved"
+    return Failure(folder=run_folder(root, config), reason=reason)
 
 
 def check_study(configs: Sequence[RunConfig], root: Path, *, jobs: int) -> None:

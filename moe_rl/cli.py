@@ -39,7 +39,7 @@ class Reproduce:
     """Three main arms, two seeds, one setting (the default)."""
     full: bool = False
     """All arms and controls, five paired seeds, all settings."""
-    settings: tuple[str, ...] = ("staleness", "engine-noise")
+    settings: tuple[str, ...] = ("staleness", "engine-noise", "deeper")
     """Settings of the full study."""
     out: Path | None = None
     """Study folder. Default: runs/collapse-quick or runs/collapse-full."""
@@ -96,11 +96,13 @@ class Map:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrate:
-    """Find the router noise at which two passes disagree on a given share of routers."""
+    """Find the router noise at which two passes disagree on a given share of routers or tokens."""
 
     run: Annotated[RunConfig, tyro.conf.OmitArgPrefixes]
-    share: float = 0.1
-    """Wanted share of (token, layer) pairs whose expert sets differ; R3 (2510.11370) has 0.1."""
+    of: Literal["routers", "tokens"] = "routers"
+    """routers: (token, layer) pairs with other expert sets. tokens: those with any such layer."""
+    share: float | None = None
+    """Wanted share, from 0 to 1. Default: what R3 (2510.11370) reports, 0.1 or 0.94."""
     preset: str = "staleness"
     """Settings to start from."""
     cold_start_cache: Path = _CACHE
@@ -138,8 +140,8 @@ def reproduce(options: Reproduce) -> int:
 
     if options.quick and options.full:
         raise ConfigError("quick=True with full=True: choose one")
-    study = collapse.full(options.settings) if options.full else collapse.quick()
-    root = options.out or Path(f"runs/collapse-{study.mode}")
+    root = options.out or Path("runs/collapse-full" if options.full else "runs/collapse-quick")
+    study = collapse.full(root, options.settings) if options.full else collapse.quick()
     return _run_study(study, root, options)
 
 
@@ -159,7 +161,7 @@ def map_(options: Map) -> int:
 
 
 def _run_study(study: Any, root: Path, options: Reproduce | Map) -> int:
-    configs = study.configs()
+    configs = study.configs
     if options.dry_run:
         for config in configs:
             print(f"{config.setting:<24} {config.arm:<14} seed {config.seed}")
@@ -221,7 +223,9 @@ def calibrate(options: Calibrate) -> int:
     """`moe-rl calibrate`."""
     from moe_rl.calibrate import calibrate_noise
 
-    result = calibrate_noise(options.run, options.share, options.cold_start_cache)
+    result = calibrate_noise(
+        options.run, options.cold_start_cache, of=options.of, share=options.share
+    )
     print(result.describe())
     return 0
 

@@ -8,11 +8,12 @@ from moe_rl.config import ConfigError, preset
 from moe_rl.experiments import collapse, collapse_map
 from moe_rl.experiments.arms import ARMS, arm_config
 from moe_rl.experiments.bench_training import useful_operations
-from moe_rl.experiments.runner import check_study, run_folder
+from moe_rl.experiments.runner import check_study, run_all, run_folder
+from moe_rl.experiments.study import Study
 from moe_rl.tasks import make_task
 
 
-def small_map(**changes: object) -> collapse_map.MapStudy:
+def small_map(**changes: object) -> Study:
     axes = {
         "learning_rates": (2e-4,),
         "updates": (4,),
@@ -49,13 +50,13 @@ def test_the_dense_control_has_the_active_size_of_the_moe() -> None:
 
 
 def test_close_learning_rates_have_folders_of_their_own(tmp_path: Path) -> None:
-    configs = small_map(learning_rates=(2e-4, 2.4e-4)).configs()
+    configs = small_map(learning_rates=(2e-4, 2.4e-4)).configs
     assert len({run_folder(tmp_path, config) for config in configs}) == 2
 
 
 def test_a_value_named_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="share it"):
-        check_study(small_map(seeds=(1, 1)).configs(), tmp_path, jobs=1)
+        check_study(small_map(seeds=(1, 1)).configs, tmp_path, jobs=1)
 
 
 def test_another_study_in_the_folder_is_refused_and_kept(tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_quick_study_is_three_arms_on_two_paired_seeds() -> None:
-    configs = collapse.quick().configs()
+    configs = collapse.quick().configs
     assert [(c.arm, c.seed) for c in configs] == [
         (arm, seed) for seed in (1, 2) for arm in ("grpo", "grpo+replay", "gspo")
     ]
@@ -93,3 +94,40 @@ def test_useful_operations_are_those_of_a_dense_count() -> None:
     head = 2 * 32 * 13 * 64 * 3
     assert work.rollout == 2 * weights * tokens + 4 * 32 * 2 * seen + head
     assert work.total == 5 * work.rollout
+
+
+def test_a_restart_is_grpo_from_what_the_original_saves_before_it_ends(tmp_path: Path) -> None:
+    configs = {(c.arm, c.seed): c for c in collapse.full(tmp_path, ["engine-noise"]).configs}
+    original, restarted = configs["grpo", 3], configs["grpo-restart", 3]
+    folder = run_folder(tmp_path, original)
+    saved = Path(restarted.model.checkpoint or "")
+    assert saved.parent == folder
+    step = int(saved.name.removeprefix("policy_"))
+    assert step % original.save_every == 0 and 0 < step < original.steps / 2
+    assert restarted.sft_steps == 0, "a restart gets no second cold start"
+    assert restarted.learning_rate < original.learning_rate
+    assert restarted.steps == original.steps - step
+
+
+def test_a_run_waits_for_the_checkpoint_it_starts_from(tmp_path: Path) -> None:
+    """The restart is first in line, and starts once the other run has saved its policy."""
+    base = preset("tiny").replace(sft_steps=1, steps=1, save_every=1, arm="grpo")
+    saved = run_folder(tmp_path, base) / "policy_00001"
+    restarted = base.replace(arm="grpo-restart", checkpoint=str(saved), save_every=0, sft_steps=0)
+    cache = tmp_path / "cold"
+    assert run_all([restarted, base], tmp_path, jobs=2, cold_start_cache=cache) == []
+    never = restarted.replace(checkpoint=str(tmp_path / "never"), seed=2)
+    (failure,) = run_all([never], tmp_path, jobs=1, cold_start_cache=cache)
+    assert "never saved" in failure.reason
+
+
+def test_a_setting_that_the_study_lacks_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'engine-noise'"):
+        collapse.full(tmp_path, ["engine-nois"])
+    with pytest.raises(ConfigError, match="give some of"):
+        collapse.full(tmp_path, [])
+
+
+def test_a_map_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no router to perturb"):
+        small_map(arms=("dense",), noises=(0.1,))

@@ -5,6 +5,7 @@ Every number is a pure function of (arm profile, seed, step, update); no trainer
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass, replace
@@ -60,6 +61,7 @@ def write_study(
     study = {
         "schema": 1, "name": "collapse", "mode": mode, "settings": list(settings),
         "arms": arms, "seeds": list(range(1, seeds + 1)), "command": f"moe-rl reproduce --{mode}",
+        "runs": list(itertools.product(settings, arms, range(1, seeds + 1))),
     }  # fmt: skip
     (root / "study.json").write_text(json.dumps(study))
     for setting in settings:
@@ -96,6 +98,7 @@ def write_map(root: Path, *, seeds: int = 3, noises: tuple[float, ...] = (0.0, 0
     study = {
         "schema": 1, "name": "collapse map", "mode": "map", "settings": settings,
         "arms": list(breaks), "seeds": list(range(1, seeds + 1)), "command": "moe-rl map",
+        "runs": list(itertools.product(settings, breaks, range(1, seeds + 1))),
     }  # fmt: skip
     (root / "study.json").write_text(json.dumps(study))
     return root
