@@ -562,3 +562,24 @@ def test_memory_freed_once_is_had_again_without_page_faults() -> None:
         torch.empty(2 << 20).fill_(1)
     # 8 MiB are 2048 pages of 4 KiB; taken anew each time they would be 40960 faults.
     assert not taken or resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 3 * 2048
+
+
+def test_angles_from_a_table_are_stock_angles_bitwise() -> None:
+    model = stock(torch.float32)
+    positions = torch.tensor([[0, 3, 3, 700], [1, 2, 255, 256]])
+    x = torch.zeros(1)
+    expected = model.model.rotary_emb(x, positions)
+    rotary = fused(model).model.rotary_emb
+    for _ in range(2):  # made, and read again
+        for ours, theirs in zip(rotary(x, positions), expected, strict=True):
+            assert torch.equal(ours, theirs)
+    with torch.no_grad():
+        rotary.inv_freq.mul_(2.0)
+    assert not torch.equal(rotary(x, positions)[0], expected[0]), "the table outlived its angles"
+
+
+def test_angles_that_change_with_the_length_are_left_to_stock() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = stock(torch.float32, rope_parameters=rope)  # type: ignore[arg-type]
+    fused(model)
+    assert "forward" not in vars(model.model.rotary_emb)

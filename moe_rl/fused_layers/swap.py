@@ -13,21 +13,24 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeAttention,
     Qwen3MoeDecoderLayer,
     Qwen3MoeRMSNorm,
+    Qwen3MoeRotaryEmbedding,
 )
 
 from moe_rl.fused_layers.attention import attention_forward, plain_weights, runs
 from moe_rl.fused_layers.decoder_layer import decoder_layer_forward
 from moe_rl.fused_layers.rms_norm import rms_norm_forward
+from moe_rl.fused_layers.rotary import TABLE, rotary_forward
 
 _FUSED: dict[type[Any], Callable[..., Any]] = {
     Qwen3MoeRMSNorm: rms_norm_forward,
     Qwen3MoeAttention: attention_forward,
     Qwen3MoeDecoderLayer: decoder_layer_forward,
+    Qwen3MoeRotaryEmbedding: rotary_forward,
 }
 
 
 def use_fused_layers(model: nn.Module) -> list[str]:
-    """Run norms, attention and decoder layers of a Qwen3-MoE through hand-written autograd nodes.
+    """Run norms, attention, decoder layers and rotary angles of a Qwen3-MoE through our own code.
 
     Modules of other classes, not on a CPU, or whose `forward` somebody else has replaced, are left
     alone. Experts are not touched here: see `moe_rl.experts`.
@@ -53,27 +56,40 @@ def restore_layers(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if _is_ours(module):
             del module.forward
+            vars(module).pop(TABLE, None)
             restored.append(name)
     return restored
 
 
 def _fused_forward(module: nn.Module) -> Callable[..., Any] | None:
-    if any(parameter.device.type != "cpu" for parameter in module.parameters()):
+    if any(tensor.device.type != "cpu" for tensor in (*module.parameters(), *module.buffers())):
         return None
     for stock, fused in _FUSED.items():
         # A subclass with a forward of its own is another layer.
         if isinstance(module, stock) and type(module).forward is stock.forward:
-            return fused if stock is not Qwen3MoeAttention or _known(module) else None
+            known = _KNOWN.get(stock)
+            return fused if known is None or known(module) else None
     return None
 
 
-def _known(attention: Any) -> bool:
+def _plain_attention(attention: Any) -> bool:
     """Whether the attention has no bias, no sliding window, and heads of an even size."""
     return (
         plain_weights(attention, None) is not None
         and attention.sliding_window is None
         and attention.head_dim % 2 == 0
     )
+
+
+def _fixed_angles(rotary: Any) -> bool:
+    """Whether the angles of a position are always the same: other types change with the length."""
+    return rotary.rope_type == "default"
+
+
+_KNOWN: dict[type[Any], Callable[[Any], bool]] = {
+    Qwen3MoeAttention: _plain_attention,
+    Qwen3MoeRotaryEmbedding: _fixed_angles,
+}
 
 
 def _is_ours(module: nn.Module) -> bool:

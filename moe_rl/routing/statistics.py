@@ -16,6 +16,8 @@ Choices are sets: the order of the K ids never matters. All of them run without 
 import torch
 from torch import Tensor
 
+from .top_k import largest
+
 
 def per_layer(values: Tensor) -> Tensor:
     """Mean over all tokens that count: `[..., L]` -> `[L]`."""
@@ -79,7 +81,7 @@ def margin(router_logits: Tensor, top_k: int, mask: Tensor | None = None) -> Ten
     if top_k == num_experts:
         gap = torch.full_like(logits[..., 0], float("inf"))
     else:
-        best = logits.topk(top_k + 1, dim=-1).values
+        best = largest(logits, top_k + 1)
         gap = best[..., -2] - best[..., -1]
     return _only(gap, mask, ~logits.isnan().any(dim=-1))
 
