@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moe_rl.analysis.load import Study
-from moe_rl.analysis.plots import frontier, ratios, routing, training
+from moe_rl.analysis.plots import frontier, noise, ratios, routing, training
 from moe_rl.analysis.plots.style import COLUMN, WIDE, has
 
 
@@ -30,11 +30,18 @@ class FigureSpec:
     draw: Callable[[Study, pd.DataFrame, float], Figure]
     needs_steps: tuple[str, ...] = ()
     needs_updates: tuple[str, ...] = ()
+    needs_noises: int = 0
+    """Router noises with complete runs at one learning rate and number of updates."""
     widths: tuple[float, ...] = (WIDE, COLUMN)
 
     def missing(self, study: Study) -> list[str]:
-        """The columns it needs that no run of the study has."""
-        return _absent(study.steps, self.needs_steps) + _absent(study.updates, self.needs_updates)
+        """What it needs that no run of the study has."""
+        missing = _absent(study.steps, self.needs_steps)
+        missing += _absent(study.updates, self.needs_updates)
+        noises = _most(study, ["learning_rate", "updates_per_rollout"], "router_noise")
+        if noises < self.needs_noises:
+            missing.append(f"{self.needs_noises} router noises at one learning rate")
+        return missing
 
 
 def _absent(frame: pd.DataFrame, names: tuple[str, ...]) -> list[str]:
@@ -174,13 +181,32 @@ MAP_FIGURES = [
         draw=lambda study, measures, width: frontier.frontier(measures, width=width),
         needs_steps=("reward",),
     ),
+    FigureSpec(
+        key="noise-response",
+        title="What router noise does",
+        caption="At the learning rate and number of updates with the most noise levels. Left: "
+        "share of (token, layer) pairs whose experts differ from the old policy's at the rollout's "
+        "last update. Dots are seeds, lines their medians; the dense control has no router to "
+        "perturb.",
+        draw=lambda study, measures, width: noise.noise_response(measures, width=width),
+        needs_noises=noise.FEWEST,
+    ),
 ]
 
 
 def has_map(study: Study) -> bool:
-    """Whether some arm has complete runs at two learning rates, all else on the map being equal."""
+    """Whether some arm has complete runs at two learning rates, or at as many router noises as a
+    response is read from, all else on the map being equal.
+    """
+    updates = "updates_per_rollout"
+    rates = _most(study, ["arm", updates, "router_noise"], "learning_rate")
+    noises = _most(study, ["arm", updates, "learning_rate"], "router_noise")
+    return rates > 1 or noises >= noise.FEWEST
+
+
+def _most(study: Study, fixed: list[str], axis: str) -> int:
+    """The most values of `axis` that complete runs have where `fixed` is equal; 0: no such run."""
     done = study.runs[study.runs["complete"]]
-    fixed = ["arm", "updates_per_rollout", "router_noise"]
-    if done.empty or not {*fixed, "learning_rate"} <= set(done.columns):
-        return False
-    return bool((done.groupby(fixed)["learning_rate"].nunique() > 1).any())
+    if done.empty or not {*fixed, axis} <= set(done.columns):
+        return 0
+    return int(done.groupby(fixed)[axis].nunique().max())

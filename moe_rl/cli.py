@@ -72,15 +72,15 @@ class Train:
 class Map:
     """Map where each arm stays stable: learning rate x updates per rollout x router noise."""
 
-    learning_rates: tuple[float, ...] = (1e-4, 2e-4, 3e-4, 5e-4, 8e-4)
+    learning_rates: tuple[float, ...] = (2.5e-4, 5e-4, 7e-4, 1e-3)
     """Peak learning rates."""
-    updates: tuple[int, ...] = (4, 8, 16)
+    updates: tuple[int, ...] = (8, 16)
     """Updates per rollout."""
-    noises: tuple[float, ...] = (0.0,)
+    noises: tuple[float, ...] = (0.0, 0.135)
     """Router noises (logit units). Above 0, the replay arm replays the engine's record (R3)."""
     arms: tuple[str, ...] = ("grpo", "grpo+replay", "gspo", "dense")
     """Arms to map."""
-    seeds: tuple[int, ...] = (1, 2)
+    seeds: tuple[int, ...] = (1, 2, 3)
     """Paired seeds."""
     preset: str = "staleness"
     """Settings that the map varies."""

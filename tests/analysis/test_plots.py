@@ -8,7 +8,8 @@ import pytest
 import synthetic
 
 from moe_rl.analysis.load import load_study
-from moe_rl.analysis.plots import ratios, routing, training
+from moe_rl.analysis.measures import run_measures
+from moe_rl.analysis.plots import noise, ratios, routing, training
 from moe_rl.analysis.plots.style import (
     ARM_COLOURS,
     COLUMN,
@@ -112,3 +113,15 @@ def test_arm_colours_stand_out_on_light_and_dark_pages(arm):
 )
 def test_log_labels_are_plain_numbers_or_powers(value, words):
     assert plain_number(value) == words
+
+
+def test_the_noise_response_shows_every_seed_of_the_longest_ladder(tmp_path):
+    root = synthetic.write_map(tmp_path / "map", seeds=2, noises=(0.0, 0.1, 0.3))
+    measures = run_measures(load_study(root))
+    ladder = noise.noise_ladder(measures)
+    assert ladder[["learning_rate", "updates_per_rollout"]].drop_duplicates().shape[0] == 1
+    assert set(ladder["router_noise"]) == {0.0, 0.1, 0.3}
+    final = noise.noise_response(measures).axes[2]
+    dots = sum(len(points.get_offsets()) for points in final.collections)
+    assert dots == len(ladder) == 4 * 3 * 2
+    assert noise.noise_ladder(measures[measures["router_noise"] < 0.2]).empty

@@ -211,6 +211,26 @@ def test_a_map_is_drawn_as_map_and_frontier(tmp_path):
     assert (root / "report/data/frontier.csv").is_file()
 
 
+def test_three_noises_are_a_map_and_two_settings_are_none(tmp_path):
+    settings = {"quiet": 0.0, "loud": 0.1, "louder": 0.2}
+    root = synthetic.write_study(
+        tmp_path / "s",
+        arms=["grpo", "dense"],
+        seeds=2,
+        steps=8,
+        updates=2,
+        settings=tuple(settings),
+    )
+    for name, noise in settings.items():
+        for file in (root / "runs" / name).rglob("config.json"):
+            config = json.loads(file.read_text())
+            config["config"]["router_noise"] = noise
+            file.write_text(json.dumps(config))
+    assert "What router noise does" in write_report(root).read_text()
+    shutil.rmtree(root / "runs" / "louder")
+    assert not has_map(load_study(root))
+
+
 def test_two_settings_with_unequal_learning_rates_are_no_map(study_dir):
     assert not has_map(load_study(study_dir))
 

@@ -1,0 +1,91 @@
+"""Analysis room, figure of the map: what more and more router noise does, everything else equal."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moe_rl.analysis.plots.style import (
+    DASHES,
+    WIDE,
+    arms_in,
+    colour,
+    grid,
+    legend,
+    log_axis,
+    percent_axis,
+    styled,
+)
+
+FEWEST = 3  # noise levels from which a response can be read
+PLACE = ["learning_rate", "updates_per_rollout"]
+
+
+def noise_ladder(measures: pd.DataFrame) -> pd.DataFrame:
+    """The complete runs at the (learning rate, updates a rollout) with the most router noises.
+
+    Empty where no place on the map has `FEWEST` of them. `measures` is `run_measures(study)`.
+    """
+    done = measures[measures["complete"]]
+    counts = done.groupby(PLACE)["router_noise"].nunique()
+    if counts.empty or counts.max() < FEWEST:
+        return done.iloc[:0]
+    rate, updates = counts.idxmax()
+    chosen: pd.DataFrame = done[
+        (done["learning_rate"] == rate) & (done["updates_per_rollout"] == updates)
+    ]
+    return chosen
+
+
+@styled
+def noise_response(measures: pd.DataFrame, *, width: float = WIDE) -> Figure:
+    """Router disagreement, variance of the token ratio and final reward against router noise.
+
+    Dots are seeds, lines join the medians over seeds. Noise levels are spaced evenly. An arm that
+    was run at one level only, as a control without a router to perturb, is a horizontal line.
+    """
+    ladder = noise_ladder(measures)
+    levels = sorted(ladder["router_noise"].unique())
+    arms = arms_in(ladder)
+    figure, panels = grid(3, width, columns=3, height=2.2, narrow_columns=1, sharey=False)
+    for axes, (column, title) in zip(
+        panels,
+        (
+            ("router_disagreement", "routers that differ"),
+            ("token_var", "variance of the token ratio"),
+            ("final", "final reward"),
+        ),
+        strict=True,
+    ):
+        for index, arm in enumerate(arms):
+            own = ladder[ladder["arm"] == arm]
+            _response(axes, own, column, levels, arm, 0.06 * (index - (len(arms) - 1) / 2))
+        axes.set_title(title)
+        axes.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
+        axes.set_xlim(-0.4, len(levels) - 0.6)
+    percent_axis(panels[0])
+    log_axis(panels[1])
+    panels[2].set_ylim(-0.03, 1.03)
+    figure.supxlabel("router noise (standard deviation, logits)", fontsize=8)
+    legend(figure, arms)
+    return figure
+
+
+def _response(
+    axes: Axes, own: pd.DataFrame, column: str, levels: list[float], arm: str, offset: float
+) -> None:
+    values = own[["router_noise", column]].astype(float)
+    values = values[np.isfinite(values[column])]
+    if column == "token_var":
+        values = values[values[column] > 0]
+    if values.empty:
+        return
+    xs = np.array([levels.index(noise) for noise in values["router_noise"]]) + offset
+    axes.scatter(xs, values[column], s=7, color=colour(arm), alpha=0.45, linewidths=0)
+    medians = values.groupby("router_noise")[column].median()
+    at = np.array([levels.index(noise) for noise in medians.index]) + offset
+    if len(at) == 1:
+        at, medians = np.array([-0.4, len(levels) - 0.6]), medians.repeat(2)
+    axes.plot(at, medians, color=colour(arm), linestyle=DASHES.get(arm, "-"))
