@@ -16,9 +16,10 @@ from .noise import router_noise
 from .record import RecordedRouting, record_routing
 from .replay import ReplayedRouting, replay_routing
 from .routed_experts import check_routed_experts
-from .taps import RouterTap, find_routers
+from .taps import ChoosesExperts, RouterTap, find_routers
 
 __all__ = [
+    "ChoosesExperts",
     "RecordedRouting",
     "ReplayedRouting",
     "RouterTap",

@@ -84,6 +84,8 @@ def router_noise(model: nn.Module, draw: Draw) -> Iterator[None]:
     """
     with tapped(model) as board:
         for tap in board.taps:
+            if hasattr(tap.module, "select_experts"):
+                raise _refusal(tap, "chooses by a method of its own")
             if tap.num_groups is not None:
                 raise _refusal(tap, "limits the choice to groups of experts")
             if tap.corrects_scores:

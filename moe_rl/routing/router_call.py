@@ -4,10 +4,12 @@ The router's own `forward` runs under a TorchFunctionMode. Its final `topk` over
 either left alone and noted, or answered with `(x.gather(-1, ids), ids)` where x are the scores the
 router was about to choose from. Scoring, normalisation, bias and scaling stay the model's own
 code, and the gate weights are gathered from the FULL scores, so the router receives the gradient
-it would receive had it chosen those ids itself.
+it would receive had it chosen those ids itself. Of a router that is a `ChoosesExperts`, the method
+`select_experts` is answered instead.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ _PRODUCTS = frozenset(
     }
 )
 
-Decide = Callable[[Tensor, Tensor | None], Tensor]
+Decide = Callable[[Tensor, Tensor | None, Callable[[], Tensor]], Tensor]
 
 
 class RouterCall(TorchFunctionMode):
@@ -37,9 +39,9 @@ class RouterCall(TorchFunctionMode):
 
     Args:
         tap: the router.
-        decide: given the scores `x [..., E]` and the raw logits `[..., E]` (None if the router
-            computed no product of width E), return the ids `[..., K]` to choose, or None to leave
-            the router's own choice.
+        decide: given the scores `x [..., E]`, the raw logits `[..., E]` (None if the router
+            computed no product of width E) and a function that makes the router's own choice,
+            return the ids `[..., K]` to choose. None leaves the router's own choice.
         ids: ids `[..., K]` fixed before the call. Needed by group-limited routers, whose choice
             of groups comes first: the groups of the ids must be open, or their scores are masked
             away and neither weights nor gradients survive.
@@ -54,16 +56,18 @@ class RouterCall(TorchFunctionMode):
         self.ids = ids
         self.logits: Tensor | None = None
         self.chosen: Tensor | None = None
+        self._has_method = hasattr(type(tap.module), "select_experts")
 
     def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call the router; afterwards `chosen` holds its ids and `logits` its raw logits."""
-        with self:
+        with self, self._answering_method():
             output = forward(*args, **kwargs)
         if self.chosen is None:
+            call = "select_experts" if self._has_method else f"topk(k={self.tap.top_k})"
             raise ValueError(
                 f"model: router {self.tap.name!r} ({type(self.tap.module).__name__}) did not call "
-                f"topk(k={self.tap.top_k}) over {self.tap.num_experts} experts, so its choice can "
-                "be neither recorded nor replayed. Its family needs a tap of its own."
+                f"{call} over {self.tap.num_experts} experts, so its choice can "
+                "be neither recorded nor replayed. Give it the method of ChoosesExperts."
             )
         return output
 
@@ -72,7 +76,7 @@ class RouterCall(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.chosen is None:
-            if func in _TOPKS:
+            if func in _TOPKS and not self._has_method:
                 return self._topk(func, args, kwargs)
             if func in _PRODUCTS:
                 product = func(*args, **kwargs)
@@ -85,7 +89,12 @@ class RouterCall(TorchFunctionMode):
         scores: Tensor = args[0] if args else kwargs["input"]
         k = args[1] if len(args) > 1 else kwargs["k"]
         if self._chooses_experts(scores, k):
-            return self._choose(scores, func, args, kwargs)
+            if self.ids is None and self.decide is None:
+                own = func(*args, **kwargs)
+                self.chosen = own.indices
+                return own
+            chosen = self._choose(scores, lambda: func(*args, **kwargs).indices)
+            return torch.return_types.topk((scores.gather(-1, chosen), chosen))
         if self.ids is not None and self._chooses_groups(scores):
             assert self.tap.num_groups is not None
             groups = self.ids.view(scores.shape[0], -1) // (
@@ -94,19 +103,29 @@ class RouterCall(TorchFunctionMode):
             return torch.return_types.topk((scores.gather(-1, groups), groups))
         return func(*args, **kwargs)
 
-    def _choose(
-        self, scores: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if self.ids is not None:
-            self.chosen = self.ids.view(*scores.shape[:-1], self.tap.top_k)
-        elif self.decide is not None:
-            with torch.no_grad():
-                self.chosen = self.decide(scores, self.logits)
-        else:
-            own = func(*args, **kwargs)
-            self.chosen = own.indices
-            return own
-        return torch.return_types.topk((scores.gather(-1, self.chosen), self.chosen))
+    def _choose(self, scores: Tensor, own: Callable[[], Tensor]) -> Tensor:
+        with torch.no_grad():
+            if self.ids is not None:
+                ids = self.ids.view(*scores.shape[:-1], self.tap.top_k)
+            elif self.decide is not None:
+                ids = self.decide(scores, self.logits, own)
+            else:
+                ids = own()
+        self.chosen = ids
+        return ids
+
+    @contextlib.contextmanager
+    def _answering_method(self) -> Iterator[None]:
+        module: Any = self.tap.module
+        if not self._has_method:
+            yield
+            return
+        select = module.select_experts
+        module.select_experts = lambda scores: self._choose(scores, lambda: select(scores))
+        try:
+            yield
+        finally:
+            del module.select_experts
 
     def _chooses_experts(self, scores: Tensor, k: int) -> bool:
         # A group-limited router also scores its groups by a topk over [tokens, groups, E/groups],

@@ -180,10 +180,10 @@ class Switchboard:
         tap = self.taps[layer]
         live: Tensor | None = None
 
-        def decide(scores: Tensor, logits: Tensor | None) -> Tensor:
+        def decide(scores: Tensor, logits: Tensor | None, own: Callable[[], Tensor]) -> Tensor:
             nonlocal live
             if running.noise is None:
-                live = scores.topk(tap.top_k, dim=-1).indices
+                live = own()
             else:
                 live = running.noise.choose(layer, tap, scores, logits)
             return _serve(running, layer, tap, live)

@@ -1,39 +1,77 @@
-"""Routing room: find the top-k routers of a transformers Mixture-of-Experts model.
+"""Routing room: find the routers of a Mixture-of-Experts model.
 
-Routers are found through `PreTrainedModel._can_record_outputs["router_logits"]`, the map in which
-transformers itself names the router class of every family, and then by class name for models
-that lack the map. Nothing here looks at what a router returns: orders differ between families
-and versions.
+A router is the module whose `forward` makes the choice of experts. Three signs give it away, the
+innermost module winning where one contains another:
+
+1. it is a `ChoosesExperts`: somebody's own router that offers its choice for replay;
+2. transformers names its class in `PreTrainedModel._can_record_outputs["router_logits"]`;
+3. its class is named as routers are in transformers (`...TopKRouter`, `...TopkRouter`, `...Gate`),
+   or it is a block with a method `route_tokens_to_experts` (DBRX; Jamba and Aria before 5.18).
+
+Nothing here looks at what a router returns: orders differ between families and versions.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 WRAPPERS = re.compile(
     r"(?<![^.])((_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|base_model\.model|module)\.)+"
 )
 
-ROUTER_CLASS_NAME = re.compile(r"(TopK|Topk|TokenChoice|MoE\w*|MoeV1)(Router|Gating|Gate)$")
+ROUTER_CLASS_NAME = re.compile(
+    r"(TopK|Topk|TokenChoice|MoE\w*|MoeV1)(Router|Gating|Gate)$|^Llama4Router$"
+)
 
 NUM_EXPERTS_NAMES = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 TOP_K_NAMES = ("top_k", "num_experts_per_tok", "moe_top_k", "moe_topk", "top_k_experts", "moe_k")
-CORRECTION_BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "moe_statics")
+CORRECTION_BIAS_NAMES = (
+    *("e_score_correction_bias", "expert_bias", "balancing_biases"),
+    "moe_statics.e_score_correction_bias",
+)
 
+CAPACITY = "drops tokens above the capacity of an expert, so ids alone do not determine the routing"
 REFUSED = {
     "PhimoeTopKRouter": "phimoe's sparsemixer picks its experts one after another by argmax over "
     "masked scores, so there is no top-k whose ids could be recorded or replayed",
-    "SwitchTransformersTop1Router": "switch_transformers routes by argmax and drops tokens above "
-    "the capacity of an expert, so ids alone do not determine the routing",
-    "NllbMoeTop2Router": "nllb_moe routes by two argmaxes and drops tokens above the capacity of "
-    "an expert, so ids alone do not determine the routing",
+    "SwitchTransformersTop1Router": f"switch_transformers routes by argmax and {CAPACITY}",
+    "NllbMoeTop2Router": f"nllb_moe routes by two argmaxes and {CAPACITY}",
     "DogeCDMoE": "doge retrieves experts through the product of two sub-key choices, so one top-k "
     "over experts does not exist",
+    "Ernie4_5_VLMoeMoeBlock": "ernie4_5_vl_moe routes text and image tokens by routers of their "
+    "own, so no router sees every token",
 }
+
+
+class ChoosesExperts(Protocol):
+    """A router of your own, made recordable and replayable by one method.
+
+        class MyRouter(nn.Module):
+            num_experts, top_k = 64, 4
+            def select_experts(self, scores):           # the choice, however you make it
+                return my_kernel(scores + self.bias)
+            def forward(self, hidden):
+                scores = self.proj(hidden).sigmoid()
+                ids = self.select_experts(scores)       # called once a forward
+                return ids, scores.gather(-1, ids)      # weights from the FULL scores
+
+    Under replay `select_experts` is answered in its place, so `forward` must take its weights from
+    scores that still hold every expert: scores that the choice has masked have no gradient at
+    foreign ids.
+    """
+
+    num_experts: int
+    """E."""
+    top_k: int
+    """K."""
+
+    def select_experts(self, scores: Tensor) -> Tensor:
+        """Scores `[..., E]` to int64 ids `[..., K]`, different within a token."""
+        ...
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -43,9 +81,9 @@ class RouterTap:
     name: str
     """Module path without wrapper prefixes (FSDP, checkpoint, compile, DDP, PEFT)."""
     module: nn.Module
-    """The router module; its `forward` calls `topk` over the experts once."""
+    """The router module; its `forward` calls `topk` over the experts once, or `select_experts`."""
     num_experts: int
-    """E, experts that the router chooses from."""
+    """E, experts that the router chooses from, those without weights (LongCat, Zaya) included."""
     top_k: int
     """K, experts per token."""
     num_groups: int | None = None
@@ -54,23 +92,25 @@ class RouterTap:
     @property
     def corrects_scores(self) -> bool:
         """True if a bias is added to the scores before the choice (DeepSeek-V3 and others)."""
-        return any(
-            getattr(self.module, name, None) is not None
-            for name in CORRECTION_BIAS_NAMES
-            if name != "expert_bias" or getattr(self.module, "use_expert_bias", True)
-        )
+        return _correction_bias(self.module) is not None
+
+    @property
+    def decoder_layer(self) -> int:
+        """Index of the decoder layer, as the module path has it; -1 where it has none."""
+        return _layer_index(self.name)
 
 
 def find_routers(model: nn.Module) -> list[RouterTap]:
     """Return the L routers of `model`, ordered by the layer index in their module path.
 
     Args:
-        model: a transformers MoE model, or a module (DDP, FSDP, PEFT wrapper) that contains one.
+        model: a transformers MoE model, a model whose routers are `ChoosesExperts`, or a module
+            (DDP, FSDP, PEFT wrapper) that contains one.
 
     Raises:
-        ValueError: `model` has no top-k router; its family routes in a way that ids do not
-            determine (phimoe, switch_transformers, nllb_moe, doge); or its routers differ in E
-            or K, so that one `[B, S, L, K]` record cannot hold them.
+        ValueError: `model` has no router; it is compiled; its family routes in a way that ids do
+            not determine (phimoe, switch_transformers, nllb_moe, doge, ernie4_5_vl_moe); or its
+            routers differ in E or K, so that one `[B, S, L, K]` record cannot hold them.
     """
     return survey(model)[0]
 
@@ -81,33 +121,59 @@ def survey(model: nn.Module) -> tuple[list[RouterTap], nn.Module]:
     That model is where forwards are watched: `model(...)` and `model.model(...)` both pass it.
     """
     modules = list(model.named_modules())
-    classes = _recorded_classes(module for _, module in modules)
-    for recorded in sorted(classes, key=lambda c: c.__name__):
-        if recorded.__name__ in REFUSED:
-            raise ValueError(
-                f"model: the routing of {type(model).__name__} cannot be recorded or replayed: "
-                f"{REFUSED[recorded.__name__]}. Use a model with a plain top-k router."
-            )
-    found = [(path, module) for path, module in modules if isinstance(module, tuple(classes))]
-    if not found:
-        found = [(path, m) for path, m in modules if ROUTER_CLASS_NAME.search(type(m).__name__)]
-    # JetMoE names the attention block that contains its router; the inner match is the router.
-    found = [
-        (path, module)
-        for path, module in found
-        if not any(other.startswith(f"{path}.") for other, _ in found)
-    ]
-    if not found:
+    _refuse(model, modules)
+    by_path = dict(modules)
+    paths = sorted(_router_paths(modules), key=_layer_index)
+    if not paths:
         raise ValueError(
             f"model: {type(model).__name__} has no top-k router, so there is no routing to record "
-            "or replay. Pass a Mixture-of-Experts model (Qwen3-MoE, OLMoE, Mixtral, ...)."
+            "or replay. Pass a Mixture-of-Experts model (Qwen3-MoE, OLMoE, Mixtral, ...), or give "
+            "your own router the method of moe_rl.routing.ChoosesExperts."
         )
-    by_path = dict(modules)
-    found.sort(key=lambda item: _layer_index(item[0]))
-    paths = [_path_of_choice(path, by_path) for path, _ in found]
     taps = [_tap(path, by_path[path], model) for path in paths]
     _require_uniform(taps, model)
     return taps, _deepest_model(modules, paths) or model
+
+
+def _refuse(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
+    for path, module in modules:
+        reason = REFUSED.get(type(module).__name__)
+        if reason is not None:
+            raise ValueError(
+                f"model: the routing of {type(model).__name__} cannot be recorded or replayed: "
+                f"{reason}. Use a model with a plain top-k router."
+            )
+        if _is_compiled(module):
+            raise ValueError(
+                f"model: {path or type(module).__name__!r} is compiled by torch.compile, whose "
+                "graph holds the routers' own choice: a record would stay empty and a replay would "
+                "be ignored. Record and replay on the model before it is compiled; compile parts "
+                "that hold no router (attention, the output head) one by one."
+            )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def _router_paths(modules: list[tuple[str, nn.Module]]) -> list[str]:
+    # Decided once a class: contexts open in hot loops, and a large model has thousands of modules.
+    classes = {type(module) for _, module in modules}
+    own = {c for c in classes if hasattr(c, "select_experts")}
+    if own:
+        return [path for path, module in modules if type(module) in own]
+    blocks = {c for c in classes if hasattr(c, "route_tokens_to_experts")}
+    recorded = tuple(_recorded_classes(module for _, module in modules))
+    routers = {c for c in classes if issubclass(c, recorded) or ROUTER_CLASS_NAME.search(c.__name__)}
+    around = [path for path, module in modules if type(module) in blocks]
+    found = [
+        path
+        for path, module in modules
+        # A block that routes by itself contains a module that only scores.
+        if type(module) in routers and not any(path.startswith(f"{block}.") for block in around)
+    ]
+    found += [path for path in around if path not in found]
+    return [path for path in found if not any(other.startswith(f"{path}.") for other in found)]
 
 
 def _recorded_classes(modules: Iterator[nn.Module]) -> set[type]:
@@ -118,32 +184,41 @@ def _recorded_classes(modules: Iterator[nn.Module]) -> set[type]:
         recorded: Any = (module._can_record_outputs or {}).get("router_logits", [])
         entries: list[Any] = recorded if isinstance(recorded, list) else [recorded]
         classes.update(getattr(entry, "target_class", entry) for entry in entries)
-    return {entry for entry in classes if isinstance(entry, type)}
+    # transformers 5.17 names nn.Linear for Jamba, which is every matrix of the model.
+    return {c for c in classes if isinstance(c, type) and not c.__module__.startswith("torch.")}
 
 
 def _layer_index(path: str) -> int:
     return next((int(part) for part in path.split(".") if part.isdigit()), -1)
 
 
-def _path_of_choice(path: str, modules: dict[str, nn.Module]) -> str:
-    """DBRX's router only scores; the block around it calls `topk`, and is what must be tapped."""
-    parent = path.rpartition(".")[0]
-    if hasattr(modules.get(parent), "route_tokens_to_experts"):
-        return parent
-    return path
-
-
 def _tap(path: str, module: nn.Module, model: nn.Module) -> RouterTap:
     groups = getattr(module, "num_group", None) or getattr(module, "n_group", None)
-    if getattr(module, "topk_method", None) == "greedy":
+    if getattr(module, "topk_method", None) == "greedy" or hasattr(module, "select_experts"):
         groups = None
+    bias = _correction_bias(module)
     return RouterTap(
         name=strip_wrappers(path),
         module=module,
-        num_experts=_setting(module, model, NUM_EXPERTS_NAMES, path),
+        # One entry a choice, also for experts without weights that num_experts leaves out.
+        num_experts=_setting(module, model, NUM_EXPERTS_NAMES, path)
+        if bias is None
+        else bias.numel(),
         top_k=_setting(module, model, TOP_K_NAMES, path),
         num_groups=groups,
     )
+
+
+def _correction_bias(module: nn.Module) -> Tensor | None:
+    if not getattr(module, "use_expert_bias", True):
+        return None
+    for name in CORRECTION_BIAS_NAMES:
+        owner: Any = module
+        for part in name.split("."):
+            owner = getattr(owner, part, None)
+        if isinstance(owner, Tensor):
+            return owner
+    return None
 
 
 def strip_wrappers(path: str) -> str:

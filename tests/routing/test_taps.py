@@ -97,6 +97,7 @@ def test_capacity_routers_are_refused_with_the_reason(name) -> None:
     import transformers
 
     small = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+    small |= {"encoder_sparse_step": 1, "decoder_sparse_step": 1}
     small |= {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16}
     small |= {"decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     config = getattr(transformers, name)(vocab_size=32, num_experts=4, **small)
