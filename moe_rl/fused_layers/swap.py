@@ -14,23 +14,26 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeDecoderLayer,
     Qwen3MoeRMSNorm,
     Qwen3MoeRotaryEmbedding,
+    Qwen3MoeTopKRouter,
 )
 
 from moe_rl.fused_layers.attention import attention_forward, plain_weights, runs
 from moe_rl.fused_layers.decoder_layer import decoder_layer_forward
 from moe_rl.fused_layers.rms_norm import rms_norm_forward
 from moe_rl.fused_layers.rotary import TABLE, rotary_forward
+from moe_rl.fused_layers.router import router_forward
 
 _FUSED: dict[type[Any], Callable[..., Any]] = {
     Qwen3MoeRMSNorm: rms_norm_forward,
     Qwen3MoeAttention: attention_forward,
     Qwen3MoeDecoderLayer: decoder_layer_forward,
     Qwen3MoeRotaryEmbedding: rotary_forward,
+    Qwen3MoeTopKRouter: router_forward,
 }
 
 
 def use_fused_layers(model: nn.Module) -> list[str]:
-    """Run norms, attention, decoder layers and rotary angles of a Qwen3-MoE through our own code.
+    """Run norms, attention, routers and decoder layers of a Qwen3-MoE through our own code.
 
     Modules of other classes, not on a CPU, or whose `forward` somebody else has replaced, are left
     alone. Experts are not touched here: see `moe_rl.experts`.

@@ -9,7 +9,7 @@ This room depends on torch and transformers only, so it can be lifted into any t
     recomputation.py   gradient checkpointing: which forward's routes a recomputation gets
     record.py, replay.py, noise.py   the three contexts
     statistics.py      churn, disagreement, margin, load: pure functions of tensors
-    top_k.py           the k largest of a few scores
+    top_k.py           topk for the few scores of a router, fast on a CPU
 """
 
 from .noise import router_noise

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .switchboard import tapped
 from .taps import RouterTap
+from .top_k import top_k
 
 Draw = Callable[[int, Tensor], Tensor]
 
@@ -37,7 +38,8 @@ class Noise:
                 f"draw: returned {got} for the logits {list(logits.shape)} of layer {layer}. "
                 "Return a tensor of noise of the shape of the logits."
             )
-        return (logits + noise).topk(tap.top_k, dim=-1).indices
+        noisy: Tensor = top_k(logits + noise, tap.top_k).indices
+        return noisy
 
 
 def _require_order_of_logits(tap: RouterTap, scores: Tensor, logits: Tensor) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .taps import RouterTap
+from .top_k import top_k
 
-_TOPKS = frozenset({torch.topk, Tensor.topk})
+_TOPKS = frozenset({torch.topk, Tensor.topk, top_k})
 _PRODUCTS = frozenset(
     {
         torch.nn.functional.linear,
