@@ -1,15 +1,13 @@
 """Analysis room: run folders in; data frames, statistics, figures and one HTML report out.
 
 `load_study(path)` reads the files, `summarize(study)` is the table of arms, `claims_table(study)`
-the verdicts on the GSPO paper's claims, `readme_figure(study)` one figure, and `write_report(path)`
-draws everything again from files. Needs pandas, numpy and matplotlib; never torch, transformers or
-the trainer.
+the verdicts on the GSPO paper's claims, and `write_report(path)` draws everything again from files.
+Needs pandas, numpy and matplotlib; never torch, transformers or the trainer.
 """
 
 from moe_rl.analysis.claims import claims_table
 from moe_rl.analysis.load import AnalysisError, AnalysisWarning, Study, load_study
 from moe_rl.analysis.measures import run_measures, summarize, terminal_table
-from moe_rl.analysis.plots.readme import readme_figure
 from moe_rl.analysis.report import write_report
 
 __all__ = [
@@ -18,7 +16,6 @@ __all__ = [
     "Study",
     "claims_table",
     "load_study",
-    "readme_figure",
     "run_measures",
     "summarize",
     "terminal_table",

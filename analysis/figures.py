@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moe_rl.analysis.load import Study
-from moe_rl.analysis.plots import frontier, noise, ratios, routing, training
+from moe_rl.analysis.plots import frontier, noise, ratios, routing, summary, training
 from moe_rl.analysis.plots.style import COLUMN, WIDE, has
 
 
@@ -51,6 +51,14 @@ def _absent(frame: pd.DataFrame, names: tuple[str, ...]) -> list[str]:
 SEEDS = "Thin lines are seeds, thick lines the median over seeds."
 
 SETTING_FIGURES = [
+    FigureSpec(
+        key="summary",
+        title="At a glance",
+        caption="Reward; churn between the old policy and the policy at the rollout's last update; "
+        f"variance of the token ratio inside an update, mean over the rollout's updates. {SEEDS}",
+        draw=lambda study, _, width: summary.summary(study.steps, study.updates, width=width),
+        needs_steps=("reward",),
+    ),
     FigureSpec(
         key="reward",
         title="Reward by arm",

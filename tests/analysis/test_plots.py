@@ -9,7 +9,7 @@ import synthetic
 
 from moe_rl.analysis.load import load_study
 from moe_rl.analysis.measures import run_measures
-from moe_rl.analysis.plots import noise, ratios, routing, training
+from moe_rl.analysis.plots import noise, ratios, routing, summary, training
 from moe_rl.analysis.plots.style import (
     ARM_COLOURS,
     COLUMN,
@@ -125,3 +125,12 @@ def test_the_noise_response_shows_every_seed_of_the_longest_ladder(tmp_path):
     dots = sum(len(points.get_offsets()) for points in final.collections)
     assert dots == len(ladder) == 4 * 3 * 2
     assert noise.noise_ladder(measures[measures["router_noise"] < 0.2]).empty
+
+
+def test_the_summary_shows_the_arms_that_tell_the_story(tmp_path):
+    root = synthetic.write_study(tmp_path / "s", seeds=2, steps=6, updates=2)
+    study = load_study(root)
+    words = _words(summary.summary(study.steps, study.updates))
+    assert "GRPO + replay" in words and "dense control" in words and "frozen" not in words
+    other = [frame[frame["arm"] == "frozen-router"] for frame in (study.steps, study.updates)]
+    assert "frozen router" in _words(summary.summary(*other))

@@ -13,13 +13,11 @@ import synthetic
 from moe_rl.analysis import (
     AnalysisError,
     load_study,
-    readme_figure,
     summarize,
     terminal_table,
     write_report,
 )
 from moe_rl.analysis.figures import SETTING_FIGURES, has_map
-from moe_rl.analysis.svg import to_png
 
 
 @pytest.fixture
@@ -240,15 +238,6 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
     with pytest.raises(AnalysisError):
         write_report(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_the_readme_figure_takes_a_setting_and_arms(study_dir):
-    study = load_study(study_dir)
-    assert to_png(readme_figure(study, arms=["grpo", "gspo"])).startswith(b"\x89PNG")
-    with pytest.raises(AnalysisError, match="setting='nowhere': the study has staleness"):
-        readme_figure(study, setting="nowhere")
-    with pytest.raises(AnalysisError, match=r"arms=\['ppo'\]"):
-        readme_figure(study, arms=["ppo"])
 
 
 def test_the_terminal_table_has_a_row_for_every_arm(study_dir):

@@ -1,14 +1,15 @@
-"""Analysis room: the one figure of the README, from a real study."""
+"""Analysis room: one figure that says what happened in a setting; the README shows one."""
 
 from __future__ import annotations
 
+import pandas as pd
 from matplotlib.figure import Figure
 
-from moe_rl.analysis.load import AnalysisError, Study
 from moe_rl.analysis.plots.style import (
     WIDE,
     arms_in,
     draw_arm,
+    grid,
     has,
     last_updates,
     legend,
@@ -19,27 +20,20 @@ from moe_rl.analysis.plots.style import (
     styled,
 )
 
+ARMS = ("grpo", "grpo+replay", "gspo", "dense")
+"""Enough to tell the story: more lines hide it."""
+
 
 @styled
-def readme_figure(
-    study: Study, setting: str | None = None, arms: list[str] | None = None
-) -> Figure:
-    """Reward, churn and token-ratio variance of one setting, side by side (7 by 2.4 inches).
+def summary(steps: pd.DataFrame, updates: pd.DataFrame, *, width: float = WIDE) -> Figure:
+    """Reward, churn and token-ratio variance of one setting, side by side.
 
-    `setting` defaults to the study's first, `arms` to all. Raises AnalysisError for a setting or
-    arm that the study does not have.
+    The arms of `ARMS` that were run; all arms where none of them was.
     """
-    name = study.settings[0] if setting is None else setting
-    if name not in study.settings:
-        raise AnalysisError(f"setting={name!r}: the study has {', '.join(study.settings)}")
-    unknown = sorted(set(arms or []) - set(study.arms))
-    if unknown:
-        raise AnalysisError(f"arms={unknown}: the study has {', '.join(study.arms)}")
-    one = study.setting(name)
-    steps, updates = one.steps, one.updates
-    shown = arms_in(steps) if arms is None else [arm for arm in arms_in(steps) if arm in arms]
-    figure = Figure(figsize=(WIDE, 2.4), layout="constrained")
-    reward, churn, variance = figure.subplots(1, 3, sharex=True)
+    arms = arms_in(steps)
+    shown = [arm for arm in arms if arm in ARMS] or arms
+    figure, panels = grid(3, width, columns=3, height=2.05, narrow_columns=1, sharey=False)
+    reward, churn, variance = panels
     for arm in shown:
         draw_arm(reward, steps, arm, "step", "reward")
         if has(updates, "routing/churn"):
