@@ -72,7 +72,7 @@ class Train:
 class Map:
     """Map where each arm stays stable: learning rate x updates per rollout x router noise."""
 
-    learning_rates: tuple[float, ...] = (2.5e-4, 5e-4, 7e-4, 1e-3)
+    learning_rates: tuple[float, ...] = (5e-4, 7e-4, 1e-3)
     """Peak learning rates."""
     updates: tuple[int, ...] = (8, 16)
     """Updates per rollout."""
