@@ -20,6 +20,7 @@ import tyro
 
 from moe_rl import __version__
 from moe_rl.config import ConfigError, RunConfig, load_config, preset
+from moe_rl.usage import parse
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -303,6 +304,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = COMMANDS[name].kept
         print(f"interrupted; {kept}" if kept else "interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has read enough; Python would complain again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ValueError as error:
         if os.environ.get("MOE_RL_TRACEBACK"):
             raise
@@ -321,12 +326,12 @@ def _parse(name: str, arguments: list[str]) -> Any:
     command = COMMANDS[name]
     program = f"moe-rl {name}"
     if not command.has_config:
-        return tyro.cli(command.options, args=arguments, prog=program)
+        return parse(command.options, arguments, program)
     base = _base_config(arguments)
-    return tyro.cli(
+    return parse(
         command.options,
-        args=arguments,
-        prog=program,
+        arguments,
+        program,
         default=command.options(run=base),
         config=(tyro.conf.FlagCreatePairsOff,),
     )

@@ -1,0 +1,67 @@
+"""From command-line words to a dataclass of options, with tyro; a bad word gets one clear line.
+
+tyro draws its errors as boxes of many lines; what they say is kept here, the frame is not.
+"""
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tyro
+
+from moe_rl.config import ConfigError
+
+
+def parse(options: type, arguments: Sequence[str], program: str, **settings: Any) -> Any:
+    """An instance of `options`.
+
+    Args:
+        options: a dataclass.
+        arguments: words after the subcommand.
+        program: what the help calls the command.
+        settings: passed on to `tyro.cli`.
+
+    Raises:
+        ConfigError: an unknown option, a missing or malformed value; the nearest option is named.
+        SystemExit: after `--help`.
+    """
+    if {"-h", "--help"} & set(arguments):
+        return tyro.cli(options, args=arguments, prog=program, **settings)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), _very_wide():
+            return tyro.cli(options, args=arguments, prog=program, **settings)
+    except SystemExit as stop:
+        raise ConfigError(f"{_one_line(said.getvalue())} (see {program} --help)") from stop
+
+
+@contextlib.contextmanager
+def _very_wide() -> Iterator[None]:
+    """Let no message be broken into lines."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _one_line(box: str) -> str:
+    """The message of an error box, and the option it suggests."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    rules = [i for i, line in enumerate(lines) if set(line) == {"─"}]
+    message = " ".join(lines[: rules[0]] if rules else lines)
+    message = re.sub(r"^Error parsing run(\.\w+)?: ", "", message)
+    unknown = re.match(r"Unrecognized options: (\S+)", message)
+    if unknown is None:
+        return message.strip().rstrip(".")
+    nearest = re.search(r"Perhaps you meant:\s+(--[\w-]+)", "\n".join(lines))
+    hint = f"; did you mean {nearest[1]}?" if nearest else ""
+    kind = "unknown option" if unknown[1].startswith("-") else "unexpected argument"
+    return f"{kind} {unknown[1].rstrip(',')}{hint}"
