@@ -151,9 +151,9 @@ def _planned(study: dict[str, Any]) -> list[RunKey]:
 
 
 def _run_folders(root: Path, is_study: bool) -> Iterator[Path]:
-    # A cold start under a study also has a config.json (of the model): look in runs/ only.
+    # Checkpoints have a config.json too, of the model: of a study only runs/SETTING/ARM/SEED count.
     if is_study:
-        yield from (file.parent for file in (root / "runs").rglob("config.json"))
+        yield from (file.parent for file in (root / "runs").glob("*/*/*/config.json"))
     else:
         yield from (file.parent for file in root.rglob("steps.jsonl"))
 

@@ -196,7 +196,8 @@ def legend(figure: Figure, arms: list[str]) -> None:
         Line2D([], [], color=colour(arm), linestyle=DASHES.get(arm, "-"), label=arm_label(arm))
         for arm in arms
     ]
-    per_row = len(arms) if figure.get_figwidth() >= WIDE or len(arms) <= 3 else 2
+    widest = 6 if figure.get_figwidth() >= WIDE else 3
+    per_row = len(arms) if len(arms) <= widest else widest // 2 + 1
     figure.legend(
         handles=handles, loc="outside upper center", ncols=per_row, handlelength=2.2,
         columnspacing=1.2, borderaxespad=0.2,

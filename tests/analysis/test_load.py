@@ -138,7 +138,7 @@ def test_a_config_without_an_arm_is_refused(study_dir):
 
 
 def test_two_runs_of_one_name_are_refused(study_dir):
-    shutil.copytree(_run(study_dir), study_dir / "runs" / "copy")
+    shutil.copytree(_run(study_dir), study_dir / "runs/staleness/grpo/copy")
     with pytest.raises(AnalysisError, match="a second run of setting 'staleness', arm 'grpo'"):
         load_study(study_dir)
 
@@ -150,3 +150,11 @@ def test_one_setting_of_a_study_has_only_its_rows(tmp_path):
     one = load_study(root).setting("b")
     assert one.settings == ["b"] and set(one.updates["setting"]) == {"b"}
     assert set(one.configs) == {("b", "grpo", 1)} == set(one.planned)
+
+
+def test_a_checkpoint_inside_a_run_is_no_run(study_dir):
+    before = len(load_study(study_dir).runs)
+    checkpoint = next((study_dir / "runs").glob("*/*/*")) / "policy_00005"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    assert len(load_study(study_dir).runs) == before

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import synthetic
 
+from moe_rl.analysis.arms import ARM_LABELS
 from moe_rl.analysis.load import load_study
 from moe_rl.analysis.measures import run_measures
 from moe_rl.analysis.plots import noise, ratios, routing, summary, training
@@ -15,7 +16,9 @@ from moe_rl.analysis.plots.style import (
     COLUMN,
     WIDE,
     colour,
+    legend,
     plain_number,
+    style_context,
 )
 from moe_rl.analysis.svg import DARK_PARTNERS, settle
 
@@ -134,3 +137,15 @@ def test_the_summary_shows_the_arms_that_tell_the_story(tmp_path):
     assert "GRPO + replay" in words and "dense control" in words and "frozen" not in words
     other = [frame[frame["arm"] == "frozen-router"] for frame in (study.steps, study.updates)]
     assert "frozen router" in _words(summary.summary(*other))
+
+
+@pytest.mark.parametrize("width", [WIDE, COLUMN])
+@pytest.mark.parametrize("count", [2, 3, 4, 6, 7])
+def test_a_legend_lies_inside_its_figure(width, count):
+    with style_context():
+        figure = mpl.figure.Figure(figsize=(width, 3), layout="constrained")
+        figure.subplots()
+        legend(figure, [*ARM_LABELS][:count])
+        figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
