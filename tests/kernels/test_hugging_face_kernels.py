@@ -125,3 +125,15 @@ def test_a_stray_folder_of_that_name_is_not_taken_for_the_package(tmp_path: Path
     (tmp_path / "kernels").mkdir()
     code = "import kernels; print(list(kernels.__path__))"
     assert run_in_root(code, tmp_path) == "[]"
+
+
+def test_another_copy_of_our_folder_is_passed_over(site: Path, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
+    """Two checkouts on `sys.path` would hand over to each other without end."""
+    other = tmp_path_factory.mktemp("other")
+    (other / "kernels").mkdir()
+    for file in (ROOT / "kernels").glob("*.py"):
+        (other / "kernels" / file.name).write_bytes(file.read_bytes())
+    code = (
+        f"import sys; sys.path.insert(1, {str(other)!r}); import kernels; print(kernels.__file__)"
+    )
+    assert run_in_root(code, site) == str(site / "kernels" / "__init__.py")
