@@ -164,7 +164,9 @@ def _router_paths(modules: list[tuple[str, nn.Module]]) -> list[str]:
         return [path for path, module in modules if type(module) in own]
     blocks = {c for c in classes if hasattr(c, "route_tokens_to_experts")}
     recorded = tuple(_recorded_classes(module for _, module in modules))
-    routers = {c for c in classes if issubclass(c, recorded) or ROUTER_CLASS_NAME.search(c.__name__)}
+    routers = {
+        c for c in classes if issubclass(c, recorded) or ROUTER_CLASS_NAME.search(c.__name__)
+    }
     around = [path for path, module in modules if type(module) in blocks]
     found = [
         path
