@@ -1,6 +1,7 @@
-"""`moe-rl churn TRACE_A TRACE_B`: how two routings of the same tokens differ, printed and plotted."""
+"""`moe-rl churn TRACE_A TRACE_B`: how two routings of the same tokens differ."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,7 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
 
 def _bins(length: int) -> list[tuple[int, int]]:
     edges = np.linspace(0, length, min(length, MOST_BINS) + 1).astype(int)
-    pairs = zip(edges[:-1], edges[1:], strict=True)
-    return [(int(first), int(last) - 1) for first, last in pairs]
+    return [(first, last - 1) for first, last in pairwise(edges.tolist())]
 
 
 def describe(result: Comparison) -> str:

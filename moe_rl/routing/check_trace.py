@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .check import Finding, LawBroken, NotApplicable, require
+from .check import Finding
+from .check_subject import LawBroken, NotApplicable, require
 
 Where = list[int]
 

@@ -22,7 +22,7 @@ def watch_experts(model: nn.Module, taps: list[RouterTap]) -> Iterator[Seen]:
     A layer whose experts are not called with ids and weights is missing.
     """
     seen: Seen = {}
-    names = {name: module for name, module in model.named_modules()}
+    names = dict(model.named_modules())
     paths = {id(module): name for name, module in names.items()}
     handles = []
     for layer, tap in enumerate(taps):

@@ -1,4 +1,4 @@
-"""Routing room: every family of transformers with a router, as a model of a few thousand parameters.
+"""Routing room: every family of transformers with a router, as a small random model.
 
     model = build_family("deepseek_v3")
 

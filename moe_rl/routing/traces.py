@@ -1,6 +1,6 @@
 """Routing room: recorded routes from files, whoever wrote them.
 
-    read_trace("rollout.npz")                                  our own, or any array `routed_experts`
+    read_trace("rollout.npz")                                  ours, or an array `routed_experts`
     read_trace("response.json")                                vLLM's OpenAI-style response
     read_trace("response.json", num_layers=48, top_k=8)        SGLang's
     read_trace("trace_dir/router_trace_rank0.jsonl")           Megatron-LM's router trace
@@ -141,7 +141,7 @@ def _response(content: Any, num_layers: int | None, top_k: int | None) -> Trace:
 
 
 def _completions(content: Any) -> Iterator[tuple[Any, Any]]:
-    """(routes, routes of the prompt or None) of every completion in a response or a list of them."""
+    """(routes, routes of the prompt or None) of every completion in responses."""
     if isinstance(content, list):
         for item in content:
             yield from _completions(item)
