@@ -135,6 +135,46 @@ class Bench:
     """JSON file for the results."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckReplay:
+    """Check record and replay on a model, a family, or a recorded trace; exit code 1 on a fail."""
+
+    target: Annotated[
+        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL_FOLDER|FAMILY|TRACE")
+    ] = None
+    """Folder of a model, a family's name (qwen3_moe), or a file of recorded routes."""
+    all: bool = False
+    """Every family of the installed transformers, on small models."""
+    seed: int = 0
+    """Seed of weights, tokens and foreign routes."""
+    num_experts: int | None = None
+    """Of a trace: experts E that ids must lie below."""
+    num_layers: int | None = None
+    """Of an SGLang response: all decoder layers of the model."""
+    top_k: int | None = None
+    """Of an SGLang response: experts per token."""
+    batch_size: int = 1
+    """Of a Megatron-LM trace: sequences in a micro-batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Churn:
+    """Compare two recorded routings of the same tokens: churn by layer and position."""
+
+    trace_a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TRACE_A")]
+    """npz, npy, safetensors, json (vLLM, SGLang), jsonl or folder (Megatron-LM)."""
+    trace_b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TRACE_B")]
+    """The same tokens, routed by another policy or another engine."""
+    plot: Path | None = None
+    """Figure to draw, png, svg or pdf."""
+    num_layers: int | None = None
+    """Of an SGLang response: all decoder layers of the model."""
+    top_k: int | None = None
+    """Of an SGLang response: experts per token."""
+    batch_size: int = 1
+    """Of a Megatron-LM trace: sequences in a micro-batch."""
+
+
 def reproduce(options: Reproduce) -> int:
     """`moe-rl reproduce`."""
     from moe_rl.experiments import collapse
@@ -256,6 +296,35 @@ def bench(options: Bench) -> int:
     return bench_training(repeats=options.repeats, out=options.out)
 
 
+def check_replay(options: CheckReplay) -> int:
+    """`moe-rl check-replay`."""
+    from moe_rl.replay_report import check_target
+
+    return check_target(
+        options.target,
+        everything=options.all,
+        seed=options.seed,
+        num_experts=options.num_experts,
+        num_layers=options.num_layers,
+        top_k=options.top_k,
+        batch_size=options.batch_size,
+    )
+
+
+def churn(options: Churn) -> int:
+    """`moe-rl churn TRACE_A TRACE_B`."""
+    from moe_rl.churn_report import churn_report
+
+    return churn_report(
+        options.trace_a,
+        options.trace_b,
+        plot=options.plot,
+        num_layers=options.num_layers,
+        top_k=options.top_k,
+        batch_size=options.batch_size,
+    )
+
+
 @dataclass(frozen=True)
 class Command:
     """A subcommand."""
@@ -279,6 +348,8 @@ COMMANDS = {
     "map": Command(Map, map_, kept=_STUDY_KEPT),
     "calibrate": Command(Calibrate, calibrate, has_config=True),
     "report": Command(Report, report),
+    "check-replay": Command(CheckReplay, check_replay),
+    "churn": Command(Churn, churn),
     "doctor": Command(Doctor, doctor),
     "bench": Command(Bench, bench),
 }
@@ -359,7 +430,7 @@ def _bad_input(message: str) -> int:
 def _usage() -> str:
     lines = ["usage: moe-rl COMMAND [OPTIONS]", ""]
     lines += [
-        f"  {name:<10} {(command.options.__doc__ or '').splitlines()[0]}"
+        f"  {name:<12} {(command.options.__doc__ or '').splitlines()[0]}"
         for name, command in COMMANDS.items()
     ]
     lines += ["", "moe-rl COMMAND --help lists a command's options."]

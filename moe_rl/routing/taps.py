@@ -143,12 +143,12 @@ def _refuse(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
                 f"model: the routing of {type(model).__name__} cannot be recorded or replayed: "
                 f"{reason}. Use a model with a plain top-k router."
             )
-        if _is_compiled(module):
+        if _is_compiled(module) and _router_paths(list(module.named_modules())):
             raise ValueError(
-                f"model: {path or type(module).__name__!r} is compiled by torch.compile, whose "
-                "graph holds the routers' own choice: a record would stay empty and a replay would "
-                "be ignored. Record and replay on the model before it is compiled; compile parts "
-                "that hold no router (attention, the output head) one by one."
+                f"model: {path or type(module).__name__!r} is compiled by torch.compile, so "
+                "whether a record or a replay reaches its routers depends on what was traced when. "
+                "Pass and call the model that is not compiled; parts without a router (attention, "
+                "the output head) may be compiled one by one."
             )
 
 

@@ -1,0 +1,103 @@
+"""`moe-rl churn TRACE_A TRACE_B`: how two routings of the same tokens differ."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from moe_rl.routing.statistics import churn, per_layer, router_disagreement, token_disagreement
+from moe_rl.routing.traces import read_trace, same_tokens
+
+MOST_BINS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Means over the tokens that both traces record; every value is in [0, 1]."""
+
+    tokens: int
+    """Tokens with a record in both at some layer."""
+    churn: float
+    router_disagreement: float
+    token_disagreement: float
+    by_layer: np.ndarray
+    """`[L, 2]`: churn, router disagreement."""
+    bins: list[tuple[int, int]]
+    """First and last position of each row of `by_position`."""
+    by_position: np.ndarray
+    """`[bins, 3]`: churn, router and token disagreement."""
+
+
+def compare(a: Tensor, b: Tensor) -> Comparison:
+    """Compare two records `[B, S, L, K]` of the same tokens.
+
+    Raises:
+        ValueError: they differ in shape, or no token is recorded in both.
+    """
+    share, routers = churn(a, b), router_disagreement(a, b)
+    tokens = token_disagreement(a, b)
+    counted = int((~tokens.isnan()).sum())
+    if counted == 0:
+        raise ValueError("traces: no token has a record in both. Are they of the same tokens?")
+    bins = _bins(a.shape[1])
+    rows = [
+        [float(x[:, first : last + 1].nanmean()) for x in (share, routers, tokens)]
+        for first, last in bins
+    ]
+    return Comparison(
+        tokens=counted,
+        churn=float(share.nanmean()),
+        router_disagreement=float(routers.nanmean()),
+        token_disagreement=float(tokens.nanmean()),
+        by_layer=np.stack([per_layer(share).numpy(), per_layer(routers).numpy()], axis=1),
+        bins=bins,
+        by_position=np.array(rows),
+    )
+
+
+def _bins(length: int) -> list[tuple[int, int]]:
+    edges = np.linspace(0, length, min(length, MOST_BINS) + 1).astype(int)
+    return [(first, last - 1) for first, last in pairwise(edges.tolist())]
+
+
+def describe(result: Comparison) -> str:
+    """The tables as text."""
+    lines = [
+        f"{result.tokens} tokens recorded in both",
+        f"churn                {result.churn:7.2%}   expert slots of B that A did not choose",
+        f"router disagreement  {result.router_disagreement:7.2%}   (token, layer) pairs whose sets "
+        "differ",
+        f"token disagreement   {result.token_disagreement:7.2%}   tokens with any layer differing; "
+        "grows with depth",
+        "",
+        "layer       churn  routers",
+    ]
+    for layer, values in enumerate(result.by_layer):
+        lines.append(f"{layer:<9} {_cells(values)}")
+    lines += ["", "position    churn  routers   tokens"]
+    for (first, last), values in zip(result.bins, result.by_position, strict=True):
+        name = f"{first}" if first == last else f"{first}-{last}"
+        lines.append(f"{name:<9} {_cells(values)}")
+    return "\n".join(lines)
+
+
+def _cells(values: np.ndarray) -> str:
+    return " ".join("      -" if np.isnan(value) else f"{value:7.2%}" for value in values)
+
+
+def churn_report(a: Path, b: Path, *, plot: Path | None, **layout: Any) -> int:
+    """Read, compare, print; and plot where asked. Returns the exit code."""
+    traces = [read_trace(path, **layout).routed_experts for path in (a, b)]
+    result = compare(*same_tokens(*traces))
+    print(describe(result))
+    if plot is not None:
+        from moe_rl.analysis.plots.traces import churn_of_traces
+
+        figure = churn_of_traces(result.by_layer, result.bins, result.by_position)
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(plot)
+        print(f"plot: {plot}")
+    return 0

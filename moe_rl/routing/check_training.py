@@ -1,0 +1,100 @@
+"""Routing room: laws of training under replay: gradients, recomputation, bfloat16."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from .check_subject import NotApplicable, Subject, difference, require
+from .replay import replay_routing
+from .taps import find_routers
+
+
+def law_gradient(subject: Subject) -> None:
+    """Every router learns under replay, and its gradient is the slope that finite steps find."""
+    routes = subject.foreign()
+    with replay_routing(subject.model, routes):
+        subject.loss().backward()
+    parameters, steps, slope = [], [], 0.0
+    for tap in subject.taps:
+        own = [p for p in subject.router_parameters(tap) if p.grad is not None]
+        largest = max((float(p.grad.abs().max()) for p in own if p.grad is not None), default=0.0)
+        require(0 < largest < float("inf"), f"router {tap.name} gets no gradient ({largest})")
+        parameters += own
+    for p in parameters:
+        assert p.grad is not None
+        noise = torch.randn(p.shape, generator=subject.generator).to(p)
+        # Along the gradient, so that the step is seen above rounding; off it, to see what lacks.
+        step = p.grad / (p.grad.norm() + 1e-30) + 0.5 * noise / noise.norm()
+        steps.append(step * (p.detach().norm() + 1e-3))
+        slope += float((p.grad.double() * steps[-1].double()).sum())
+    subject.gradient()
+    found = _slope_by_steps(subject, routes, parameters, steps)
+    require(
+        abs(found - slope) <= 0.05 * abs(slope),
+        f"the routers' gradient says {slope:.4g} where a finite step finds {found:.4g}",
+    )
+
+
+def _slope_by_steps(
+    subject: Subject, routes: Tensor, parameters: list[nn.Parameter], steps: list[Tensor]
+) -> float:
+    epsilon, values = 2e-3, []
+    before = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for sign in (1.0, -1.0):
+            for p, old, step in zip(parameters, before, steps, strict=True):
+                p.copy_(old + sign * epsilon * step)
+            with replay_routing(subject.model, routes):
+                out = subject.output().double()
+            values.append(float((out * subject.pull).sum()) / subject.pull.numel())
+        for p, old in zip(parameters, before, strict=True):
+            p.copy_(old)
+    return (values[0] - values[1]) / (2 * epsilon)
+
+
+def law_checkpointing(subject: Subject) -> None:
+    """Gradient checkpointing of both kinds, backward outside the block, changes no gradient."""
+    model = subject.model
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise NotApplicable("the model supports no gradient checkpointing")
+    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    routes, was_training = subject.foreign(), model.training
+    model.train()
+    try:
+        expected = _replayed_gradient(subject, routes)
+        for reentrant in (True, False):
+            getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": reentrant})
+            got = _replayed_gradient(subject, routes)
+            getattr(model, f"{prefix}_checkpointing_disable")()
+            for name, value in expected.items():
+                kind = "reentrant" if reentrant else "non-reentrant"
+                require(name in got, f"{kind}: no gradient for {name}")
+                close = torch.allclose(got[name], value, rtol=1e-3, atol=1e-5)
+                require(close, f"{kind}: " + difference(name, got[name], value))
+    finally:
+        model.train(was_training)
+
+
+def _replayed_gradient(subject: Subject, routes: Tensor) -> dict[str, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # dropout and jitter, where a model has them in training
+        with replay_routing(subject.model, routes):
+            loss = subject.loss()
+        loss.backward()
+    return subject.gradient()
+
+
+def law_bf16(subject: Subject) -> None:
+    """In bfloat16 too, replaying one's own record changes no bit."""
+    half = copy.copy(subject)
+    half.model = copy.deepcopy(subject.model).to(torch.bfloat16)
+    half.taps = find_routers(half.model)
+    try:
+        half.plain = half.output()
+    except RuntimeError as why:
+        raise NotApplicable(f"without replay it does not run in bfloat16: {why}") from why
+    routes = half.record()
+    with replay_routing(half.model, routes):
+        again = half.output()
+    require(torch.equal(again, half.plain), difference("outputs", again, half.plain))

@@ -1,0 +1,161 @@
+"""Routing room: routes as other systems hand them over, made into the record `[B, S, L, K]`.
+
+| system                                   | what it gives, per sequence of S tokens               |
+|------------------------------------------|-------------------------------------------------------|
+| vLLM 0.14 `routed_experts`               | int32 `[S-1, all layers, K]`                          |
+| vLLM 0.21 `prompt_routed_experts` and    | int16 `[P, L, K]` and `[G, L, K]`, -1 where a cached  |
+|   `routed_experts`                       |   prefix was not run again                            |
+| vLLM 0.22 and later `routed_experts`     | int16 `[S-1, L, K]`                                   |
+| SGLang `meta_info["routed_experts"]`     | base64 of int32, flat `[S-1, all layers, K]`          |
+| Megatron-LM router trace                 | JSON lines, one per step and layer: `traces.py`       |
+
+The last token is sampled and never fed, so no engine has a route for it: its row is -1 here.
+"""
+
+import base64
+import binascii
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .routed_experts import NO_RECORD
+from .taps import find_routers
+
+LARGEST_ID = torch.iinfo(torch.int16).max
+NPY_MAGIC = b"\x93NUMPY"
+
+
+def stack_rows(rows: Sequence[np.ndarray]) -> Tensor:
+    """Join routes `[S_i, L, K]` of B sequences into int16 `[B, S, L, K]`, short rows filled by -1.
+
+    Raises:
+        ValueError: no rows; a row is not an integer array of three axes; rows differ in L or K;
+            or an id does not fit int16.
+    """
+    if not rows:
+        raise ValueError("routed_experts: no sequences. Pass the routes of at least one.")
+    for index, row in enumerate(rows):
+        if row.ndim != 3 or row.dtype.kind not in "iu":
+            raise ValueError(
+                f"routed_experts: row {index} is {row.dtype} {list(row.shape)}. Pass integer ids "
+                "[S, L, K]."
+            )
+        if row.shape[1:] != rows[0].shape[1:]:
+            raise ValueError(
+                f"routed_experts: row {index} has [L, K] = {list(row.shape[1:])}, row 0 has "
+                f"{list(rows[0].shape[1:])}. Rows of one record come from one model."
+            )
+        if row.size and not -LARGEST_ID <= int(row.min()) <= int(row.max()) <= LARGEST_ID:
+            raise ValueError(
+                f"routed_experts: row {index} has ids from {row.min()} to {row.max()}, beyond "
+                f"int16. Ids of experts are at most {LARGEST_ID}; were the bytes read as the "
+                "type they were written in?"
+            )
+    longest = max(row.shape[0] for row in rows)
+    out = torch.full((len(rows), longest, *rows[0].shape[1:]), NO_RECORD, dtype=torch.int16)
+    for index, row in enumerate(rows):
+        out[index, : row.shape[0]] = torch.from_numpy(row.astype(np.int16))
+    return out
+
+
+def from_vllm(generated: np.ndarray, prompt: np.ndarray | None = None) -> np.ndarray:
+    """Routes `[S or S-1, L, K]` of one vLLM completion, in any of its three layouts.
+
+    Args:
+        generated: `CompletionOutput.routed_experts`; of the whole sequence, or, with `prompt`, of
+            the generated tokens.
+        prompt: `RequestOutput.prompt_routed_experts` where the release splits the two (0.21).
+    """
+    return generated if prompt is None else np.concatenate([prompt, generated], axis=0)
+
+
+def from_sglang(encoded: str, *, num_layers: int, top_k: int) -> np.ndarray:
+    """Routes int32 `[S-1, num_layers, K]` of one SGLang response.
+
+    Args:
+        encoded: `meta_info["routed_experts"]`, base64 of little-endian int32.
+        num_layers: all decoder layers of the model, dense ones included.
+        top_k: K.
+
+    Raises:
+        ValueError: not base64, or not a whole number of tokens.
+    """
+    raw = decode_base64(encoded)
+    size = 4 * num_layers * top_k
+    if size <= 0 or len(raw) % size:
+        raise ValueError(
+            f"routed_experts: {len(raw)} bytes are no whole number of tokens of {num_layers} "
+            f"layers x {top_k} experts x 4 bytes. Give num_layers (all decoder layers) and top_k "
+            "of the model that was served."
+        )
+    return np.frombuffer(raw, dtype="<i4").reshape(-1, num_layers, top_k)
+
+
+def decode_base64(encoded: str) -> bytes:
+    """Bytes of a base64 text.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"routed_experts: the text is not base64 ({error}).") from error
+
+
+def npy_bytes(raw: bytes) -> np.ndarray | None:
+    """The array of an npy file in memory, None where the bytes are no npy file."""
+    if not raw.startswith(NPY_MAGIC):
+        return None
+    return np.load(io.BytesIO(raw))  # numpy refuses object arrays unless asked
+
+
+def fit_to_model(
+    routed_experts: Tensor, model: nn.Module, *, num_tokens: int | None = None
+) -> Tensor:
+    """A foreign record as `replay_routing` takes it on `model`: `[B, S, L, K]`.
+
+    Layers: a record of every decoder layer keeps those with a router. Positions: where there is
+    one row less than tokens, a last row of -1 is added.
+
+    Args:
+        routed_experts: `[B, S or S-1, L or all decoder layers, K]`.
+        model: the model that will replay it.
+        num_tokens: S of the sequences; None leaves the positions as they are.
+
+    Raises:
+        ValueError: neither number of layers, or neither number of positions, is that of the model.
+    """
+    taps = find_routers(model)
+    layers = [tap.decoder_layer for tap in taps]
+    given = routed_experts.shape[2]
+    total = _decoder_layers(model)
+    if given != len(layers):
+        if given != total or len(set(layers)) != len(layers):
+            raise ValueError(
+                f"routed_experts: {given} layers, but the model has {len(layers)} MoE layers of "
+                f"{total} decoder layers. Pass a record of either."
+            )
+        routed_experts = routed_experts[:, :, layers]
+    length = routed_experts.shape[1]
+    if num_tokens is None or length == num_tokens:
+        return routed_experts.contiguous()
+    if length != num_tokens - 1:
+        raise ValueError(
+            f"routed_experts: {length} positions for {num_tokens} tokens. Engines give one row a "
+            "token, or one less because the last token is never fed."
+        )
+    last = torch.full_like(routed_experts[:, :1], NO_RECORD)
+    return torch.cat([routed_experts, last], dim=1)
+
+
+def _decoder_layers(model: nn.Module) -> int:
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if inner is None:
+        return -1
+    config = inner.config.get_text_config()
+    return int(getattr(config, "num_hidden_layers", -1))

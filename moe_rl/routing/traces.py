@@ -1,0 +1,268 @@
+"""Routing room: recorded routes from files, whoever wrote them.
+
+    read_trace("rollout.npz")                                  ours, or an array `routed_experts`
+    read_trace("response.json")                                vLLM's OpenAI-style response
+    read_trace("response.json", num_layers=48, top_k=8)        SGLang's
+    read_trace("trace_dir/router_trace_rank0.jsonl")           Megatron-LM's router trace
+    read_trace("trace_dir")                                    of all its ranks, as further rows
+
+Nothing is unpickled: numpy refuses object arrays unless asked, and is not asked.
+"""
+
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .foreign import decode_base64, from_sglang, from_vllm, npy_bytes, stack_rows
+
+KEY = "routed_experts"
+PROMPT_KEY = "prompt_routed_experts"
+MEGATRON_FILES = "router_trace_rank*.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Routes read from a file."""
+
+    routed_experts: Tensor
+    """int16 `[B, S, L, K]`, -1 where there is no record."""
+    source: str
+    """Who writes files of this layout."""
+
+
+def read_trace(
+    path: Path | str,
+    *,
+    num_layers: int | None = None,
+    top_k: int | None = None,
+    batch_size: int = 1,
+) -> Trace:
+    """Read a trace by the ending of its name: npz, npy, safetensors, json, jsonl, or a folder.
+
+    Args:
+        path: the file, or the folder of a Megatron-LM trace.
+        num_layers: all decoder layers; needed by SGLang's flat bytes only.
+        top_k: K; the same.
+        batch_size: sequences in one micro-batch of a Megatron-LM trace, which flattens `[S, B]`.
+
+    Raises:
+        ValueError: another ending, no routes inside, or routes that make no `[B, S, L, K]`; the
+            message begins with the path.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return _megatron_folder(path, batch_size)
+        if path.suffix in (".npz", ".npy"):
+            return _numpy(path)
+        if path.suffix == ".safetensors":
+            return Trace(routed_experts=_four_axes(_safetensors(path)), source="moe-rl")
+        if path.suffix == ".json":
+            return _response(_json(path.read_text(encoding="utf-8")), num_layers, top_k)
+        if path.suffix == ".jsonl":
+            rows = _megatron(path.read_text(encoding="utf-8").splitlines(), batch_size)
+            return Trace(routed_experts=stack_rows(rows), source="Megatron-LM")
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    raise ValueError(
+        f"{path}: a trace is a file .npz, .npy, .safetensors, .json (vLLM, SGLang) or .jsonl "
+        "(Megatron-LM), or the folder of a Megatron-LM trace."
+    )
+
+
+def write_trace(path: Path | str, routed_experts: Tensor) -> None:
+    """Write a record as safetensors, to be read by `read_trace`."""
+    save_file({KEY: routed_experts.detach().cpu().contiguous()}, str(path))
+
+
+def _four_axes(array: np.ndarray | Tensor) -> Tensor:
+    values = array.numpy() if isinstance(array, Tensor) else array
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"{KEY}: {values.dtype}, not integer ids.")
+    if values.ndim == 3:
+        values = values[None]
+    if values.ndim != 4:
+        raise ValueError(f"{KEY}: shape {list(values.shape)}, not [S, L, K] or [B, S, L, K].")
+    return stack_rows(list(values))
+
+
+def _numpy(path: Path) -> Trace:
+    try:
+        loaded: Any = np.load(path)
+        if isinstance(loaded, np.ndarray):
+            return Trace(routed_experts=_four_axes(loaded), source="numpy")
+        with loaded as arrays:
+            if KEY not in arrays:
+                raise ValueError(f"holds {sorted(arrays)}, and no array {KEY!r}.")
+            if PROMPT_KEY in arrays:
+                row = from_vllm(arrays[KEY], arrays[PROMPT_KEY])
+                return Trace(routed_experts=_four_axes(row), source="vLLM 0.21")
+            return Trace(routed_experts=_four_axes(arrays[KEY]), source="numpy")
+    except (zipfile.BadZipFile, EOFError, KeyError) as error:
+        raise ValueError(f"not a whole numpy file ({error}).") from error
+
+
+def _safetensors(path: Path) -> Tensor:
+    tensors = load_file(path)
+    if KEY not in tensors:
+        raise ValueError(f"holds {sorted(tensors)}, and no tensor {KEY!r}.")
+    return tensors[KEY]
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error}).") from error
+
+
+def _response(content: Any, num_layers: int | None, top_k: int | None) -> Trace:
+    found = list(_completions(content))
+    if not found:
+        raise ValueError(f"no response in it has {KEY!r}. Was the server started with the option?")
+    rows, source = [], "vLLM"
+    for generated, prompt in found:
+        row, kind = _routes(generated, num_layers, top_k)
+        source = kind or source
+        if prompt is not None:
+            row = from_vllm(row, _routes(prompt, num_layers, top_k)[0])
+            source = "vLLM 0.21"
+        rows.append(row)
+    return Trace(routed_experts=stack_rows(rows), source=source)
+
+
+def _completions(content: Any) -> Iterator[tuple[Any, Any]]:
+    """(routes, routes of the prompt or None) of every completion in responses."""
+    if isinstance(content, list):
+        for item in content:
+            yield from _completions(item)
+    elif isinstance(content, dict):
+        prompt = content.get(PROMPT_KEY)
+        places = [content, content.get("meta_info"), content.get("sglext")]
+        choices = content.get("choices", content.get("outputs"))
+        places += choices if isinstance(choices, list) else []
+        for place in places:
+            if isinstance(place, dict) and place.get(KEY) is not None:
+                yield place[KEY], prompt
+
+
+def _routes(value: Any, num_layers: int | None, top_k: int | None) -> tuple[np.ndarray, str]:
+    """An array from nested lists, from base64 of an npy file, or from SGLang's flat bytes."""
+    if isinstance(value, str):
+        array = npy_bytes(decode_base64(value))
+        if array is not None:
+            return array, ""
+        if num_layers is None or top_k is None:
+            raise ValueError(
+                f"{KEY}: flat bytes (SGLang) do not say their shape. Pass num_layers (all decoder "
+                "layers of the model) and top_k (--num-layers and --top-k on the command line)."
+            )
+        return from_sglang(value, num_layers=num_layers, top_k=top_k), "SGLang"
+    try:
+        array = np.array(value)
+    except ValueError as error:
+        raise ValueError(f"{KEY}: lists of uneven length make no [S, L, K].") from error
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{KEY}: {array.dtype} values, not integer ids.")
+    return array, ""
+
+
+def _megatron_folder(folder: Path, batch_size: int) -> Trace:
+    files = sorted(folder.glob(MEGATRON_FILES))
+    if not files:
+        raise ValueError(f"a folder without {MEGATRON_FILES}.")
+    rows: list[np.ndarray] = []
+    for file in files:
+        rows += _megatron(file.read_text(encoding="utf-8").splitlines(), batch_size)
+    return Trace(routed_experts=stack_rows(rows), source="Megatron-LM")
+
+
+def _megatron(lines: list[str], batch_size: int) -> list[np.ndarray]:
+    """Rows `[S, L, K]` of Megatron-LM's router trace (megatron/core, `router_trace`).
+
+    A line is one layer of one pass: {"step", "block", "layer", "num_tokens", "topk",
+    "top_indices"}. The passes of a layer follow each other; "mtp" blocks are left out.
+    """
+    layers: dict[int, list[np.ndarray]] = {}
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            _add_line(layers, _json_line(line, number), number)
+    if not layers:
+        raise ValueError("no line traces a layer of the decoder.")
+    counts = {layer: [part.shape for part in parts] for layer, parts in layers.items()}
+    first = next(iter(counts.values()))
+    for layer, shapes in counts.items():
+        if shapes != first:
+            raise ValueError(
+                f"layer {layer} has {len(shapes)} passes of other sizes than layer "
+                f"{next(iter(counts))} ({len(first)} passes): the trace is cut off or mixes files."
+            )
+    passes = [
+        np.stack([layers[layer][i] for layer in sorted(layers)], 1) for i in range(len(first))
+    ]
+    if batch_size == 1:
+        return [np.concatenate(passes)]
+    return [row for part in passes for row in _split_batch(part, batch_size)]
+
+
+def _split_batch(tokens: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    if batch_size < 1 or tokens.shape[0] % batch_size:
+        raise ValueError(
+            f"batch_size: {batch_size} sequences do not divide a pass of {tokens.shape[0]} tokens."
+        )
+    by_position = tokens.reshape(-1, batch_size, *tokens.shape[1:])  # Megatron's [S, B]
+    for b in range(batch_size):
+        yield by_position[:, b]
+
+
+def _json_line(line: str, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"line {number}: not JSON ({error}).") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"line {number}: not an object.")
+    return record
+
+
+def _add_line(layers: dict[int, list[np.ndarray]], record: dict[str, Any], number: int) -> None:
+    if record.get("block", "decoder") != "decoder":
+        return
+    layer, indices = record.get("layer"), record.get("top_indices")
+    if not isinstance(layer, int) or not isinstance(indices, list):
+        raise ValueError(f"line {number}: no 'layer' and 'top_indices' of a router trace.")
+    try:
+        ids = np.array(indices)
+    except ValueError as error:
+        raise ValueError(f"line {number}: 'top_indices' of uneven length.") from error
+    expected = (record.get("num_tokens"), record.get("topk"))
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.shape != expected:
+        raise ValueError(
+            f"line {number}: 'top_indices' is {ids.dtype} {list(ids.shape)}, the line says "
+            f"num_tokens, topk = {list(expected)}."
+        )
+    layers.setdefault(layer, []).append(ids)
+
+
+def same_tokens(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two records of the same tokens with equal positions: a last row that one lacks is cut off.
+
+    Raises:
+        ValueError: they differ otherwise.
+    """
+    length = min(a.shape[1], b.shape[1])
+    if abs(a.shape[1] - b.shape[1]) > 1 or (a.shape[0], *a.shape[2:]) != (b.shape[0], *b.shape[2:]):
+        raise ValueError(
+            f"traces: [B, S, L, K] is {list(a.shape)} and {list(b.shape)}. Compare two records of "
+            "the same tokens by models of the same layers."
+        )
+    return a[:, :length], b[:, :length]
