@@ -9,6 +9,9 @@ from torch import Tensor
 NO_INDEX = torch.iinfo(torch.int64).min
 """An `ignore_index` that no target has: stands for None where an integer is needed."""
 
+ZERO_LOG_P = -1e4
+"""A log-probability whose exponential is 0 in float64 too, and whose multiples are finite."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Head:

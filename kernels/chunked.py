@@ -6,6 +6,7 @@ the tokens are the inner one. The logsumexp is online: each chunk's maximum m an
     l = sum_v exp(s_v - m),   u = sum_v exp(s_v - m) (s_v - m)
 
 are merged in order, in float64, and entropy = log l - u / l (shifted: the unshifted form cancels).
+The target is left out of them and joins at the end, by its exact score.
 The backward pass computes the scores anew. Shapes: N tokens, H hidden size, V vocabulary, C words
 of a chunk, R tokens of a block.
 """
@@ -13,13 +14,22 @@ of a chunk, R tokens of a block.
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_rl.kernels.arguments import NO_INDEX, Head, compute_dtype
+from moe_rl.kernels.arguments import NO_INDEX, ZERO_LOG_P, Head, compute_dtype
 from moe_rl.kernels.product import product
-from moe_rl.kernels.rows import Gradients, Slopes, exact_target_scores, slopes
+from moe_rl.kernels.rows import (
+    Gradients,
+    Slopes,
+    Sums,
+    exact_target_scores,
+    merged,
+    outputs_of,
+    slopes,
+)
 
 _CHUNK_NUMBERS = 2**22  # of the weight: 16 MiB in float32
 _BLOCK_SCORES = 2**22  # 16 MiB in float32, of which the entropy's gradient holds three
@@ -35,25 +45,20 @@ def chunked_forward(
     *,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(logprobs, entropy, lse)` `[N]`; the entropy is empty unless it is asked for."""
+    """`(logprobs, entropy, lse)` `[N]`, lse in float64; entropy is empty unless asked for."""
     rows = _counted(targets, head)
     work = _Work.of(hidden, weight, targets, bias, head, rows)
     exact = exact_target_scores(work.hidden, weight, work.targets, bias, work.head)
-    exact = exact.to(work.hidden.dtype)
-    sums = _Sums(exact)
+    sums = _Running(exact, work.hidden.dtype, entropy=entropy)
     for chunk in work.chunks():
         for block in work.blocks():
-            scores = work.scores(chunk, block)
-            _place(scores, work.targets[block] - chunk.start, exact[block])
-            sums.add(block, scores, removable=bias is not None, entropy=entropy)
-    log_total = sums.total.log()
-    # exact - lse would round the peak twice.
-    logprobs = (exact - sums.peak) - log_total
-    spread = log_total - sums.moment / sums.total if entropy else None
+            sums.add(block, work.scores(chunk, block), work.targets[block] - chunk.start)
+    logprobs, spread, lse = outputs_of(exact, *sums.values)
+    dtype = work.hidden.dtype
     return (
-        _full(logprobs, rows, targets, exact.dtype),
-        _full(spread, rows, targets, exact.dtype),
-        _full(sums.peak + log_total, rows, targets, exact.dtype),
+        _full(logprobs, rows, targets, dtype),
+        _full(spread, rows, targets, dtype),
+        _full(lse, rows, targets, torch.float64),
     )
 
 
@@ -71,11 +76,7 @@ def chunked_backward(
     """Gradients to hidden, weight and bias, summed in float32 (or 64), in the inputs' dtypes."""
     rows = _counted(targets, head)
     work = _Work.of(hidden, weight, targets, bias, head, rows)
-    logprobs, entropy, lse = (_take(out, rows) if len(out) else out for out in outputs)
-    slope = slopes(
-        *(tuple(None if g is None else _take(g, rows) for g in grads), logprobs, entropy),  # type: ignore[arg-type]
-        *(work.head, work.hidden.dtype),
-    )
+    slope = slopes(_each(grads, rows), _each(outputs, rows), work.head, work.hidden.dtype)
     to_hidden = torch.zeros_like(work.hidden) if wanted[0] else None
     to_weight = torch.empty_like(weight) if wanted[1] else None
     to_bias = torch.empty_like(bias) if wanted[2] and bias is not None else None
@@ -83,7 +84,7 @@ def chunked_backward(
         sums_weight: Tensor | None = None
         sums_bias: Tensor | None = None
         for block in work.blocks():
-            to_scores = _slopes_of_scores(work, chunk, block, lse, slope)
+            to_scores = _slopes_of_scores(work, chunk, block, slope)
             if to_hidden is not None:
                 to_hidden[block] += product(to_scores, chunk.weight)
             if to_weight is not None:
@@ -187,41 +188,39 @@ class _Work:
         return None if self.head.temperature == 1.0 else self.head.temperature
 
 
-class _Sums:
-    """Running m, l and u of every token, float64 `[N]`."""
+class _Running:
+    """Running m, l and u over the words that are not the target, float64 `[N]` each."""
 
-    def __init__(self, like: Tensor) -> None:
-        self.floor = torch.finfo(like.dtype).min
+    def __init__(self, exact: Tensor, dtype: torch.dtype, *, entropy: bool) -> None:
+        self.floor = torch.finfo(dtype).min
         # Not 0: the exponentials of a row of very negative scores would all vanish. Not -inf:
         # a chunk of removed words would give -inf - -inf, a NaN.
-        self.peak = torch.full(like.shape, self.floor, dtype=torch.float64, device=like.device)
-        self.total = torch.zeros_like(self.peak)
-        self.moment = torch.zeros_like(self.peak)
+        peak = torch.full_like(exact, self.floor)
+        moment = torch.zeros_like(exact) if entropy else None
+        self.values: Sums = (peak, torch.zeros_like(exact), moment)
 
-    def add(self, block: slice, scores: Tensor, *, removable: bool, entropy: bool) -> None:
+    def add(self, block: slice, scores: Tensor, columns: Tensor) -> None:
         """Merge the scores `[R, C]` of the next words, which are overwritten."""
+        peak, total, moment = self.values
         top = scores.amax(1).clamp_min_(self.floor)
         scores.sub_(top.unsqueeze(1))
-        if entropy:
-            # A removed word's exp(-inf) * -inf would be NaN.
-            shifted = scores.clamp_min_(self.floor) if removable else scores
-            weights = shifted.exp()
-            new_total, new_moment = weights.sum(1), weights.mul_(shifted).sum(1)
+        _place(scores, columns, torch.full_like(top, ZERO_LOG_P))
+        new_moment = None
+        if moment is None:
+            new_total = scores.exp_().sum(1)
         else:
-            new_total, new_moment = scores.exp_().sum(1), None
-        old = self.peak[block]
-        peak = torch.maximum(old, top.double())
-        was, now = old - peak, top.double() - peak
-        if new_moment is not None:
-            before = was.exp() * (self.moment[block] + self.total[block] * was)
-            self.moment[block] = before + now.exp() * (new_moment + new_total * now)
-        self.total[block] = was.exp() * self.total[block] + now.exp() * new_total
-        self.peak[block] = peak
+            # A removed word's exp(-inf) * -inf would be NaN.
+            weights = scores.clamp_min_(ZERO_LOG_P).exp()
+            new_total, new_moment = weights.sum(1).double(), weights.mul_(scores).sum(1).double()
+        old = (peak[block], total[block], None if moment is None else moment[block])
+        for whole, part in zip(
+            self.values, merged(old, (top.double(), new_total.double(), new_moment)), strict=True
+        ):
+            if whole is not None and part is not None:
+                whole[block] = part
 
 
-def _slopes_of_scores(
-    work: _Work, chunk: _Chunk, block: slice, lse: Tensor, slope: Slopes
-) -> Tensor:
+def _slopes_of_scores(work: _Work, chunk: _Chunk, block: slice, slope: Slopes) -> Tensor:
     """d loss / d (hidden @ weight.T + bias) `[R, C]` for one block of one chunk."""
     scores = work.scores(chunk, block)
     cap_slope = None
@@ -230,13 +229,13 @@ def _slopes_of_scores(
         tanh = scores / work.head.softcap
         cap_slope = (tanh if temperature is None else tanh.mul_(temperature)).square_().neg_()
         cap_slope += 1
-    scores.sub_(lse[block].unsqueeze(1))
+    scores.sub_(slope.lse[block].unsqueeze(1))
     base = slope.base[block].unsqueeze(1)
     if slope.spread is None:
         scores.exp_().mul_(base)
     else:
         if chunk.bias is not None:  # a removed word's 0 * -inf would be NaN
-            scores.clamp_min_(torch.finfo(scores.dtype).min)
+            scores.clamp_min_(ZERO_LOG_P)
         pull = scores * -slope.spread[block].unsqueeze(1)
         scores.exp_().mul_(pull.add_(base))
     _place(scores, work.targets[block] - chunk.start, slope.target[block])
@@ -261,6 +260,11 @@ def _counted(targets: Tensor, head: Head) -> Tensor | None:
 
 def _take(values: Tensor, rows: Tensor | None) -> Tensor:
     return values if rows is None else values[rows]
+
+
+def _each(values: Any, rows: Tensor | None) -> Any:
+    """The rows of three arrays, of which some may be None or empty."""
+    return tuple(v if v is None or len(v) == 0 else _take(v, rows) for v in values)
 
 
 def _full(

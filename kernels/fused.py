@@ -33,7 +33,7 @@ def fused_logprobs(
         *(hidden, weight, targets, bias, constant, varying),
         *(head.softcap, head.ignore_index, entropy, backend),
     )
-    return logprobs, spread if entropy else None, lse
+    return logprobs, spread if entropy else None, lse.to(logprobs.dtype)
 
 
 @torch.library.custom_op("moe_rl::token_logprobs", mutates_args=())
@@ -49,7 +49,7 @@ def _forward(
     entropy: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logprobs, entropy (empty unless asked for) and lse."""
+    """Logprobs, entropy (empty unless asked for) and lse in float64, for the backward pass."""
     head = _head(temperature, temperatures, softcap, ignore_index)
     return _implementation(backend)[0](hidden, weight, targets, bias, head, entropy=entropy)
 
@@ -60,7 +60,7 @@ def _(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *res
     dtype = compute_dtype(hidden, weight, bias)
     logprobs = targets.new_empty(targets.shape, dtype=dtype)
     spread = targets.new_empty(targets.shape if entropy else (0,), dtype=dtype)
-    return logprobs, spread, torch.empty_like(logprobs)
+    return logprobs, spread, torch.empty_like(logprobs, dtype=torch.float64)
 
 
 @torch.library.custom_op("moe_rl::token_logprobs_backward", mutates_args=())
@@ -140,7 +140,8 @@ def _head(
 
 def _implementation(backend: str) -> tuple[Any, Any]:
     if backend == "triton":
-        from moe_rl.kernels.triton_logprobs import triton_backward, triton_forward
+        from moe_rl.kernels.triton_backward import triton_backward
+        from moe_rl.kernels.triton_logprobs import triton_forward
 
         return triton_forward, triton_backward
     assert backend == "chunked", backend

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_rl.kernels.arguments import NO_INDEX, Head, compute_dtype
+from moe_rl.kernels.arguments import NO_INDEX, ZERO_LOG_P, Head, compute_dtype
 
 
 def reference_logprobs(
@@ -38,7 +38,7 @@ def reference_logprobs(
             log_p = scores.log_softmax(-1)
             logprobs = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
             # A removed word has p = 0 and log p = -inf, and 0 * -inf is NaN: its term is 0.
-            spread = -(log_p.exp() * log_p.clamp_min(torch.finfo(dtype).min)).sum(-1)
+            spread = -(log_p.exp() * log_p.clamp_min(ZERO_LOG_P)).sum(-1)
         else:
             # PyTorch's fused log_softmax and gather. No index is to be ignored: its default would
             # answer 0 for a target of -100 where `ignore_index=None` promises an error.
