@@ -38,5 +38,12 @@ if __name__ == "kernels":
 else:
     from moe_rl.kernels.choose import Choice, choose_backend
     from moe_rl.kernels.logprobs import token_logprobs
+    from moe_rl.kernels.routing_stats import RoutingStatistics, routing_statistics
 
-    __all__ = ["Choice", "choose_backend", "token_logprobs"]
+    __all__ = [
+        "Choice",
+        "RoutingStatistics",
+        "choose_backend",
+        "routing_statistics",
+        "token_logprobs",
+    ]

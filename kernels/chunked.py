@@ -32,8 +32,8 @@ from moe_rl.kernels.rows import (
 )
 
 _CHUNK_NUMBERS = 2**22  # of the weight: 16 MiB in float32
-_BLOCK_SCORES = 2**22  # 16 MiB in float32, of which the entropy's gradient holds three
-_MAX_WORDS = 4096  # wider products are no faster
+_BLOCK_SCORES = 2**21  # 8 MiB in float32, of which the entropy gradient holds three
+_MAX_WORDS = 2048  # wider products are no faster
 
 
 def chunked_forward(

@@ -170,16 +170,22 @@ class Policy:
         shared = self.share_prompts and not self.gradient_checkpointing
         hidden, routes, scores = (self._shared if shared else self._whole)(batch, options)
         head = self.model.get_output_embeddings()
-        logprobs = token_logprobs(
-            hidden, head.weight, batch.response_ids, bias=head.bias, temperature=self.temperature
+        logprobs, *entropy = _as_tuple(
+            token_logprobs(
+                hidden,
+                head.weight,
+                batch.response_ids,
+                bias=head.bias,
+                temperature=self.temperature,
+                ignore_index=None,  # what counts is the caller's mask to say
+                entropy=options.entropy,
+            )
         )
-        entropy = None
-        if options.entropy:
-            with torch.no_grad():
-                log_p = torch.log_softmax(self.logits(hidden.detach()), dim=-1)
-                entropy = -(log_p.exp() * log_p).sum(-1)
         return PassOutput(
-            logprobs=logprobs, entropy=entropy, routed_experts=routes, router_logits=scores
+            logprobs=logprobs,
+            entropy=entropy[0].detach() if entropy else None,
+            routed_experts=routes,
+            router_logits=scores,
         )
 
     def _shared(
@@ -259,6 +265,10 @@ class Policy:
                 yield stack.enter_context(record_routing(self.model, scores=options.scores))
             else:
                 yield None
+
+
+def _as_tuple(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return values if isinstance(values, tuple) else (values,)
 
 
 def _live(seen: Any) -> Tensor:
