@@ -38,12 +38,15 @@ if __name__ == "kernels":
 else:
     from moe_rl.kernels.choose import Choice, choose_backend
     from moe_rl.kernels.logprobs import token_logprobs
+    from moe_rl.kernels.patch import Patch, patch
     from moe_rl.kernels.routing_stats import RoutingStatistics, routing_statistics
 
     __all__ = [
         "Choice",
+        "Patch",
         "RoutingStatistics",
         "choose_backend",
+        "patch",
         "routing_statistics",
         "token_logprobs",
     ]
