@@ -1,7 +1,7 @@
 """moe_rl.kernels: per-token log-probabilities of a language-model head, defined by slow code.
 
-`token_logprobs` is the one function; `reference.py` is its definition. This room knows nothing of
-configurations, trainers or logging.
+`token_logprobs` is the one function; `reference.py` is its definition and docs/kernels.md its
+contract. This room knows nothing of configurations, trainers or logging.
 
 The folder is called `kernels`, and so is a Hugging Face package that transformers imports. With the
 repository root first on `sys.path` (`python -c`, `python -m pytest`) their `import kernels` finds
@@ -39,6 +39,17 @@ if __name__ == "kernels":
     _hand_over()
     del _hand_over, sys, PathFinder, module_from_spec, Path
 else:
-    from moe_rl.kernels.reference import token_logprobs
+    from moe_rl.kernels.choose import Choice, choose_backend
+    from moe_rl.kernels.logprobs import token_logprobs
+    from moe_rl.kernels.patch import Patch, patch
+    from moe_rl.kernels.routing_stats import RoutingStatistics, routing_statistics
 
-    __all__ = ["token_logprobs"]
+    __all__ = [
+        "Choice",
+        "Patch",
+        "RoutingStatistics",
+        "choose_backend",
+        "patch",
+        "routing_statistics",
+        "token_logprobs",
+    ]

@@ -8,6 +8,9 @@ import torch
 
 from moe_rl import __version__
 from moe_rl.experts import choose_experts
+from moe_rl.kernels import choose_backend
+from moe_rl.kernels.product import product_reason
+from moe_rl.kernels.routing_stats import choose_routing_backend
 from moe_rl.policy import resolve_device
 
 _PACKAGES = ("torch", "transformers", "triton", "megablocks", "numpy", "pandas", "matplotlib")
@@ -26,7 +29,8 @@ def describe() -> str:
         ("cuda", _cuda()),
         ("device auto", f"{device.type}: {_device_reason()}"),
         ("experts auto", choose_experts(device, "auto").reason),
-        ("log-probs", "reference: the only implementation there is"),
+        *_log_probs(device),
+        ("routing statistics", ": ".join(choose_routing_backend("auto", device))),
         (
             "rollout engine",
             "cached: the policy itself with a key-value cache, prompts read once per group",
@@ -34,6 +38,17 @@ def describe() -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _log_probs(device: torch.device) -> list[tuple[str, str]]:
+    """The choice for the small study (1024 tokens, 13 words) and for a real vocabulary."""
+    return [
+        (
+            f"log-probs, V = {vocab}",
+            ": ".join(choose_backend("auto", device=device, num_tokens=1024, vocab=vocab)),
+        )
+        for vocab in (13, 151936)
+    ] + [("log-probs, CPU products", product_reason())]
 
 
 def _version(package: str) -> str:

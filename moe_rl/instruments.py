@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_rl.kernels import routing_statistics
 from moe_rl.ratios import clip_shares, mismatch_statistics, ratio_statistics, split_log_ratio
 from moe_rl.response_pass import PassOutput
 from moe_rl.rollout.batch import RolloutBatch, response_positions
@@ -28,10 +29,9 @@ def rollout_metrics(batch: RolloutBatch, old: PassOutput) -> dict[str, Any]:
     mask, logits = batch.response_mask, old.router_logits
     routes = response_positions(old.routed_experts, batch.prompt_ids.shape[1])
     load = statistics.load(routes, logits.shape[-1], mask)
+    router = router_statistics(logits, routes, mask)
     layers = {
-        "routing/margin": statistics.per_layer(statistics.margin(logits, routes.shape[-1], mask)),
-        "routing/confidence": statistics.per_layer(statistics.confidence(logits, routes, mask)),
-        "routing/entropy": statistics.per_layer(statistics.entropy(logits, mask)),
+        **{f"routing/{name}": statistics.per_layer(values) for name, values in router.items()},
         "routing/load_cv": statistics.load_cv(load),
         "routing/max_vio": statistics.max_vio(load),
         "routing/dead_experts": statistics.dead_experts(load),
@@ -109,6 +109,32 @@ def update_metrics(
             live, replay = replay, live
         metrics |= split_log_ratio(live, replay, old_logprobs, mask)
     return metrics
+
+
+def router_statistics(logits: Tensor, routes: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Margin, confidence and entropy of the routers, `[B, T, L]`, NaN where they do not count.
+
+    On a GPU one kernel reads the logits `[B, T, L, E]` once for all three; a CPU is faster with one
+    operator after the other. `routing/statistics.py` defines them.
+    """
+    if not _one_pass(logits):
+        return {
+            "margin": statistics.margin(logits, routes.shape[-1], mask),
+            "confidence": statistics.confidence(logits, routes, mask),
+            "entropy": statistics.entropy(logits, mask),
+        }
+    found = routing_statistics(logits, routes)
+    outside = ~mask.unsqueeze(-1)
+    no_record = outside | (routes < 0).any(dim=-1)
+    return {
+        "margin": found.margin.masked_fill(outside, torch.nan),
+        "confidence": found.replay_weights.sum(dim=-1).masked_fill(no_record, torch.nan),
+        "entropy": found.entropy.masked_fill(outside, torch.nan),
+    }
+
+
+def _one_pass(logits: Tensor) -> bool:
+    return logits.is_cuda
 
 
 def _disagreement(churn: Tensor) -> dict[str, Any]:

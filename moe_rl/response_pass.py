@@ -80,16 +80,21 @@ def response_pass(
         read = _cached
     hidden, routes, scores = read(policy, batch, options)
     head = policy.model.get_output_embeddings()
-    logprobs = token_logprobs(
-        hidden, head.weight, batch.response_ids, bias=head.bias, temperature=policy.temperature
+    found = token_logprobs(
+        hidden,
+        head.weight,
+        batch.response_ids,
+        bias=head.bias,
+        temperature=policy.temperature,
+        ignore_index=None,  # what counts is the caller's mask to say
+        entropy=options.entropy,
     )
-    entropy = None
-    if options.entropy:
-        with torch.no_grad():
-            log_p = torch.log_softmax(policy.logits(hidden.detach()), dim=-1)
-            entropy = -(log_p.exp() * log_p).sum(-1)
+    logprobs, entropy = (found, None) if isinstance(found, Tensor) else found[:2]
     return PassOutput(
-        logprobs=logprobs, entropy=entropy, routed_experts=routes, router_logits=scores
+        logprobs=logprobs,
+        entropy=None if entropy is None else entropy.detach(),
+        routed_experts=routes,
+        router_logits=scores,
     )
 
 

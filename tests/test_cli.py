@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -146,6 +147,9 @@ def test_doctor_says_which_backend_and_why(tmp_path: Path) -> None:
     shown = moe_rl("doctor", cwd=tmp_path).stdout
     assert "experts auto" in shown
     assert "torch" in shown
+    assert re.search(r"^log-probs, V = 13 +reference: N \* V = 13312 logits", shown, flags=re.M)
+    assert re.search(r"^log-probs, V = 151936 +(chunked|triton): ", shown, flags=re.M)
+    assert re.search(r"^routing statistics +(reference|triton): ", shown, flags=re.M)
 
 
 def test_calibrate_finds_the_noise(tmp_path: Path) -> None:

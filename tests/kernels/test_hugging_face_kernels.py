@@ -94,7 +94,7 @@ def test_both_packages_work_in_one_process(site: Path) -> None:
         "import kernels, moe_rl.kernels; assert 'token_logprobs' not in vars(kernels); "
         "print(moe_rl.kernels.token_logprobs.__module__, kernels.Mode.__module__)"
     )
-    assert run_in_root(code, site) == "moe_rl.kernels.reference kernels.layer.mode"
+    assert run_in_root(code, site) == "moe_rl.kernels.logprobs kernels.layer.mode"
 
 
 def test_an_error_inside_the_installed_package_is_not_hidden(site: Path) -> None:

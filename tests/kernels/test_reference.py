@@ -148,7 +148,7 @@ def test_a_target_outside_the_vocabulary_is_an_error(target: int) -> None:
     targets[2] = target
     for entropy in (False, True):
         with pytest.raises((IndexError, RuntimeError)):
-            token_logprobs(hidden, weight, targets, entropy=entropy)
+            token_logprobs(hidden, weight, targets, entropy=entropy, ignore_index=None)
 
 
 @pytest.mark.parametrize(

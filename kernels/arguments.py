@@ -1,0 +1,99 @@
+"""The arguments of `token_logprobs`: what shapes, dtypes and numbers alone can tell about them."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NO_INDEX = torch.iinfo(torch.int64).min
+"""An `ignore_index` that no target has: stands for None where an integer is needed."""
+
+ZERO_LOG_P = -1e4
+"""A log-probability whose exponential is 0 in float64 too, and whose multiples are finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """How hidden states become a distribution, apart from the matrix.
+
+    scores = cap(hidden @ weight.T + bias) / temperature, cap(z) = softcap * tanh(z / softcap).
+    """
+
+    temperature: float | Tensor = 1.0
+    """Softmax temperature: one positive number, or one a token, float `[N]`."""
+    softcap: float | None = None
+    """Bound of the logits, positive; None: unbounded."""
+    ignore_index: int = NO_INDEX
+    """Target of the tokens that do not count."""
+
+
+def check_arguments(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None
+) -> None:
+    """Raise ValueError on tensors that do not fit each other, and on a bad softcap."""
+    _check_layout(weight)
+    if hidden.ndim < 1 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "hidden [..., H] and weight [V, H] must agree in H, "
+            f"got hidden {list(hidden.shape)} and weight {list(weight.shape)}"
+        )
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets must have hidden's leading shape {list(hidden.shape[:-1])}, "
+            f"got {list(targets.shape)}: one target per hidden state"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64, got {targets.dtype}: call targets.long()")
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+
+
+def check_temperature(temperature: float | Tensor, targets: Tensor) -> float | Tensor:
+    """The temperature as a number, or as float32 or float64 `[N]` on the device of the targets.
+
+    The values of a tensor are left alone: looking at them would drain a GPU's queue.
+
+    Raises:
+        ValueError: not positive, not finite, or a tensor that is not one number a token.
+    """
+    if not isinstance(temperature, Tensor):
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        return float(temperature)
+    if temperature.requires_grad:
+        raise ValueError("temperature must not require a gradient: there is none; detach() it")
+    if not temperature.is_floating_point() or temperature.shape not in ((), targets.shape):
+        raise ValueError(
+            f"temperature must be a float or a float tensor of targets' shape "
+            f"{list(targets.shape)}, got {temperature.dtype} {list(temperature.shape)}"
+        )
+    dtype = torch.promote_types(torch.float32, temperature.dtype)
+    return temperature.to(targets.device, dtype).expand(targets.shape).reshape(-1)
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float32, or float64 as soon as one tensor is: the arithmetic whatever the inputs."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _check_layout(weight: Tensor) -> None:
+    """Refuse a matrix of which this process holds a part only."""
+    if hasattr(weight, "ds_shape"):
+        raise ValueError(
+            f"weight is partitioned by DeepSpeed ZeRO-3 (whole shape {tuple(weight.ds_shape)}): "
+            "gather it first, with deepspeed.zero.GatheredParameters([weight])"
+        )
+    if hasattr(weight, "full_tensor"):
+        raise ValueError("weight is a DTensor: pass weight.full_tensor(), the whole matrix")

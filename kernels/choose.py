@@ -1,0 +1,83 @@
+"""Which implementation of the token log-probabilities runs: the one decision point."""
+
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = ("auto", "reference", "chunked", "triton")
+
+SMALL_LOGITS = 2**22
+"""Logits that are materialised without a second thought: 16 MiB in float32, which stay in a
+last-level cache. A minibatch of the small study (vocabulary 13) has some ten thousand."""
+
+
+class Choice(NamedTuple):
+    """A backend's name, as `token_logprobs` takes it, and why it was taken."""
+
+    name: str
+    reason: str
+
+
+def choose_backend(
+    requested: str = "auto",
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    num_tokens: int,
+    vocab: int,
+) -> Choice:
+    """The backend of one call of `token_logprobs`.
+
+    Args:
+        requested: `auto`, or a backend by name, which is then taken or refused, never replaced.
+        device: where the tensors are.
+        dtype: the widest of hidden, weight and bias.
+        num_tokens: N.
+        vocab: V.
+
+    Raises:
+        ValueError: an unknown name, or a backend that cannot run on this device and dtype.
+    """
+    if requested not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {requested!r}")
+    kind = torch.device(device).type
+    if requested == "triton":
+        obstacle = triton_obstacle(kind, dtype)
+        if obstacle:
+            raise ValueError(f"backend 'triton' cannot run: {obstacle}")
+    if requested != "auto":
+        return Choice(requested, "asked for by name")
+    if num_tokens * vocab <= SMALL_LOGITS:
+        return Choice(
+            "reference",
+            f"N * V = {num_tokens * vocab} logits fit into a cache (at most {SMALL_LOGITS}): "
+            "materialising them is the fastest",
+        )
+    if kind != "cuda":
+        return Choice("chunked", f"on {kind}, vocabulary chunks bound the memory")
+    obstacle = triton_obstacle(kind, dtype)
+    if obstacle:
+        return Choice("chunked", f"the Triton kernels cannot run: {obstacle}")
+    return Choice("triton", "CUDA device and Triton: the fused kernels")
+
+
+def triton_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run on this device and dtype; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (it ships with PyTorch for CUDA on Linux)"
+    if dtype == torch.float64:
+        return "they compute in float32 and an input is float64; use backend='reference'"
+    if device_type != "cuda" and not interpreting():
+        return (
+            f"the tensors are on {device_type}. Move them to a CUDA device, or set "
+            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter "
+            "(slow, for tests)"
+        )
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter stands in for a GPU: TRITON_INTERPRET=1 in the environment."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

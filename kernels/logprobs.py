@@ -1,0 +1,162 @@
+"""`token_logprobs`, the one public function: checks its arguments, chooses a backend, calls it."""
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from moe_rl.kernels.arguments import (
+    NO_INDEX,
+    Head,
+    check_arguments,
+    check_temperature,
+    compute_dtype,
+)
+from moe_rl.kernels.choose import choose_backend
+from moe_rl.kernels.reference import reference_logprobs
+
+
+@overload
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    ignore_index: int | None = ...,
+    entropy: Literal[False] = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    ignore_index: int | None = ...,
+    entropy: Literal[True],
+    return_lse: bool = ...,
+    backend: str = ...,
+) -> tuple[Tensor, ...]: ...
+
+
+@overload
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    ignore_index: int | None = ...,
+    entropy: Literal[False] = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, ...]: ...
+
+
+@overload
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    ignore_index: int | None = ...,
+    entropy: bool,
+    return_lse: bool = ...,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, ...]: ...
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int | None = -100,
+    entropy: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """Log-probability of each target token under a language-model head, without storing logits.
+
+        z = hidden @ weight.T + bias
+        s = softcap * tanh(z / softcap) / temperature
+        lse      = logsumexp(s)                         nats
+        logprobs = s[targets] - lse                     nats
+        entropy  = -sum_v p_v log p_v,  p = softmax(s)  nats
+
+    `reference.py` is these lines in PyTorch; the other backends are tested against it. All
+    arithmetic is in float32 (float64 as soon as one input is float64), whatever the dtype of the
+    inputs and also under autocast: a bfloat16 log-probability has steps of 2^-6 near -2, which is
+    more than the width of GSPO's clip range.
+
+    Args:
+        hidden: `[..., H]`, floating point; the last hidden states, after the final norm.
+        weight: `[V, H]`, floating point; the head's matrix. No gradient is computed for it if it
+            needs none.
+        targets: `[...]`, int64 in `[0, V)` or `ignore_index`. Other values are an error on a CPU
+            (IndexError or RuntimeError) and a device-side assert or NaN on a GPU: looking at the
+            values would drain its queue.
+        bias: `[V]`, floating point, or None. An entry of -inf removes a word.
+        temperature: softmax temperature, positive and finite; a float, or one a token `[...]`.
+        softcap: bound of the logits before the temperature (Gemma), positive; None: unbounded.
+        ignore_index: tokens with this target get 0 for each output and give no gradient, whatever
+            their hidden state holds, NaN included; None: every target is a token.
+        entropy: return the entropy of the whole distribution too.
+        return_lse: return the logsumexp of the scores s too.
+        backend: `auto` (see `choose_backend`), `reference`, `chunked` or `triton`.
+
+    Returns:
+        `logprobs` `[...]` alone; if more is asked for, a tuple of `logprobs`, `entropy`, `lse` in
+        this order without those that are not. All `[...]`, float32 or float64, and all
+        differentiable once, to hidden, weight and bias.
+
+    Raises:
+        ValueError: a shape, dtype, device or number that does not fit the above, a partitioned
+            weight, or a backend that cannot run here.
+    """
+    check_arguments(hidden, weight, targets, bias, softcap)
+    head = Head(
+        temperature=check_temperature(temperature, targets),
+        softcap=None if softcap is None else float(softcap),
+        ignore_index=NO_INDEX if ignore_index is None else ignore_index,
+    )
+    flat_targets = targets.reshape(-1)
+    choice = choose_backend(
+        backend,
+        device=hidden.device,
+        dtype=compute_dtype(hidden, weight, bias),
+        num_tokens=flat_targets.numel(),
+        vocab=weight.shape[0],
+    )
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if choice.name == "reference":
+        outputs = reference_logprobs(
+            flat, weight, flat_targets, bias, head, entropy=entropy, lse=return_lse
+        )
+    else:
+        from moe_rl.kernels.fused import fused_logprobs
+
+        outputs = fused_logprobs(
+            flat, weight, flat_targets, bias, head, entropy=entropy, backend=choice.name
+        )
+    asked = zip(outputs, (True, entropy, return_lse), strict=True)
+    shaped = tuple(
+        out.reshape(targets.shape) for out, wanted in asked if wanted and out is not None
+    )
+    return shaped if len(shaped) > 1 else shaped[0]

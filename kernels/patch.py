@@ -1,0 +1,184 @@
+"""A `token_logprobs` method for any Hugging Face causal language model.
+
+    with patch(model):
+        logprobs = model.token_logprobs(input_ids, attention_mask=mask)
+
+What a family does to its final logits (softcap, scale, bias) is read from its config, and then
+checked: `patch` runs the model on four tokens and compares. A model whose logits are not what was
+read is refused, so that the method is the model's own distribution or does not exist.
+"""
+
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_rl.kernels.logprobs import token_logprobs
+
+_METHOD = "token_logprobs"
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+_PROBE_TOKENS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalLogits:
+    """logits = cap(scale * (hidden @ weight.T + bias)); not both a cap and a scale."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def of(self, hidden: Tensor, head: nn.Linear) -> Tensor:
+        """The logits themselves, in float32: for the comparison."""
+        bias = None if head.bias is None else head.bias.float()
+        logits = F.linear(hidden.float(), head.weight.float(), bias) * self.scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+
+class Patch:
+    """Undoes `patch`: by `remove()`, or as a context manager at the end of the block."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def remove(self) -> None:
+        """Take the method off the model again. A second call does nothing."""
+        self._model.__dict__.pop(_METHOD, None)
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def patch(model: nn.Module) -> Patch:
+    """Give `model` a method `token_logprobs(input_ids, ...)` that never stores full logits.
+
+    The method takes `[B, S]` ids and returns what `moe_rl.kernels.token_logprobs` returns:
+
+        model.token_logprobs(
+            input_ids, attention_mask=None, targets=None, temperature=1.0, ignore_index=-100,
+            entropy=False, return_lse=False, backend="auto", **forward)
+
+    Without `targets` the result is `[B, S - 1]`: token s + 1 given the tokens up to s, and 0 for
+    tokens that the attention mask leaves out. With `targets` `[B, S]` position s is asked for
+    targets[s]. `forward` goes to the model.
+
+    Args:
+        model: a causal LM of transformers, not wrapped, whose head is an `nn.Linear` (tied or not).
+
+    Returns:
+        The patch; its `remove()` undoes it.
+
+    Raises:
+        ValueError: no such head, an encoder-decoder, a model that has the method already, or final
+            logits that are not a bounded or scaled linear function of the last hidden state.
+    """
+    name = type(model).__name__
+    if hasattr(model, _METHOD):
+        raise ValueError(f"{name} has a method {_METHOD} already: remove() the earlier patch")
+    head = _head(model, name)
+    final = _final_logits(model, head, name)
+
+    def method(
+        self: Any,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        targets: Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+        ignore_index: int = -100,
+        entropy: bool = False,
+        return_lse: bool = False,
+        backend: str = "auto",
+        **forward: Any,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Log-probabilities of tokens under this model; see `moe_rl.kernels.patch`."""
+        hidden = _hidden(self, input_ids, attention_mask=attention_mask, **forward)
+        if targets is None:
+            hidden, targets = hidden[:, :-1], input_ids[:, 1:]
+            if attention_mask is not None:
+                targets = targets.where(attention_mask[:, 1:].bool(), ignore_index)
+        return token_logprobs(
+            hidden,
+            head.weight,
+            targets,
+            bias=head.bias,
+            temperature=temperature / final.scale,
+            softcap=final.softcap,
+            ignore_index=ignore_index,
+            entropy=entropy,
+            return_lse=return_lse,
+            backend=backend,
+        )
+
+    # Past nn.Module's own __setattr__, so that remove() finds it in one place.
+    model.__dict__[_METHOD] = types.MethodType(method, model)
+    return Patch(model)
+
+
+def _head(model: Any, name: str) -> nn.Linear:
+    get: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
+    if get is None or not hasattr(model, "base_model") or not hasattr(model, "config"):
+        raise ValueError(f"{name} is not a transformers model: pass the model inside the wrapper")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder: a causal LM is needed")
+    head = get()
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        raise ValueError(
+            f"{name}: its output head is {type(head).__name__}, which does more than one matrix "
+            "product (quantised or adapted?). Merge or dequantise it into an nn.Linear first"
+        )
+    if model.base_model is model:
+        raise ValueError(f"{name} has no base model below its head, so no hidden states to take")
+    return head
+
+
+def _hidden(model: Any, input_ids: Tensor, **forward: Any) -> Tensor:
+    """Last hidden states `[B, S, H]`, after the final norm."""
+    output = model.base_model(input_ids=input_ids, **{"use_cache": False, **forward})
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+@torch.no_grad()
+def _final_logits(model: Any, head: nn.Linear, name: str) -> FinalLogits:
+    """The first reading of the config that reproduces the model's own logits."""
+    ids = torch.arange(1, 1 + _PROBE_TOKENS, device=head.weight.device).remainder(len(head.weight))
+    training = model.training
+    model.eval()  # dropout would make two passes differ
+    try:
+        own = model(input_ids=ids.unsqueeze(0), use_cache=False).logits.float()
+        hidden = _hidden(model, ids.unsqueeze(0))
+    finally:
+        model.train(training)
+    # The model's own logits are rounded to its dtype, once in the product and once by cap or scale.
+    tolerance = 8 * torch.finfo(head.weight.dtype).eps * own.abs().max().item()
+    tried = []
+    for reading in _readings(model):
+        ours = reading.of(hidden, head)
+        if ours.shape == own.shape and bool(((ours - own).abs() <= tolerance).all()):
+            return reading
+        tried.append(reading)
+    raise ValueError(
+        f"{name}: its final logits are not those of its head under any of {tried}, so the result "
+        "would not be its own distribution. Use moe_rl.kernels.token_logprobs with what it does"
+    )
+
+
+def _readings(model: Any) -> Iterator[FinalLogits]:
+    """What the config may mean. Granite divides by `logits_scaling`, HyperCLOVA X multiplies."""
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:
+        yield FinalLogits(softcap=float(cap))
+    for name in _SCALES:
+        value = getattr(config, name, None)
+        if isinstance(value, int | float) and value > 0 and value != 1:
+            yield FinalLogits(scale=float(value))
+            yield FinalLogits(scale=1 / float(value))
+    yield FinalLogits()

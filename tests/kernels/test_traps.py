@@ -1,0 +1,309 @@
+"""What went wrong in other implementations of fused log-probabilities, one test a trap.
+
+docs/kernels.md lists them with their sources; each name here says what must not happen.
+"""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from problems import DEVICE, FUSED, problem, solve, truth
+from torch import Tensor
+
+from moe_rl.kernels import token_logprobs
+
+BACKENDS = ("reference", *FUSED)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("vocab", [1, 127, 130, 2050])
+def test_words_past_the_vocabulary_add_nothing(backend: str, vocab: int) -> None:
+    """verl #2656: phantom words with logit 0 show on a row of low logits, not on random ones."""
+    p = problem(4, 8, vocab, bias=True)
+    assert p.bias is not None
+    p.bias.sub_(60.0)
+    found, exact = solve(p, backend), truth(p)
+    torch.testing.assert_close(found["logprobs"].double(), exact["logprobs"], rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_very_negative_logits_are_not_nan(backend: str) -> None:
+    """SkyRL #2141: a running maximum that starts at 0 makes every exponential vanish."""
+    p = problem(5, 8, 300, bias=True)
+    assert p.bias is not None
+    p.bias.sub_(1e4)
+    assert all(value.isfinite().all() for value in solve(p, backend).values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_entropy_has_a_gradient(backend: str) -> None:
+    """TRL #6625: it was dropped in silence."""
+    p = problem(5, 8, 300)
+    p.upstream[[0, 2]] = 0
+    found, exact = solve(p, backend), truth(p)
+    assert exact["d hidden"].norm() > 0.1
+    for name in ("d hidden", "d weight"):
+        torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_token_has_its_own_upstream_gradient(backend: str) -> None:
+    """Liger #1298: all tokens were scaled by the first one's."""
+    p = problem(6, 8, 200)
+    p.upstream[1:] = 0
+    p.upstream[0] = torch.tensor([1.0, 0.0, -2.0, 1e-3, 50.0, 0.5], device=DEVICE)
+    together = solve(p, backend)["d hidden"]
+    p.upstream[0] = 1.0
+    alone = solve(p, backend)["d hidden"]
+    scale = torch.tensor([1.0, 0.0, -2.0, 1e-3, 50.0, 0.5], device=DEVICE)
+    torch.testing.assert_close(together, alone * scale.unsqueeze(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("gap", [4.6, 9.2, 13.8])
+def test_a_likely_target_keeps_its_gradient(backend: str, gap: float) -> None:
+    """Liger #1329: 1 - p in low precision is 20% off at p = 0.99, and 0 soon after."""
+    vocab = 50
+    hidden = torch.ones(1, 1, device=DEVICE)
+    weight = torch.zeros(vocab, 1, device=DEVICE)
+    weight[7] = gap + math.log(vocab - 1)
+    target = torch.tensor([7], device=DEVICE)
+    leaf = weight.clone().requires_grad_()
+    token_logprobs(hidden, leaf, target, backend=backend).sum().backward()
+    exact = weight.double().requires_grad_()
+    token_logprobs(hidden.double(), exact, target, backend="reference").sum().backward()
+    assert leaf.grad is not None and exact.grad is not None
+    torch.testing.assert_close(leaf.grad[7].double(), exact.grad[7], rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e3])
+def test_no_logprob_is_above_zero(backend: str, scale: float) -> None:
+    """The target's score and the logsumexp round apart unless they share the same number."""
+    p = problem(200, 48, 40, scale=scale)
+    best = (p.hidden @ p.weight.T).argmax(1)
+    logprobs = token_logprobs(p.hidden, p.weight, best, backend=backend)
+    assert logprobs.max() <= 0
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_gradients_are_summed_in_float32(backend: str) -> None:
+    """Sums over tokens or words in bfloat16: each addition would round to 8 bits."""
+    p = problem(300, 16, 9000, scale=2.0, dtype=torch.bfloat16)
+    found, exact = solve(p, backend), truth(p)
+    for name in ("d hidden", "d weight"):
+        off = (found[name].double() - exact[name]).abs()
+        assert (off <= 2**-8 * exact[name].abs() + 1e-3 * exact[name].abs().mean()).all(), name
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_bfloat16_inputs_do_not_mean_bfloat16_logits(backend: str) -> None:
+    """Rounded logits cost 0.03 to 0.11 nats."""
+    p = problem(50, 64, 500, scale=8.0, dtype=torch.bfloat16)
+    off = (solve(p, backend)["logprobs"].double() - truth(p)["logprobs"]).abs().max()
+    assert off < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_may_hold_nan(backend: str) -> None:
+    p = problem(9, 8, 300, bias=True, temperature=torch.linspace(0.5, 2, 9).to(DEVICE))
+    ignored = torch.tensor([0, 3, 4, 8], device=DEVICE)
+    p.targets[ignored] = -100
+    p.hidden[ignored] = torch.nan
+    p.upstream[:, ignored] = torch.inf
+    found = solve(p, backend)
+    for name in ("logprobs", "entropy", "lse", "d hidden"):
+        assert (found[name][ignored] == 0).all(), name
+    kept = torch.tensor([1, 2, 5, 6, 7], device=DEVICE)
+    expected = solve(p.rows(kept), backend)
+    for name, value in expected.items():
+        ours = found[name][kept] if value.shape[0] == len(kept) else found[name]
+        torch.testing.assert_close(ours, value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_of_padding_gives_zeros(backend: str) -> None:
+    p = problem(3, 4, 50, bias=True)
+    p.targets[:] = -100
+    assert all((value == 0).all() for value in solve(p, backend).values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_of_minus_infinity_removes_words(backend: str) -> None:
+    """A whole tile of removed words: a maximum of -inf would give -inf - -inf."""
+    p = problem(5, 8, 700, bias=True)
+    p.targets.clamp_(0, 99)
+    assert p.bias is not None
+    p.bias[100:] = -torch.inf
+    p.upstream[1] = 40.0  # times the lowest float it would overflow
+    found = solve(p, backend)
+    fewer = replace(p, weight=p.weight[:100], bias=p.bias[:100])
+    for name, value in solve(fewer, "reference").items():
+        ours = found[name][:100] if "weight" in name or "bias" in name else found[name]
+        torch.testing.assert_close(ours, value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_equal_calls_give_equal_bits(backend: str) -> None:
+    p = problem(140, 40, 4500, scale=3.0, bias=True)
+    first, second = solve(p, backend), solve(p, backend)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        *(slice(0, 1), slice(0, 65), slice(64, 150)),
+        # The interpreter multiplies by NumPy, whose rounding depends on the place in a tile.
+        pytest.param(slice(3, 80), marks=pytest.mark.gpu),
+    ],
+)
+def test_a_token_does_not_depend_on_its_batch(rows: slice) -> None:
+    """The Triton forward to the bit: parts of the vocabulary are cut by V alone."""
+    p = problem(150, 40, 4500, scale=3.0, bias=True)
+    whole, part = solve(p, "triton"), solve(p.rows(rows), "triton")
+    for name in ("logprobs", "entropy", "lse"):
+        assert torch.equal(whole[name][rows], part[name]), name
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_the_bias_reaches_value_and_gradient(backend: str) -> None:
+    p = problem(6, 8, 300, bias=True)
+    found, exact = solve(p, backend), truth(p)
+    torch.testing.assert_close(found["d bias"].double(), exact["d bias"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tied_embedding_gets_both_gradients(backend: str) -> None:
+    def embedding_gradient(chosen: str, dtype: torch.dtype) -> Tensor:
+        table = problem(1, 8, 60).weight.to(dtype).requires_grad_()
+        ids = torch.tensor([3, 59, 0, 3], device=DEVICE)
+        token_logprobs(table[ids].tanh(), table, ids.flip(0), backend=chosen).sum().backward()
+        assert table.grad is not None
+        return table.grad
+
+    exact = embedding_gradient("reference", torch.float64)
+    ours = embedding_gradient(backend, torch.float32)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_partitioned_weights_are_refused_by_name(backend: str) -> None:
+    p = problem(2, 4, 5)
+    shard = torch.nn.Parameter(torch.empty(0, device=DEVICE))
+    shard.ds_shape = torch.Size([5, 4])
+    with pytest.raises(ValueError, match="GatheredParameters"):
+        token_logprobs(p.hidden, shard, p.targets, backend=backend)
+    p.weight.full_tensor = lambda: p.weight
+    with pytest.raises(ValueError, match="full_tensor"):
+        token_logprobs(p.hidden, p.weight, p.targets, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_token_has_its_own_temperature(backend: str) -> None:
+    p = problem(5, 8, 300)
+    values = torch.tensor([0.2, 0.7, 1.0, 2.0, 9.0], device=DEVICE)
+    together = token_logprobs(p.hidden, p.weight, p.targets, temperature=values, backend=backend)
+    for i, value in enumerate(values.tolist()):
+        row = slice(i, i + 1)
+        alone = token_logprobs(
+            *(p.hidden[row], p.weight, p.targets[row]), temperature=value, backend=backend
+        )
+        torch.testing.assert_close(together[row], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_offsets_past_two_to_the_31_are_read_right() -> None:
+    """Three rows, 2^30 numbers apart; the memory between them is never touched."""
+    far = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
+    weight = far.as_strided((3, 8), (2**30, 1))
+    p = problem(4, 8, 3, dtype=torch.float16)
+    weight.copy_(p.weight)
+    near = token_logprobs(p.hidden, p.weight, p.targets, backend="triton")
+    assert torch.equal(token_logprobs(p.hidden, weight, p.targets, backend="triton"), near)
+
+
+def test_the_grid_has_one_axis() -> None:
+    """A second axis ends at 65535 programs."""
+    from moe_rl.kernels import triton_backward, triton_logprobs
+
+    grids: list[tuple[int, ...]] = []
+
+    class Spy:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_logprobs, "_forward_kernel", Spy())
+        patch.setattr(triton_backward, "_strip_kernel", Spy())
+        solve(problem(130, 8, 70_000), "triton")
+    assert len(grids) > 1 and all(len(grid) == 1 for grid in grids)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_frozen_head_costs_no_weight_gradient(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe_rl.kernels import chunked, triton_backward
+
+    calls = SimpleNamespace(shapes=[])
+    product = chunked.product
+
+    def counted(a: Tensor, b: Tensor) -> Tensor:
+        calls.shapes.append((a.shape[0], b.shape[1]))
+        return product(a, b)
+
+    monkeypatch.setattr(chunked, "product", counted)
+    monkeypatch.setattr(triton_backward, "_product", counted)
+    p = problem(6, 8, 300)
+    hidden = p.hidden.clone().requires_grad_()
+    token_logprobs(hidden, p.weight, p.targets, backend=backend).sum().backward()
+    assert (300, 8) not in calls.shapes and (6, 8) in calls.shapes
+    assert hidden.grad is not None and p.weight.grad is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_calls_stay_in_float32(backend: str) -> None:
+    """Liger #1362: Inductor turned Python floats into float64. One graph, without a break."""
+    p = problem(5, 8, 300)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return token_logprobs(
+            *(hidden, weight, p.targets),
+            temperature=0.7,
+            softcap=3.0,
+            entropy=True,
+            return_lse=True,
+            backend=backend,
+        )
+
+    hidden, weight = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
+    outputs = compiled(hidden, weight)
+    sum((o * u).sum() for o, u in zip(outputs, p.upstream, strict=True)).backward()
+    p.settings.update(temperature=0.7, softcap=3.0)
+    expected = solve(p, backend)
+    for name, ours in zip(expected, (*outputs, hidden.grad, weight.grad), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.detach(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_autocast_does_not_change_the_fused_results(backend: str) -> None:
+    p = problem(8, 16, 300)
+    expected = solve(p, backend)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = solve(p, backend)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.gpu
+def test_a_gpu_repeats_itself_to_the_bit() -> None:
+    """Races, which a serial interpreter cannot have."""
+    p = problem(2000, 256, 50_021, dtype=torch.bfloat16)
+    first = solve(p, "triton")
+    for _ in range(5):
+        again = solve(p, "triton")
+        assert all(torch.equal(first[name], again[name]) for name in first)
