@@ -37,8 +37,8 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
     Raises:
         ValueError: they differ in shape, or no token is recorded in both.
     """
-    share, routers = churn(a, b), router_disagreement(a, b)
-    tokens = token_disagreement(a, b)
+    share = churn(a, b)
+    routers, tokens = router_disagreement(share), token_disagreement(share)
     counted = int((~tokens.isnan()).sum())
     if counted == 0:
         raise ValueError("traces: no token has a record in both. Are they of the same tokens?")
