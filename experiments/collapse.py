@@ -37,8 +37,8 @@ def settings() -> dict[str, Setting]:
     return {
         "staleness": Setting(base=staleness, arms=tuple(ARMS), replay="R2"),
         "engine-noise": Setting(base=noise, arms=(*ARMS, RESTART), replay="R3"),
-        # For the claim that churn grows with depth; the remedies tell whether failure does too.
-        "deeper": Setting(base=deeper, arms=MAIN_ARMS, replay="R2"),
+        # For the claim that churn grows with depth; the others tell whose failure grows too.
+        "deeper": Setting(base=deeper, arms=(*MAIN_ARMS, "dense"), replay="R2"),
     }
 
 
