@@ -3,8 +3,9 @@
     moe-rl bench training --out results.json
 
 Interleaved in one process: TRL trains, and at each of its rollout boundaries our trainer takes one
-rollout step with instruments and one without, on its own copy of the policy, while TRL's clock
-stands. What the machine does to one side it does to all.
+rollout step with instruments, one without, and one that takes the old log-probs from the engine,
+each on its own copy of the policy, while TRL's clock stands. What the machine does to one side it
+does to all.
 
 Useful operations are those of the algorithm on the tokens that must be read: prompts once a group,
 two operations a multiply-add, the backward pass twice the forward. Recomputed, padded or repeated
@@ -32,6 +33,13 @@ from moe_rl.tasks import Task, make_task
 from moe_rl.trainer import Trainer
 
 _PEAK_SIZES = (512, 1024, 2048)
+_ON, _OFF, _ENGINE = "moe-rl, instruments on", "moe-rl, instruments off", "moe-rl, no old pass"
+_OURS: dict[str, dict[str, Any]] = {
+    _ON: {},
+    _OFF: {"instruments": False},
+    # Engine and trainer are one program here, so that the engine's log-probs are the old ones.
+    _ENGINE: {"old_logprobs": "rollout"},
+}
 _WARM_UP = 1
 
 
@@ -92,10 +100,8 @@ def bench_training(*, repeats: int, out: Path | None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch) / "cold_start"
         trainers = {
-            "moe-rl, instruments on": _ours(config, Path(scratch) / "on", cache),
-            "moe-rl, instruments off": _ours(
-                dataclasses.replace(config, instruments=False), Path(scratch) / "off", cache
-            ),
+            name: _ours(config.replace(**changes), Path(scratch) / str(i), cache)
+            for i, (name, changes) in enumerate(_OURS.items())
         }
         peak = matmul_peak()
         seconds, absent = _race(config, task, trainers, repeats, Path(scratch), cache)
@@ -226,7 +232,10 @@ def _summarise(
 ) -> dict[str, Any]:
     work = useful_operations(config, task)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    on, off = medians["moe-rl, instruments on"], medians["moe-rl, instruments off"]
+    on, off = medians[_ON], medians[_OFF]
+    useful = {
+        name: work.total - (work.old_logprobs if name == _ENGINE else 0.0) for name in medians
+    }
     peers = {name: value for name, value in medians.items() if name.startswith("TRL")}
     return {
         "threads": torch.get_num_threads(),
@@ -237,7 +246,7 @@ def _summarise(
         "matmul_peak": peak,
         "seconds": {name: sorted(values) for name, values in seconds.items()},
         "median_seconds": medians,
-        "share_of_peak": {name: work.total / value / peak for name, value in medians.items()},
+        "share_of_peak": {name: useful[name] / value / peak for name, value in medians.items()},
         "speed_against_trl": {name: value / on for name, value in peers.items()},
         "instruments_share": (on - off) / on,
         "absent": absent,
@@ -249,12 +258,10 @@ def _table(result: dict[str, Any]) -> str:
     lines = [
         f"{'':<26}{'s per rollout step':>20}{'useful GFLOP/s':>16}{'share of peak':>15}",
     ]
-    total = result["useful_operations"]["total"]
+    peak = result["matmul_peak"]
     for name, value in result["median_seconds"].items():
-        lines.append(
-            f"{name:<26}{value:>20.3f}{total / value / 1e9:>16.1f}"
-            f"{result['share_of_peak'][name]:>15.1%}"
-        )
+        share = result["share_of_peak"][name]
+        lines.append(f"{name:<26}{value:>20.3f}{share * peak / 1e9:>16.1f}{share:>15.1%}")
     lines.append(f"matmul peak of this machine: {result['matmul_peak'] / 1e9:.1f} GFLOP/s")
     for name, value in result["speed_against_trl"].items():
         lines.append(f"moe-rl with instruments is {value:.2f} times as fast as {name}")
