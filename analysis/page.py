@@ -65,6 +65,9 @@ def bounds(low: float, high: float, digits: int = 2) -> str:
     """An interval in brackets; nothing where it has no bounds."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return ""
+    # The larger bound says how fine the scale is: a bound near 0 is 0 on it.
+    if max(abs(low), abs(high)) >= 10**-digits:
+        low, high = round(low, digits) + 0.0, round(high, digits) + 0.0
     return f"[{number(low, digits)}, {number(high, digits)}]"
 
 

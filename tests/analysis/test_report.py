@@ -18,6 +18,7 @@ from moe_rl.analysis import (
     write_report,
 )
 from moe_rl.analysis.figures import SETTING_FIGURES, has_map
+from moe_rl.analysis.page import bounds
 
 
 @pytest.fixture
@@ -254,3 +255,11 @@ def test_analysis_imports_neither_torch_nor_the_trainer():
     )
     done = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_bound_near_zero_is_zero_on_the_scale_of_the_other():
+    assert bounds(1.8e-3, 0.73) == "[0.00, 0.73]"
+    assert bounds(-8.9e-3, 0.28) == "[\u22120.01, 0.28]"
+    assert bounds(-1e-4, 0.28) == "[0.00, 0.28]"
+    assert bounds(1e-6, 3e-6) == "[1.0e\u22126, 3.0e\u22126]"
+    assert bounds(float("nan"), 0.3) == ""
