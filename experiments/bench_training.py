@@ -26,9 +26,10 @@ import torch
 
 from moe_rl.config import ConfigError, RunConfig, preset
 from moe_rl.policy import build_policy
+from moe_rl.process import prepare_process
 from moe_rl.runlog import RunLog, write_json
 from moe_rl.seeding import generator
-from moe_rl.start import prepare_process, starting_policy
+from moe_rl.start import starting_policy
 from moe_rl.tasks import Task, make_task
 from moe_rl.trainer import Trainer
 

@@ -20,6 +20,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b)
 
 
+def product_plus(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a @ b + c for c `[M, N]`, a new tensor; otherwise as `product`."""
+    if _onednn_takes(a) and _onednn_takes(b) and c.is_contiguous():
+        return torch.ops.mkldnn._linear_pointwise.binary(a, c, b.t(), None, "add")
+    return torch.addmm(c, a, b)
+
+
 def product_reason() -> str:
     """Which library `product` uses on a CPU, and why."""
     if _onednn_takes(torch.empty(1, 1)):

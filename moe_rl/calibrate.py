@@ -17,13 +17,14 @@ import torch
 
 from moe_rl.config import ConfigError, RunConfig
 from moe_rl.policy import Policy
+from moe_rl.process import prepare_process
 from moe_rl.response_pass import Pass, response_pass
 from moe_rl.rollout.batch import RolloutBatch, response_positions
 from moe_rl.rollout.noise import RouterNoise
 from moe_rl.rollout.sampling import sample_responses
 from moe_rl.routing.statistics import churn, router_disagreement, token_disagreement
 from moe_rl.seeding import generator
-from moe_rl.start import prepare_process, starting_policy
+from moe_rl.start import starting_policy
 from moe_rl.tasks import make_task
 
 Of = Literal["routers", "tokens"]

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from moe_rl.config import RunConfig
-from moe_rl.fused_layers import keep_freed_memory
 from moe_rl.policy import Policy, build_policy, resolve_device
+from moe_rl.process import process_of
 from moe_rl.rollout.sampling import sample_responses
 from moe_rl.rollout.score import score
 from moe_rl.routing import find_routers
@@ -62,14 +62,12 @@ def ensure_cold_start(
     if (folder / "cold_start.json").is_file():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(_THREADS)
-    keep_freed_memory()
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
     try:
-        policy = build_policy(config.model, task.alphabet, seed=config.cold_start.sft_seed)
-        loss = train_on_demonstrations(policy, task, config, progress)
-        report = {"loss": loss, "reward": evaluate(policy, task, config), **_made_of(config)}
+        with process_of(_THREADS):
+            policy = build_policy(config.model, task.alphabet, seed=config.cold_start.sft_seed)
+            loss = train_on_demonstrations(policy, task, config, progress)
+            report = {"loss": loss, "reward": evaluate(policy, task, config), **_made_of(config)}
         policy.model.save_pretrained(scratch)
         policy.tokenizer.save_pretrained(scratch)
         write_json(scratch / "cold_start.json", report)
@@ -82,7 +80,6 @@ def ensure_cold_start(
             if not (folder / "cold_start.json").is_file():
                 raise
     finally:
-        torch.set_num_threads(threads)
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
 

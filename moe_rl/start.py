@@ -1,24 +1,15 @@
-"""What a run starts from: its process, its policy (cold-started or loaded), its clip range."""
+"""What a run starts from: its policy, cold-started or loaded, and its resolved clip range."""
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from moe_rl.cold_start import ensure_cold_start
 from moe_rl.config import RunConfig
-from moe_rl.fused_layers import keep_freed_memory
 from moe_rl.losses import resolve_clip
 from moe_rl.policy import Policy, build_policy
 from moe_rl.routing import find_routers
 from moe_rl.tasks import make_task
-
-
-def prepare_process(num_threads: int) -> None:
-    """Settings of the whole process that a run relies on: torch's threads, reuse of memory."""
-    torch.set_num_threads(num_threads)
-    keep_freed_memory()
 
 
 def starting_policy(

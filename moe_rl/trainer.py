@@ -23,6 +23,7 @@ from moe_rl.advantages import group_advantages
 from moe_rl.config import RunConfig
 from moe_rl.losses import LossOutput, loss_function
 from moe_rl.policy import Policy
+from moe_rl.process import prepare_process
 from moe_rl.response_pass import Pass, PassOutput, response_pass
 from moe_rl.rollout.batch import RolloutBatch
 from moe_rl.rollout.noise import RouterNoise
@@ -34,7 +35,6 @@ from moe_rl.start import (
     active_parameters,
     clip_range,
     freeze_routers,
-    prepare_process,
     starting_policy,
 )
 from moe_rl.tasks import make_task

@@ -10,7 +10,9 @@ the rest is copies, index ops and autograd nodes. Three choices save most of it:
 
 1. The gate weight multiplies the I-wide activation, not the H-wide output, so the backward gathers
    the output gradient as it is, and un-sorting is a plain gather-and-add (`embedding_bag`).
-2. Every expert's product is written into its slice of one tensor: no split, cat or zero fill.
+2. Every expert's product is written into its slice of one tensor: no split, cat or zero fill; and
+   numpy makes it, whose call costs a microsecond and whose OpenBLAS runs AVX-512 kernels on
+   processors of every maker, where torch's MKL does not (see `moe_rl.kernels.product`).
 3. Where every expert is on for every token (K = E) nothing is sorted: experts stand side by side
    in two dense products.
 
@@ -18,7 +20,7 @@ All sums run in a fixed order, so results repeat bitwise.
 """
 
 import contextlib
-from itertools import pairwise
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +34,8 @@ from transformers.integrations.moe import (
     _default_apply_gate,
     grouped_mm_experts_forward,
 )
+
+from moe_rl.kernels.product import product, product_plus
 
 NAME = "cpu_sorted"
 
@@ -66,8 +70,12 @@ def run_experts(
     gate_up_proj: Tensor,
     down_proj: Tensor,
     residual: Tensor | None = None,
+    turned: "Turned | None" = None,
 ) -> Tensor:
-    """The formula above on plain tensors, plus `residual` `[T, H]` if given."""
+    """The formula above on plain tensors, plus `residual` `[T, H]` if given.
+
+    `turned` is `turn_weights` of the two weights where the caller has it; without a graph alone.
+    """
     weights = top_k_weights.to(hidden_states.dtype)
     dense = top_k_index.shape[1] == gate_up_proj.shape[0]
     inputs = (hidden_states, top_k_index, weights, gate_up_proj, down_proj, residual)
@@ -75,7 +83,23 @@ def run_experts(
         return _DenseExperts.apply(*inputs)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _SortedExperts.apply(*inputs)
-    return _sorted_experts(*inputs)[0]
+    return _sorted_experts(*inputs, turned)[0]
+
+
+class Turned(NamedTuple):
+    """Both weights with their last axes swapped."""
+
+    gate_up: Tensor
+    """`[E, H, 2I]`."""
+    down: Tensor
+    """`[E, I, H]`."""
+
+
+def turn_weights(gate_up_proj: Tensor, down_proj: Tensor) -> Turned:
+    """Contiguous copies, worth their while for weights that are read many times: OpenBLAS
+    multiplies a few rows twice as fast by a matrix that it need not turn itself.
+    """
+    return Turned(gate_up_proj.transpose(1, 2).contiguous(), down_proj.transpose(1, 2).contiguous())
 
 
 def register() -> None:
@@ -144,35 +168,38 @@ def _counts(ids: np.ndarray, num_experts: int) -> np.ndarray:
 
 def _mm_by_expert(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """rows `[S, A]`, matrices `[E, A, B]` -> `[S, B]`: each expert's rows times its matrix."""
-    if _grouped_mm_takes(rows, matrices.shape[2]):
+    if not _numpy_takes(rows):
         return F.grouped_mm(rows, matrices, offs=ends)
     out = rows.new_empty(rows.shape[0], matrices.shape[2])
-    for matrix, part in zip(matrices.unbind(0), _slices(ends), strict=True):
-        torch.mm(rows[part], matrix, out=out[part])
+    results, left, right = out.numpy(), rows.numpy(), matrices.numpy()
+    for expert, start, end in _parts(ends):
+        np.matmul(left[start:end], right[expert], out=results[start:end])
     return out
 
 
 def _outer_by_expert(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """left `[S, A]`, right `[S, B]` -> `[E, A, B]`: sum over each expert's rows of left^T right."""
-    if _grouped_mm_takes(left, right.shape[1]):
+    if not _numpy_takes(left):
         return F.grouped_mm(left.t(), right, offs=ends)
     out = left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
-    for target, part in zip(out.unbind(0), _slices(ends), strict=True):
-        torch.mm(left[part].t(), right[part], out=target)  # no rows: the product is exactly zero
+    results, columns, rows = out.numpy(), left.t().numpy(), right.numpy()
+    for expert, start, end in _parts(ends):
+        # No rows: the product is exactly zero.
+        np.matmul(columns[:, start:end], rows[start:end], out=results[expert])
     return out
 
 
-def _grouped_mm_takes(rows: Tensor, columns: int) -> bool:
-    """Whether torch's grouped product, which loops over experts in C++, knows type and strides."""
-    if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
-    size = rows.element_size()
-    return rows.shape[0] > 0 and rows.shape[1] * size % 16 == 0 == columns * size % 16
+def _numpy_takes(rows: Tensor) -> bool:
+    """numpy has no 16-bit products; torch's grouped one does."""
+    return rows.dtype in (torch.float32, torch.float64)
 
 
-def _slices(ends: Tensor) -> list[slice]:
-    bounds = [0, *ends.tolist()]
-    return [slice(start, end) for start, end in pairwise(bounds)]
+def _parts(ends: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, row after its last)."""
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        yield expert, start, end
+        start = end
 
 
 def _sum_of_rows(rows: Tensor, index: Tensor) -> Tensor:
@@ -201,17 +228,20 @@ def _sorted_experts(
     gate_up_proj: Tensor,
     down_proj: Tensor,
     residual: Tensor | None,
+    turned: "Turned | None" = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The output, and what the backward needs of the way there."""
+    if turned is None:
+        turned = Turned(gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2))
     num_experts, width = gate_up_proj.shape[0], down_proj.shape[2]
     order, tokens, inverse, ends = _sort_by_expert(top_k_index, num_experts)
     x = hidden_states.index_select(0, tokens)
     weights = top_k_weights.reshape(-1, 1).index_select(0, order)
-    gate_up = _mm_by_expert(x, gate_up_proj.transpose(1, 2), ends)
+    gate_up = _mm_by_expert(x, turned.gate_up, ends)
     silu = F.silu(gate_up[:, :width])
     act = silu * gate_up[:, width:]
     scaled = act * weights
-    out = _sum_of_rows(_mm_by_expert(scaled, down_proj.transpose(1, 2), ends), inverse)
+    out = _sum_of_rows(_mm_by_expert(scaled, turned.down, ends), inverse)
     kept = (tokens, inverse, ends, weights, x, gate_up, silu, act, scaled)
     return out if residual is None else out.add_(residual), kept
 
@@ -270,7 +300,7 @@ class _DenseExperts(torch.autograd.Function):
         _counts(top_k_index.reshape(-1).numpy(), num_experts)
         weights = torch.zeros_like(top_k_weights).scatter_(1, top_k_index, top_k_weights)
         weights = weights.unsqueeze(2)
-        gate_up_out = torch.mm(hidden_states, gate_up_proj.flatten(0, 1).t())
+        gate_up_out = product(hidden_states, gate_up_proj.flatten(0, 1).t())
         gate_up_out = gate_up_out.view(-1, num_experts, 2 * width)
         silu = F.silu(gate_up_out[..., :width])
         act = silu * gate_up_out[..., width:]
@@ -288,8 +318,8 @@ class _DenseExperts(torch.autograd.Function):
             side_by_side,
         )
         if residual is None:
-            return torch.mm(scaled, side_by_side)
-        return torch.addmm(residual, scaled, side_by_side)
+            return product(scaled, side_by_side)
+        return product_plus(scaled, side_by_side, residual)
 
     @staticmethod
     @once_differentiable
@@ -301,17 +331,17 @@ class _DenseExperts(torch.autograd.Function):
         num_experts, width = act.shape[1:]
         d_x = d_weights = d_gate_up_proj = d_down_proj = None
         if need_down:
-            d_down_proj = torch.mm(scaled.t(), grad).view(num_experts, width, -1).transpose(1, 2)
+            d_down_proj = product(scaled.t(), grad).view(num_experts, width, -1).transpose(1, 2)
         if need_x or need_weights or need_gate_up:
-            d_scaled = torch.mm(grad, side_by_side.t()).view(act.shape)
+            d_scaled = product(grad, side_by_side.t()).view(act.shape)
             if need_weights:
                 d_weights = (d_scaled * act).sum(2).gather(1, top_k_index)
             if need_x or need_gate_up:
                 d_gate_up = _gate_backward(d_scaled.mul_(weights), gate_up_out, silu, width)
                 d_gate_up = d_gate_up.flatten(1)
                 if need_gate_up:
-                    d_gate_up_proj = torch.mm(d_gate_up.t(), x).view(gate_up_proj.shape)
+                    d_gate_up_proj = product(d_gate_up.t(), x).view(gate_up_proj.shape)
                 if need_x:
-                    d_x = torch.mm(d_gate_up, gate_up_proj.flatten(0, 1))
+                    d_x = product(d_gate_up, gate_up_proj.flatten(0, 1))
         d_residual = grad if need_residual else None
         return d_x, None, d_weights, d_gate_up_proj, d_down_proj, d_residual

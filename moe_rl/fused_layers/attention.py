@@ -22,6 +22,7 @@ from moe_rl.fused_layers.heads import HeadShape, Part, lay_out, project
 from moe_rl.fused_layers.one_pass import OnePass
 from moe_rl.fused_layers.parts import cached_part, sequence_part
 from moe_rl.fused_layers.rms_norm import EXACT_DTYPES, inverse_rms
+from moe_rl.kernels.product import product, product_plus
 
 # Scores are held whole; beyond this many positions stock SDPA's blockwise kernel is the better one.
 _LONGEST_WITHOUT_CACHE = 512
@@ -226,7 +227,9 @@ def _without_graph(
         prompt = (keys.flatten(2, 3), values.flatten(2, 3))
         if layer is not None and layer.prompt is None:
             layer.set_prompt(*prompt)
-    return torch.mm(out, folded.o) if weights.norm is None else torch.addmm(hidden, out, folded.o)
+    if weights.norm is None:
+        return product(out, folded.o)
+    return product_plus(out, folded.o, hidden)
 
 
 def _cached_segments(
@@ -245,9 +248,7 @@ def _folded(
     weights: BlockWeights, shape: HeadShape, layer: GroupCacheLayer | None
 ) -> FoldedWeights:
     """The folded weights; with a cache, folded once for as long as nobody writes to them."""
-    if layer is None or weights.q.is_inference():
+    if layer is None:
         return fold_weights(weights, shape)
-    key = (*weights, *(None if w is None else w._version for w in weights))
-    if layer.folded is None or any(a is not b for a, b in zip(layer.folded[0], key, strict=True)):
-        layer.folded = (key, fold_weights(weights, shape))
-    return layer.folded[1]
+    present = [weight for weight in weights if weight is not None]
+    return layer.prepared("attention", present, lambda: fold_weights(weights, shape))

@@ -37,6 +37,7 @@ from moe_rl.fused_layers.heads import (
     split_gradients,
 )
 from moe_rl.fused_layers.rms_norm import inverse_rms
+from moe_rl.kernels.product import product, product_plus
 
 
 class BlockWeights(NamedTuple):
@@ -127,8 +128,8 @@ class _AttentionBlock(torch.autograd.Function):
         ctx.shape, ctx.parts = shape, parts
         ctx.set_materialize_grads(False)
         if weights.norm is None:
-            return torch.mm(out, weights.o.t()), keys, values
-        return torch.addmm(hidden, out, weights.o.t()), keys, values
+            return product(out, weights.o.t()), keys, values
+        return product_plus(out, weights.o.t(), hidden), keys, values
 
     @staticmethod
     @once_differentiable
@@ -142,8 +143,8 @@ class _AttentionBlock(torch.autograd.Function):
         ) = tensors[: ctx.fixed]  # fmt: skip
         if d_block is None:
             d_block = normed_hidden.new_zeros(normed_hidden.shape[0], w_o.shape[0])
-        d_o = torch.mm(d_block.t(), out) if need[6] else None
-        d_out = torch.mm(d_block, w_o)
+        d_o = product(d_block.t(), out) if need[6] else None
+        d_out = product(d_block, w_o)
         prompt = None if prompt_keys is None else (prompt_keys, prompt_values)
         states = _states(ctx.parts, tensors[ctx.fixed :], prompt)
         laid = []

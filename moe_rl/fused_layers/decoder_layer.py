@@ -10,11 +10,12 @@ fused attention does not serve run the class's own `forward` over the swapped su
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from moe_rl.experts.cpu_sorted import NAME as CPU_SORTED
-from moe_rl.experts.cpu_sorted import run_experts, supports
+from moe_rl.experts.cpu_sorted import run_experts, supports, turn_weights
 from moe_rl.fused_layers.attention import (
     Call,
     Positions,
@@ -26,6 +27,7 @@ from moe_rl.fused_layers.attention import (
     serves,
 )
 from moe_rl.fused_layers.attention_block import BlockWeights
+from moe_rl.fused_layers.group_cache import GroupCache
 from moe_rl.fused_layers.one_pass import OnePass
 from moe_rl.fused_layers.rms_norm import rms_norm, rms_norm_forward
 
@@ -71,9 +73,15 @@ def decoder_layer_forward(
         return hidden + mlp(normed)
     rows, residual = normed.view(-1, normed.shape[-1]), hidden.view(-1, hidden.shape[-1])
     _, top_k_weights, top_k_index = mlp.gate(rows)
-    experts = mlp.experts
+    weights_of_experts = (mlp.experts.gate_up_proj, mlp.experts.down_proj)
+    turned = None
+    if isinstance(past_key_values, GroupCache) and not torch.is_grad_enabled():
+        layer = past_key_values.layers[self.self_attn.layer_idx]
+        turned = layer.prepared(
+            "experts", weights_of_experts, lambda: turn_weights(*weights_of_experts)
+        )
     out = run_experts(
-        rows, top_k_index, top_k_weights, experts.gate_up_proj, experts.down_proj, residual
+        rows, top_k_index, top_k_weights, *weights_of_experts, residual=residual, turned=turned
     )
     return out.view(hidden.shape)
 

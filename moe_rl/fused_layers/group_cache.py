@@ -8,12 +8,13 @@ Keys are stored with rotary pairs side by side (see `heads`), so only the attent
 `moe_rl.fused_layers` can read them.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from moe_rl.fused_layers.attention_block import FoldedWeights
+T = TypeVar("T")
 
 # A block's positions, at least: torch multiplies matrices of fewer than 400 multiplications with a
 # slow loop, which a query of 24 or more numbers against 17 keys is not.
@@ -34,8 +35,22 @@ class GroupCacheLayer(CacheLayerMixin):
         """Keys and values `[P, kv, G, block length, D]`; zero where not yet filled."""
         self.response_length = 0
         """Positions that the responses have added so far."""
-        self.folded: tuple[tuple[Any, ...], FoldedWeights] | None = None
-        """The attention's folded weights, and what tells whether they are still its weights."""
+        self._prepared: dict[str, tuple[list[Tensor], list[int], Any]] = {}
+
+    def prepared(self, name: str, weights: Sequence[Tensor], prepare: Callable[[], T]) -> T:
+        """What `prepare` makes of `weights`, made once for as long as nobody writes to them."""
+        if any(weight.is_inference() for weight in weights):  # these count no writes
+            return prepare()
+        versions = [weight._version for weight in weights]
+        kept = self._prepared.get(name)
+        if (
+            kept is None
+            or kept[1] != versions
+            or any(a is not b for a, b in zip(kept[0], weights, strict=True))
+        ):
+            kept = self._prepared[name] = (list(weights), versions, prepare())
+        value: T = kept[2]
+        return value
 
     def set_prompt(self, keys: Tensor, values: Tensor) -> None:
         """Store the prompts' keys and values `[P, kv, Sp, D]` in an empty cache."""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from moe_rl.fused_layers.rms_norm import inverse_rms
+from moe_rl.kernels.product import product, product_plus
 
 LN2 = math.log(2.0)
 
@@ -167,7 +168,7 @@ def project(x: Tensor, joined: Tensor, shape: HeadShape) -> Projected:
     Three products rather than one: their contiguous results are normed twice as fast as slices.
     """
     q, k, v = (
-        torch.mm(x, weight.t()).view(x.shape[0], -1, shape.head_dim)
+        product(x, weight.t()).view(x.shape[0], -1, shape.head_dim)
         for weight in joined.split(shape.row_counts)
     )
     return Projected(_norm(q, shape.eps), _norm(k, shape.eps), v)
@@ -261,10 +262,7 @@ def project_backward(
     d_products: tuple[Tensor, Tensor, Tensor], x: Tensor, joined: Tensor, shape: HeadShape
 ) -> Tensor:
     """Gradient of `joined`, `[rows, H]`."""
-    d_joined = torch.empty_like(joined)
-    for grad, target in zip(d_products, d_joined.split(shape.row_counts), strict=True):
-        torch.mm(grad.t(), x, out=target)
-    return d_joined
+    return torch.cat([product(grad.t(), x) for grad in d_products])
 
 
 def project_input_backward(
@@ -273,4 +271,4 @@ def project_input_backward(
     """Gradient of x, `[N, H]`."""
     w_q, w_k, w_v = joined.split(shape.row_counts)
     d_q, d_k, d_v = d_products
-    return torch.mm(d_q, w_q).addmm_(d_k, w_k).addmm_(d_v, w_v)
+    return product_plus(d_v, w_v, product_plus(d_k, w_k, product(d_q, w_q)))
