@@ -17,6 +17,7 @@ from moe_rl.experts import choose_experts, megablocks_package
 from moe_rl.experts.megablocks import grouped_product
 from moe_rl.routing.families import build_family
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the CPU: Triton's interpreter
 ROUTES = ["megablocks", "megablocks_sparse"]
 WIDE = {"hidden_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 1}
 
@@ -26,11 +27,12 @@ def build(family: str = "qwen3_moe", **changes: Any) -> Any:
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(0.3)
-    return model
+    return model.to(DEVICE)
 
 
 def tokens(batch: int = 2, length: int = 6) -> Tensor:
-    return torch.randint(2, 60, (batch, length), generator=torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(2, 60, (batch, length), generator=rng).to(DEVICE)
 
 
 def run(model: Any, backend: str, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -105,9 +107,9 @@ def test_the_sparse_route_refuses_other_experts_by_name(family, words) -> None:
 def test_an_expert_without_tokens_gets_exactly_zero_gradient(route) -> None:
     experts = build(**WIDE).model.layers[0].mlp.experts
     experts.config._experts_implementation = route
-    hidden = torch.randn(5, 128, requires_grad=True)
-    index = torch.tensor([[0, 5]]).repeat(5, 1)
-    experts(hidden, index, torch.full((5, 2), 0.5)).sum().backward()
+    hidden = torch.randn(5, 128, device=DEVICE, requires_grad=True)
+    index = torch.tensor([[0, 5]], device=DEVICE).repeat(5, 1)
+    experts(hidden, index, torch.full((5, 2), 0.5, device=DEVICE)).sum().backward()
     for name in ("gate_up_proj", "down_proj"):
         norms = getattr(experts, name).grad.flatten(1).norm(dim=1)
         assert (norms[[1, 2, 3, 4, 6, 7]] == 0).all() and (norms[[0, 5]] > 0).all(), name
@@ -117,16 +119,18 @@ def test_an_expert_without_tokens_gets_exactly_zero_gradient(route) -> None:
 def test_no_tokens_give_no_rows(route) -> None:
     experts = build(**WIDE).model.layers[0].mlp.experts
     experts.config._experts_implementation = route
-    index = torch.zeros(0, 2, dtype=torch.long)
-    assert experts(torch.zeros(0, 128), index, torch.zeros(0, 2)).shape == (0, 128)
+    hidden = torch.zeros(0, 128, device=DEVICE)
+    index = torch.zeros(0, 2, dtype=torch.long, device=DEVICE)
+    assert experts(hidden, index, hidden[:, :2]).shape == (0, 128)
 
 
 def test_more_than_255_column_blocks_do_not_overflow() -> None:
     """130 experts of 2 blocks: with 16-bit ids, block 256 would begin at element -32768."""
     model = build(num_experts=130, num_experts_per_tok=2, **WIDE)
     experts = model.model.layers[0].mlp.experts
-    index = torch.tensor([[0, 129], [128, 129], [127, 1]])
-    hidden, weights = torch.randn(3, 128), torch.rand(3, 2)
+    index = torch.tensor([[0, 129], [128, 129], [127, 1]], device=DEVICE)
+    hidden = torch.randn(3, 128, device=DEVICE)
+    weights = torch.rand(3, 2, device=DEVICE)
     results = {}
     for name in ("eager", "megablocks_sparse"):
         experts.config._experts_implementation = name
@@ -140,7 +144,7 @@ def test_more_than_255_column_blocks_do_not_overflow() -> None:
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_what_would_write_out_of_bounds_is_refused(route) -> None:
-    experts = build(**WIDE).model.layers[0].mlp.experts
+    experts = build(**WIDE).cpu().model.layers[0].mlp.experts
     experts.config._experts_implementation = route
     hidden, weights = torch.randn(2, 128), torch.rand(2, 2)
     with pytest.raises(ValueError, match=r"ids from 0 to 8, but the layer has 8 experts"):
@@ -159,6 +163,18 @@ def test_bfloat16_in_the_interpreter_is_refused() -> None:
     model.set_experts_implementation("megablocks")
     with pytest.raises(ValueError, match="multiplies bfloat16 as raw integers"):
         model(tokens())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("route", ROUTES)
+def test_bfloat16_is_as_close_to_float32_as_eager(route) -> None:
+    model = build(hidden_size=256, moe_intermediate_size=128)
+    exact, _ = run(model, "eager", tokens(4, 64))
+    half = model.to(torch.bfloat16)
+    eager, _ = run(half, "eager", tokens(4, 64))
+    got, grads = run(half, route, tokens(4, 64))
+    assert relative(got.float(), exact) <= 2 * relative(eager.float(), exact)
+    assert all(bool(g.isfinite().all()) for g in grads.values())
 
 
 @pytest.mark.parametrize("columns", [8, 6])
@@ -189,6 +205,7 @@ def test_the_stand_in_is_used_unless_the_extension_is_there() -> None:
 
 
 def test_the_choice_says_what_is_missing(monkeypatch: Any) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose_experts("cpu", "megablocks").name == "megablocks"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="start with TRITON_INTERPRET=1"):
@@ -205,7 +222,7 @@ def losses_of_training(backend: str, folder: Path) -> list[float]:
     # Small in everything: the interpreter takes seconds for what a kernel does in microseconds.
     command = ["train", "--preset", "tiny", "--steps", "2", "--num-layers", "1", "--out", backend]
     command += ["--group-size", "2", "--prompts-per-rollout", "1", "--updates-per-rollout", "1"]
-    command += ["--sft-steps", "1", "--sft-batch-size", "2"]
+    command += ["--sft-steps", "1", "--sft-batch-size", "2", "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, "-m", "moe_rl", *command, "--experts-implementation", backend],
         cwd=folder,
@@ -231,9 +248,13 @@ def test_training_runs_on_megablocks_in_the_interpreter(tmp_path: Path) -> None:
 def test_a_loaded_checkpoint_runs_the_same(tmp_path: Path) -> None:
     model = build(**WIDE)
     model.save_pretrained(tmp_path)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        tmp_path, experts_implementation="megablocks", attn_implementation="eager"
-    ).eval()
+    loaded: Any = (
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, experts_implementation="megablocks", attn_implementation="eager"
+        )
+        .to(DEVICE)
+        .eval()
+    )
     plain = copy.deepcopy(model)
     plain.set_experts_implementation("eager")
     with torch.no_grad():
