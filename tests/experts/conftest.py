@@ -1,16 +1,7 @@
-"""Triton's interpreter for the kernels of Megablocks where there is no GPU.
-
-Triton looks at TRITON_INTERPRET when a kernel is defined, which is when megablocks is first used,
-after this file has been read.
-"""
-
-import os
+"""One thread, as in the rooms of routing: small products lose to the threads that share them."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
