@@ -21,6 +21,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
 INSTALLED_BENCH := $(VENV)/.installed-bench
+INSTALLED_MEGABLOCKS := $(VENV)/.installed-megablocks
 ROOMS := kernels analysis experiments
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -30,7 +31,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help reproduce report test check types format bench gpu-check clean
+.PHONY: help reproduce report test check types format bench megablocks gpu-check clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -43,7 +44,7 @@ report: $(INSTALLED) ## redraw the report of a finished study from its files: RU
 	@test -n "$(RUN)" || { echo "make report: say which study: make report RUN=folder" >&2; exit 2; }
 	@$(BIN)/moe-rl report "$(RUN)" $(ARGS)
 
-test: $(INSTALLED_TEST) ## run the test suite
+test: $(INSTALLED_TEST) $(INSTALLED_MEGABLOCKS) ## run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: $(INSTALLED_TEST) ## format, lint and types, changing nothing
@@ -67,7 +68,9 @@ format: $(INSTALLED_TEST) ## rewrite the sources in the project's format
 bench: $(INSTALLED_BENCH) ## training speed against TRL, measured side by side
 	@$(BIN)/moe-rl bench training $(ARGS)
 
-gpu-check: $(INSTALLED_TEST) ## the tests and benchmarks that need a GPU; JSON in RESULTS
+megablocks: $(INSTALLED_MEGABLOCKS) ## install the Megablocks experts beside the pinned PyTorch
+
+gpu-check: $(INSTALLED_TEST) $(INSTALLED_MEGABLOCKS) ## the tests and benchmarks that need a GPU; JSON in RESULTS
 	@$(BIN)/python -c 'import sys, torch; print(torch.cuda.get_device_name()) \
 		if torch.cuda.is_available() else sys.exit( \
 		"make gpu-check: PyTorch sees no CUDA device here, so nothing was checked")'
@@ -90,6 +93,11 @@ $(INSTALLED_TEST): pyproject.toml constraints.txt
 $(INSTALLED_BENCH): pyproject.toml constraints.txt
 	$(call install,.[bench])
 	@touch $(INSTALLED) $@
+
+# Without its dependencies: megablocks 0.10.0 pins a torch and a numpy that its code does not need.
+$(INSTALLED_MEGABLOCKS): $(INSTALLED_TEST) constraints.txt
+	@$(PIP_INSTALL) --no-deps --no-build-isolation megablocks stanford-stk
+	@touch $@
 
 # An interrupted first run can leave an environment without pip: then it is made again.
 define install

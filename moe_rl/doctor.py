@@ -7,13 +7,13 @@ import platform
 import torch
 
 from moe_rl import __version__
-from moe_rl.experts import choose_experts
+from moe_rl.experts import choose_experts, megablocks_package
 from moe_rl.kernels import choose_backend
 from moe_rl.kernels.product import product_reason
 from moe_rl.kernels.routing_stats import choose_routing_backend
 from moe_rl.policy import resolve_device
 
-_PACKAGES = ("torch", "transformers", "triton", "megablocks", "numpy", "pandas", "matplotlib")
+_PACKAGES = ("torch", "transformers", "triton", "numpy", "pandas", "matplotlib")
 _OPTIONAL = ("trl", "liger-kernel", "vllm", "kernels")
 
 
@@ -29,6 +29,7 @@ def describe() -> str:
         ("cuda", _cuda()),
         ("device auto", f"{device.type}: {_device_reason()}"),
         ("experts auto", choose_experts(device, "auto").reason),
+        ("megablocks", megablocks_package.describe(device)),
         *_log_probs(device),
         ("routing statistics", ": ".join(choose_routing_backend("auto", device))),
         (

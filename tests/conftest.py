@@ -15,6 +15,13 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # A test that reaches for the network fails here, not only on the machine that has none.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import torch
+
+# Without a GPU Triton's kernels run in its interpreter. Triton decides when it is imported, which
+# a conftest of a folder may cause: so here, before the first.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # No deadline: a busy machine is not a bug. Fixed examples: a failure belongs to the change at hand.
 settings.register_profile("moe_rl", deadline=None, derandomize=True)
 settings.load_profile("moe_rl")
@@ -24,8 +31,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
-    import torch
-
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -74,7 +74,7 @@ class Subject:
         """Random routes `[B, S, L, K]`, different within a token."""
         shape = (BATCH, LENGTH, len(self.taps), self.tap.num_experts)
         draws = torch.rand(shape, generator=self.generator)
-        return draws.topk(self.tap.top_k, dim=-1).indices.to(torch.int16)
+        return draws.topk(self.tap.top_k, dim=-1).indices.to(self.tokens.device, torch.int16)
 
     def router_parameters(self, tap: RouterTap) -> list[nn.Parameter]:
         """The parameters that score experts; those of the experts of a tapped block are not."""

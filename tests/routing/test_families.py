@@ -53,6 +53,16 @@ def test_families_without_a_topk_are_refused_with_the_reason(family) -> None:
         find_routers(build_family(family))
 
 
+def test_routers_that_see_some_tokens_only_are_refused_with_the_reason() -> None:
+    """Ernie 4.5 VL: text and image tokens have routers of their own."""
+
+    class Ernie4_5_VLMoeMoeBlock(nn.Module):  # the family's block, by its class name
+        pass
+
+    with pytest.raises(ValueError, match="no router sees every token"):
+        find_routers(nn.ModuleDict({"layers": nn.ModuleList([Ernie4_5_VLMoeMoeBlock()])}))
+
+
 def test_no_family_of_the_installed_transformers_is_left_out() -> None:
     """A causal LM whose source has a class named like a router is in one of the two lists."""
     missing = []

@@ -211,7 +211,7 @@ def test_the_cpu_gets_sorted_experts_and_a_sentence_why() -> None:
 
 def test_a_backend_asked_for_by_name_is_taken() -> None:
     for name in valid_experts():
-        if name != "auto":
+        if name != "auto" and "megablocks" not in name:  # tested in test_megablocks.py
             assert choose_experts("cpu", name).name == name
 
 

@@ -1,0 +1,364 @@
+"""Foreign traces: files written to the published layouts, whole, cut off and corrupted."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_rl.routing import (
+    check_trace,
+    find_routers,
+    fit_to_model,
+    read_trace,
+    record_routing,
+    replay_routing,
+    write_trace,
+)
+from moe_rl.routing.families import build_family
+from moe_rl.routing.foreign import from_sglang, stack_rows
+from moe_rl.routing.traces import same_tokens
+
+E, K, L, S = 8, 2, 3, 7
+
+
+def routes(rows: int = 2, length: int = S, seed: int = 0) -> np.ndarray:
+    """Ids `[B, S, L, K]`, different within a token."""
+    draws = np.random.default_rng(seed).random((rows, length, L, E))
+    return draws.argsort(axis=-1)[..., :K].astype(np.int32)
+
+
+def write(path: Path, content) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def sglang(row: np.ndarray) -> str:
+    return base64.b64encode(row.astype("<i4").tobytes()).decode()
+
+
+def megatron(row: np.ndarray, rank: int = 0, split: int | None = None) -> str:
+    """Lines as megatron/core's router tracer writes them; `split` cuts the tokens in two passes."""
+    lines = []
+    for step, part in enumerate([row] if split is None else [row[:split], row[split:]]):
+        for layer in (10, 2, 4):  # any order, numbered by decoder layer
+            index = sorted((10, 2, 4)).index(layer)
+            line = {"step": step, "stage": "pre_dispatch", "block": "decoder", "layer": layer}
+            line |= {"rank": rank, "num_tokens": len(part), "topk": K}
+            lines.append(json.dumps(line | {"top_indices": part[:, index].tolist()}))
+        mtp = {"step": step, "block": "mtp", "mtp_idx": 0, "layer": 0, "num_tokens": 1, "topk": 1}
+        lines.append(json.dumps(mtp | {"top_indices": [[0]]}))
+    return "\n".join(lines) + "\n"
+
+
+# Whole files.
+
+
+def test_vllm_of_one_array_a_completion(tmp_path) -> None:
+    """0.14: every decoder layer, int32; 0.22 and later: MoE layers, int16. Both [S-1, L, K]."""
+    ids = routes()
+    choices = [{"index": i, "routed_experts": row.tolist()} for i, row in enumerate(ids)]
+    trace = read_trace(write(tmp_path / "r.json", {"choices": choices}))
+    assert trace.source == "vLLM"
+    assert trace.routed_experts.dtype == torch.int16
+    assert np.array_equal(trace.routed_experts, ids)
+
+
+def test_vllm_with_prompt_and_generation_apart(tmp_path) -> None:
+    """0.21: the prompt's routes once, those of each completion beside them, -1 where cached."""
+    ids = routes()
+    ids[:, :2] = -1
+    ids[1, :4] = ids[0, :4]
+    content = {
+        "prompt_routed_experts": ids[0, :4].tolist(),
+        "choices": [{"routed_experts": row[4:].tolist()} for row in ids],
+    }
+    trace = read_trace(write(tmp_path / "r.json", content))
+    assert trace.source == "vLLM 0.21"
+    assert np.array_equal(trace.routed_experts, ids)
+    np.savez(tmp_path / "r.npz", routed_experts=ids[0, 4:], prompt_routed_experts=ids[0, :4])
+    assert np.array_equal(read_trace(tmp_path / "r.npz").routed_experts[0], ids[0])
+
+
+def test_arrays_in_base64(tmp_path) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, routes()[0].astype(np.int16))
+    content = {"outputs": [{"routed_experts": base64.b64encode(buffer.getvalue()).decode()}]}
+    trace = read_trace(write(tmp_path / "r.json", content))
+    assert np.array_equal(trace.routed_experts, routes()[:1])
+
+
+def test_sglang_of_one_and_of_several_requests(tmp_path) -> None:
+    ids = routes()
+    short = ids[1, :4]
+    content = [{"text": "", "meta_info": {"routed_experts": sglang(r)}} for r in (ids[0], short)]
+    trace = read_trace(write(tmp_path / "r.json", content), num_layers=L, top_k=K)
+    assert trace.source == "SGLang"
+    assert np.array_equal(trace.routed_experts[0], ids[0])
+    assert np.array_equal(trace.routed_experts[1, :4], short)
+    assert (trace.routed_experts[1, 4:] == -1).all()
+    one = {"sglext": {"routed_experts": sglang(ids[0])}}
+    trace = read_trace(write(tmp_path / "one.json", one), num_layers=L, top_k=K)
+    assert np.array_equal(trace.routed_experts, ids[:1])
+
+
+def test_megatron_by_file_by_folder_and_by_micro_batch(tmp_path) -> None:
+    ids = routes()
+    file = write(tmp_path / "router_trace_rank0.jsonl", megatron(ids[0], split=3))
+    trace = read_trace(file)
+    assert trace.source == "Megatron-LM"
+    assert np.array_equal(trace.routed_experts, ids[:1])
+    write(tmp_path / "router_trace_rank1.jsonl", megatron(ids[1], rank=1))
+    assert np.array_equal(read_trace(tmp_path).routed_experts, ids)
+    flat = ids.transpose(1, 0, 2, 3).reshape(-1, L, K)  # Megatron's [S, B]
+    file = write(tmp_path / "batch.jsonl", megatron(flat))
+    assert np.array_equal(read_trace(file, batch_size=2).routed_experts, ids)
+
+
+@pytest.mark.parametrize("ending", ["npz", "npy", "safetensors"])
+def test_plain_arrays_and_our_own_files(tmp_path, ending) -> None:
+    ids, path = routes(), tmp_path / f"r.{ending}"
+    if ending == "npz":
+        np.savez_compressed(path, routed_experts=ids, tokens=np.zeros(3))
+    elif ending == "npy":
+        np.save(path, ids)
+    else:
+        write_trace(path, torch.from_numpy(ids))
+    assert np.array_equal(read_trace(path).routed_experts, ids)
+
+
+# Fitting to a model, and there replaying.
+
+
+def test_a_record_of_all_decoder_layers_without_the_last_token_replays() -> None:
+    model = build_family("qwen3_moe", num_hidden_layers=3, mlp_only_layers=[1])
+    tokens = torch.randint(2, 60, (2, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), record_routing(model) as recorded:
+        plain = model(tokens).logits
+    own = recorded.routed_experts
+    given = torch.zeros(2, 5, 3, 2, dtype=torch.int32)
+    given[:, :, [0, 2]] = own[:, :5].int()
+    fitted = fit_to_model(given, model, num_tokens=6)
+    assert torch.equal(fitted[:, :5].short(), own[:, :5]) and (fitted[:, 5] == -1).all()
+    with torch.no_grad(), replay_routing(model, fitted):
+        assert torch.equal(model(tokens).logits, plain)
+    assert torch.equal(fit_to_model(own, model, num_tokens=6), own)
+    for wrong, words in ((own[:, :, :1], "1 layers, but the model has 2 MoE layers of 3"),):
+        with pytest.raises(ValueError, match=words):
+            fit_to_model(wrong, model)
+    with pytest.raises(ValueError, match="4 positions for 6 tokens"):
+        fit_to_model(own[:, :4], model, num_tokens=6)
+    assert [tap.decoder_layer for tap in find_routers(model)] == [0, 2]
+
+
+# Corrupted files: one line that begins with the path.
+
+BAD_JSON = {
+    "cut off": '{"choices": [{"routed_experts": [[[1, 2]',
+    "no routes": {"choices": [{"text": "hello"}]},
+    "null": {"choices": [{"routed_experts": None}]},
+    "a number": 5,
+    "floats": {"routed_experts": [[[0.5, 1.0]]]},
+    "strings": {"routed_experts": [[["a", "b"]]]},
+    "uneven": {"routed_experts": [[[0, 1], [2]]]},
+    "flat": {"routed_experts": [0, 1, 2]},
+    "other layers": [{"routed_experts": [[[0, 1]]]}, {"routed_experts": [[[0, 1], [2, 3]]]}],
+    "huge ids": {"routed_experts": [[[0, 70000]]]},
+    "beyond int64": {"routed_experts": [[[0, 2**70]]]},
+    "not base64": {"meta_info": {"routed_experts": "%%%"}},
+    "bytes": {"meta_info": {"routed_experts": base64.b64encode(b"12345").decode()}},
+    "cut npy": {"routed_experts": base64.b64encode(b"\x93NUMPY\x01\x00").decode()},
+    "nested": "[" * 100_000,
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("kind", BAD_JSON)
+def test_a_bad_response_is_one_line_with_the_path(tmp_path, kind) -> None:
+    path = write(tmp_path / "bad.json", BAD_JSON[kind])
+    with pytest.raises(ValueError, match=r"bad\.json: "):
+        read_trace(path, num_layers=L, top_k=K)
+
+
+def test_flat_bytes_without_sizes_say_what_is_needed(tmp_path) -> None:
+    path = write(tmp_path / "r.json", {"meta_info": {"routed_experts": sglang(routes()[0])}})
+    with pytest.raises(ValueError, match=r"Pass num_layers .* and top_k"):
+        read_trace(path)
+    with pytest.raises(ValueError, match=r"168 bytes are no whole number of tokens of 5 layers"):
+        read_trace(path, num_layers=5, top_k=K)
+
+
+def lines_of(row: np.ndarray) -> list[str]:
+    return megatron(row, split=3).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x[:2], r"no decoder|^$|cut off|"),
+        (lambda x: [*x[:4], x[4][:30]], "line 5: not JSON"),
+        (lambda x: x[:-2], "layer 4 has 1 passes of other sizes than layer 10|cut off"),
+        (lambda x: ["[]", *x], "line 1: not an object"),
+        (lambda x: ['{"step": 0}', *x], "line 1: no 'layer' and 'top_indices'"),
+        (lambda x: [x[0].replace('"topk": 2', '"topk": 3')], "line 1: 'top_indices' is int64"),
+        (lambda x: [x[0].replace("[[", "[[0.5, ")], "line 1"),
+        (lambda x: [x[0].replace("[[", "[[7, ")], "uneven length"),
+        (lambda x: [x[3]], "no line traces a layer of the decoder"),
+        (lambda x: [], "no line traces a layer of the decoder"),
+    ],
+)
+def test_a_bad_router_trace_names_the_line(tmp_path, change, words) -> None:
+    changed = change(lines_of(routes()[0]))
+    path = write(tmp_path / "t.jsonl", "\n".join(changed))
+    if words.startswith("no decoder"):  # two of the three layers: whole, if smaller
+        assert read_trace(path).routed_experts.shape == (1, 3, 2, 2)
+        return
+    with pytest.raises(ValueError, match=words):
+        read_trace(path)
+
+
+def test_other_files_are_refused(tmp_path) -> None:
+    np.savez(tmp_path / "other.npz", routes=routes())
+    np.save(tmp_path / "float.npy", routes().astype(float))
+    np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object))  # a pickle inside
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "other.npz").read_bytes()[:100])
+    (tmp_path / "text.npy").write_text("hello")
+    (tmp_path / "bad.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    (tmp_path / "none.txt").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(ValueError, match=path.name):
+            read_trace(path)
+    with pytest.raises(FileNotFoundError):
+        read_trace(tmp_path / "nowhere.npz")
+
+
+@given(data=st.data())
+def test_any_record_survives_every_layout(data, tmp_path_factory) -> None:
+    rows, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
+    ids = routes(rows, length, seed=data.draw(st.integers(0, 99)))
+    tmp_path = tmp_path_factory.mktemp("traces")
+    write_trace(tmp_path / "a.safetensors", torch.from_numpy(ids))
+    content = [{"meta_info": {"routed_experts": sglang(row)}} for row in ids]
+    write(tmp_path / "b.json", content)
+    write(tmp_path / "c.json", {"choices": [{"routed_experts": row.tolist()} for row in ids]})
+    flat = ids.transpose(1, 0, 2, 3).reshape(-1, L, K)
+    write(tmp_path / "d.jsonl", megatron(flat))
+    for name in ("a.safetensors", "b.json", "c.json", "d.jsonl"):
+        trace = read_trace(tmp_path / name, num_layers=L, top_k=K, batch_size=rows)
+        assert np.array_equal(trace.routed_experts, ids), name
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["routed_experts", "prompt_routed_experts", "choices", "meta_info", "x"]
+            )
+            | st.sampled_from(["layer", "top_indices", "num_tokens", "topk", "block"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(content=JSON)
+def test_any_json_is_a_trace_or_a_value_error(content, tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("fuzz")
+    text = json.dumps(content)
+    for name in ("x.json", "x.jsonl"):
+        path = write(folder / name, text)
+        try:
+            trace = read_trace(path, num_layers=2, top_k=1)
+        except ValueError as error:
+            assert str(path) in str(error)
+        else:
+            assert trace.routed_experts.dtype == torch.int16 and trace.routed_experts.ndim == 4
+
+
+@given(raw=st.binary(max_size=64), ending=st.sampled_from(["npz", "npy", "safetensors", "json"]))
+def test_any_bytes_are_a_trace_or_a_value_error(raw, ending, tmp_path_factory) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / f"x.{ending}"
+    heads = {"npy": b"\x93NUMPY\x01\x00", "npz": b"PK\x03\x04"}
+    for head in (b"", heads.get(ending, b"")):
+        path.write_bytes(head + raw)
+        with pytest.raises(ValueError, match=r"x\."):
+            read_trace(path)
+
+
+# What can be wrong inside a record.
+
+
+def broken(ids: np.ndarray | torch.Tensor, num_experts: int | None = E) -> dict[str, str]:
+    found = check_trace(torch.as_tensor(ids), num_experts=num_experts)
+    return {f.check: f.reason for f in found if f.passed is False}
+
+
+def test_a_good_record_has_no_findings() -> None:
+    ids = routes()
+    assert broken(ids) == {}
+    ids[0, -1] = -1
+    ids[1, :3, 1] = -1
+    assert broken(ids) == {}
+    assert broken(routes(), None) == {}
+
+
+def edit(change) -> np.ndarray:
+    ids = routes()
+    change(ids)
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("check", "change", "words"),
+    [
+        ("ids", lambda x: x.__setitem__((0, 1, 2, 0), 8), "an id of 8 for 8 experts"),
+        ("ids", lambda x: x.__setitem__((0, 1, 2), -3), "an id of -3"),
+        ("distinct", lambda x: x.__setitem__((1, 4, 2), 5), r"\[1, 4, 2\] names an expert twice"),
+        ("zeros", lambda x: x.__setitem__(slice(None), 0), "the engine recorded nothing"),
+        ("zeros", lambda x: x.__setitem__((slice(None), slice(None), 1), 0), r"layers \[1\] are"),
+        ("last token", lambda x: x.__setitem__((slice(None), -1), 0), r"2 tokens .*\[0, 6\]"),
+        ("gaps", lambda x: x.__setitem__((0, 2, 1, 1), -1), r"\[0, 2, 1\] has some ids only"),
+        ("gaps", lambda x: x.__setitem__(slice(None), -1), "no token has a record"),
+        ("layers", lambda x: x.__setitem__((..., 2, slice(None)), x[..., 0, ::-1]), "copy of"),
+        ("tokens", lambda x: x.__setitem__(slice(None), x[:1, :1].copy()), "every token goes to"),
+    ],
+)
+def test_each_way_to_be_wrong_is_found(check, change, words) -> None:
+    import re
+
+    found = broken(edit(change))
+    assert check in found and re.search(words, found[check]), found
+
+
+def test_a_dense_control_is_no_copy() -> None:
+    ids = np.broadcast_to(np.arange(2), (2, S, L, 2)).copy()
+    assert broken(ids, 2) == {}
+
+
+def test_what_is_no_record_at_all_is_an_error() -> None:
+    for bad in (torch.zeros(2, 3, 2), torch.zeros(1, 2, 3, 2), torch.zeros(0, 1, 1, 1).int()):
+        with pytest.raises(ValueError, match="Pass integer ids"):
+            check_trace(bad)
+    with pytest.raises(ValueError, match="no sequences"):
+        stack_rows([])
+    with pytest.raises(ValueError, match="no whole number"):
+        from_sglang("", num_layers=0, top_k=2)
+
+
+def test_records_that_differ_by_the_last_row_are_of_the_same_tokens() -> None:
+    a = torch.as_tensor(routes())
+    left, right = same_tokens(a, a[:, :-1])
+    assert torch.equal(left, right)
+    for other in (a[:, :-2], a[:1], a[:, :, :1]):
+        with pytest.raises(ValueError, match="Compare two records of the same tokens"):
+            same_tokens(a, other)

@@ -1,0 +1,117 @@
+"""`moe-rl check-replay` and `moe-rl churn` as a user meets them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe_rl.churn_report import compare
+from moe_rl.cli import main
+from moe_rl.routing.families import build_family, family_names
+
+Run = Callable[..., "Done"]
+
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def moe_rl(tmp_path: Path, monkeypatch: Any, capfd: Any) -> Run:
+    """The command in this process, in a fresh folder: importing torch anew takes seconds."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Done:
+        capfd.readouterr()
+        try:
+            code = main(arguments)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Done(code, *capfd.readouterr())
+
+    return run
+
+
+def routes(seed: int = 0) -> np.ndarray:
+    draws = np.random.default_rng(seed).random((2, 40, 3, 8))
+    return draws.argsort(axis=-1)[..., :2].astype(np.int16)
+
+
+@pytest.mark.slow
+def test_every_family_passes_in_one_command(moe_rl: Run) -> None:
+    done = moe_rl("check-replay", "--all")
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = {line.split()[0] for line in done.stdout.splitlines() if line[:1].strip()}
+    assert {*family_names(), "phimoe", "doge"} <= shown
+    assert "FAIL" not in done.stdout
+    assert f"{len(family_names())} of {len(family_names())} families pass" in done.stdout
+
+
+def test_a_model_folder_is_checked_and_a_broken_trace_fails(tmp_path: Path, moe_rl: Run) -> None:
+    build_family("mixtral").save_pretrained(tmp_path / "model")
+    good = moe_rl("check-replay", "model")
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert "1 of 1 model pass" in good.stdout and "mixtral" in good.stdout
+    ids = routes()
+    np.savez(tmp_path / "good.npz", routed_experts=ids)
+    assert moe_rl("check-replay", "good.npz").returncode == 0
+    ids[:, -1] = 0
+    np.savez(tmp_path / "bad.npz", routed_experts=ids)
+    bad = moe_rl("check-replay", "bad.npz", "--num-experts", "8")
+    assert bad.returncode == 1
+    assert "last token" in bad.stdout and "FAIL" in bad.stdout and "-1, or expert 0" in bad.stdout
+
+
+def test_churn_prints_and_plots(tmp_path: Path, moe_rl: Run) -> None:
+    a, b = routes(), routes()
+    b[:, 20:, 1] = (b[:, 20:, 1] + 4) % 8
+    np.savez(tmp_path / "a.npz", routed_experts=a)
+    np.save(tmp_path / "b.npy", b[:, :-1])
+    done = moe_rl("churn", "a.npz", "b.npy", "--plot", "out/churn.svg")
+    assert done.returncode == 0, done.stderr
+    assert "token disagreement" in done.stdout
+    assert "<svg" in (tmp_path / "out/churn.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["check-replay"], "or give --all"),
+        (["check-replay", "--all", "qwen3_moe"], "or give --all"),
+        (["check-replay", "qwen3_mo"], "did you mean 'qwen3_moe'?"),
+        (["check-replay", "phimoe"], "sparsemixer"),
+        (["check-replay", "empty.npz"], "empty.npz: "),
+        (["churn", "empty.npz"], "TRACE_B"),
+        (["churn", "nowhere.npz", "empty.npz"], "nowhere.npz"),
+    ],
+)
+def test_bad_input_gets_a_message_and_exit_code_2(
+    arguments: list[str], words: str, tmp_path: Path, moe_rl: Run
+) -> None:
+    (tmp_path / "empty.npz").write_bytes(b"")
+    done = moe_rl(*arguments)
+    shown = done.stdout + done.stderr
+    assert done.returncode == 2, shown
+    assert words in shown and "Traceback" not in shown
+
+
+def test_a_comparison_worked_out_by_hand() -> None:
+    a = torch.tensor([[[[0, 1], [2, 3]], [[0, 1], [2, 3]], [[4, 5], [6, 7]], [[-1, -1], [0, 1]]]])
+    b = torch.tensor([[[[1, 0], [2, 3]], [[0, 2], [2, 3]], [[0, 1], [6, 4]], [[0, 1], [0, 1]]]])
+    result = compare(a, b)
+    assert result.tokens == 4
+    assert result.churn == pytest.approx((0 + 0.5 + 1 + 0 + 0 + 0.5 + 0) / 7)
+    assert result.router_disagreement == pytest.approx(3 / 7)
+    assert result.token_disagreement == pytest.approx(2 / 4)
+    np.testing.assert_allclose(result.by_layer, [[1.5 / 3, 2 / 3], [0.5 / 4, 1 / 4]], rtol=1e-6)
+    assert result.bins == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    np.testing.assert_allclose(result.by_position[2], [0.75, 1, 1])
+    with pytest.raises(ValueError, match="no token has a record in both"):
+        compare(a, torch.full_like(a, -1))
