@@ -29,17 +29,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
         squeeze=False,
         layout="constrained",
     )
+    for axis, (_, title, _) in zip(axes[0], _COLUMNS, strict=True):
+        axis.set_title(title, fontsize=10)
     for row, case in zip(axes, cases, strict=True):
         names = list(case["contestants"])[::-1]
         colours = [_OURS_COLOUR if name == OURS else _PEER_COLOUR for name in names]
-        for axis, (key, title, unit) in zip(row, _COLUMNS, strict=True):
+        for axis, (key, _, unit) in zip(row, _COLUMNS, strict=True):
             values = [(case["contestants"][name][key] or 0) * unit for name in names]
             floor = min((value for value in values if value > 0), default=1.0) / 3
             bars = axis.barh(names, [max(value, floor) for value in values], color=colours)
             axis.set_xscale("log")
             axis.set_xlim(floor, max(*values, floor) * 6)
-            axis.bar_label(bars, [f"{value:.2g}" for value in values], padding=3, fontsize=8)
-            axis.set_title(title if row is axes[0] else "", fontsize=10)
+            axis.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
             axis.tick_params(labelsize=8)
             axis.spines[["top", "right"]].set_visible(False)
             if axis is not row[0]:
