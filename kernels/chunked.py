@@ -33,7 +33,7 @@ from moe_rl.kernels.rows import (
 
 _CHUNK_NUMBERS = 2**22  # of the weight: 16 MiB in float32
 _BLOCK_SCORES = 2**21  # 8 MiB in float32, of which the entropy gradient holds three
-_MAX_WORDS = 2048  # wider products are no faster
+_MAX_WORDS = 1024  # wider products are no faster
 
 
 def chunked_forward(
