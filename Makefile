@@ -77,6 +77,7 @@ gpu-check: $(INSTALLED_TEST) $(INSTALLED_MEGABLOCKS) ## the tests and benchmarks
 	@mkdir -p $(RESULTS)
 	@$(BIN)/python -m pytest -m gpu --junitxml=$(RESULTS)/tests.xml $(ARGS)
 	@$(MAKE) --no-print-directory bench ARGS="--out $(RESULTS)/bench-training.json"
+	@$(BIN)/moe-rl bench logprobs --out $(RESULTS)/bench-logprobs.json
 
 clean: ## remove the environment and everything a command can make again, but no run
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -128,9 +128,23 @@ def _strip_kernel(  # type: ignore[no-untyped-def]
     cols = start + (tl.program_id(0) // blocks) * WORDS + tl.arange(0, WORDS)
     inside = rows < num_tokens
     s, cap_slope = score_tile(
-        *(hidden, weight, bias, temperature, rows, cols, num_tokens, vocab, width),
-        *(hidden_stride, weight_stride, softcap),
-        *(HAS_BIAS, HAS_CAP, HAS_TEMPERATURE, UPCAST, WIDTH),
+        hidden,
+        weight,
+        bias,
+        temperature,
+        rows,
+        cols,
+        num_tokens,
+        vocab,
+        width,
+        hidden_stride,
+        weight_stride,
+        softcap,
+        HAS_BIAS,
+        HAS_CAP,
+        HAS_TEMPERATURE,
+        UPCAST,
+        WIDTH,
     )
     log_p = s - tl.load(lse + rows, mask=inside, other=float("inf"))[:, None]
     factor = tl.load(base + rows, mask=inside, other=0.0)[:, None]

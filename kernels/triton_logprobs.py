@@ -138,9 +138,23 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     for start in range(part * PART, tl.minimum((part + 1) * PART, vocab), WORDS):
         cols = start + tl.arange(0, WORDS)
         s, _ = score_tile(
-            *(hidden, weight, bias, temperature, rows, cols, num_tokens, vocab, width),
-            *(hidden_stride, weight_stride, softcap),
-            *(HAS_BIAS, HAS_CAP, HAS_TEMPERATURE, UPCAST, WIDTH),
+            hidden,
+            weight,
+            bias,
+            temperature,
+            rows,
+            cols,
+            num_tokens,
+            vocab,
+            width,
+            hidden_stride,
+            weight_stride,
+            softcap,
+            HAS_BIAS,
+            HAS_CAP,
+            HAS_TEMPERATURE,
+            UPCAST,
+            WIDTH,
         )
         top = tl.maximum(peak, tl.max(s, axis=1))
         shifted = tl.maximum(s - top[:, None], floor)
@@ -153,8 +167,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             moment = scale * (moment + total * was) + tl.sum(weights * shifted, axis=1)
         total = scale * total + tl.sum(weights, axis=1)
         peak = top
-    at = part.to(tl.int64) * num_tokens + rows
-    plane = tl.cdiv(vocab, PART).to(tl.int64) * num_tokens
+    at = part * num_tokens + rows.to(tl.int64)
+    plane = tl.cdiv(vocab, PART) * num_tokens
     tl.store(sums + at, peak, mask=inside)
     tl.store(sums + plane + at, total, mask=inside)
     tl.store(sums + 2 * plane + at, moment, mask=inside)

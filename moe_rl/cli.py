@@ -127,12 +127,19 @@ class Doctor:
 class Bench:
     """Measure speed against peers in one interleaved run."""
 
-    what: tyro.conf.Positional[Literal["training"]] = "training"
-    """training: rollout steps per second against TRL's GRPOTrainer, and the cost of instruments."""
+    what: tyro.conf.Positional[Literal["training", "logprobs"]] = "training"
+    """training: rollout steps per second against TRL's GRPOTrainer, and the cost of instruments;
+    logprobs: time, memory and error of token log-probabilities."""
     repeats: int = 5
     """Interleaved measurements of each side."""
     out: Path | None = None
-    """JSON file for the results."""
+    """JSON file for the results; logprobs draws a figure beside it."""
+    shapes: tuple[str, ...] = ()
+    """logprobs: N,H,V of each problem. Default: two large ones for this device."""
+    dtypes: tuple[str, ...] = ()
+    """logprobs: float32, bfloat16, float16. Default: the first two, bfloat16 on a GPU."""
+    threads: int | None = None
+    """logprobs: torch threads on a CPU. Default: all cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +297,20 @@ def doctor(_: Doctor) -> int:
 
 
 def bench(options: Bench) -> int:
-    """`moe-rl bench training`."""
+    """`moe-rl bench training`, `moe-rl bench logprobs`."""
+    if options.what == "logprobs":
+        from moe_rl.experiments.bench_logprobs import bench_logprobs
+
+        return bench_logprobs(
+            repeats=options.repeats,
+            shapes=options.shapes,
+            dtypes=options.dtypes,
+            threads=_jobs() if options.threads is None else options.threads,
+            out=options.out,
+        )
+    for name in ("shapes", "dtypes", "threads"):
+        if getattr(options, name):
+            raise ConfigError(f"{name} belongs to moe-rl bench logprobs, not to training")
     from moe_rl.experiments.bench_training import bench_training
 
     return bench_training(repeats=options.repeats, out=options.out)

@@ -255,7 +255,7 @@ def test_a_frozen_head_costs_no_weight_gradient(
         calls.shapes.append((a.shape[0], b.shape[1]))
         return product(a, b)
 
-    monkeypatch.setattr(chunked, "product", counted)
+    monkeypatch.setattr(chunked, "product", counted)  # scores go through that of chunks.py
     monkeypatch.setattr(triton_backward, "_product", counted)
     p = problem(6, 8, 300)
     hidden = p.hidden.clone().requires_grad_()
