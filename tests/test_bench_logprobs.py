@@ -29,7 +29,8 @@ def test_a_race_writes_its_numbers_and_a_figure(
         rows = case["contestants"]
         assert {"moe-rl", *logprob_peers.MATERIALISED} <= rows.keys()
         assert rows["moe-rl"]["max_error_nats"] < 1e-5
-        assert all(len(rows[name]["both"]) == 2 for name in ("moe-rl", "materialised logits"))
+        # A far slower one may run in one round only, and on a busy machine any may look it.
+        assert len(rows["moe-rl"]["both"]) == 2 and all(row["both"] for row in rows.values())
     # Every peer either ran or is listed with why.
     raced = set(result["cases"][0]["contestants"])
     assert raced | set(result["absent"]) == set(logprob_peers._MAKERS)
