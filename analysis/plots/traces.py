@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from moe_rl.analysis.plots.style import WIDE, styled
 
@@ -31,6 +32,7 @@ def churn_of_traces(
             axes.plot(x, 100 * values, color=colour, marker=mark, markersize=3, label=name)
         axes.set_xlabel(label)
         axes.grid(axis="y", alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_ylabel("share that differs (%)")
     left.set_ylim(bottom=0)
     right.legend()
