@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from moe_rl.routing.statistics import churn, per_layer, router_disagreement, token_disagreement
-from moe_rl.routing.traces import read_trace, same_tokens
+from moe_rl.traces.files import read_trace, same_tokens
 
 MOST_BINS = 16
 

@@ -10,17 +10,17 @@ import transformers
 from torch import nn
 
 from moe_rl.config import ConfigError
-from moe_rl.routing import find_routers
-from moe_rl.routing.check import LAWS, Finding, check_replay
-from moe_rl.routing.check_trace import check_trace
-from moe_rl.routing.families import (
+from moe_rl.replay_check.check import LAWS, Finding, check_replay
+from moe_rl.replay_check.check_trace import check_trace
+from moe_rl.replay_check.families import (
     FAMILIES,
     REFUSED_FAMILIES,
     build_family,
     family_names,
     family_of,
 )
-from moe_rl.routing.traces import read_trace
+from moe_rl.routing import find_routers
+from moe_rl.traces.files import read_trace
 
 MARKS = {True: "pass", False: "FAIL", None: "-"}
 NAME_WIDTH = 22

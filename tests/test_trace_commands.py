@@ -11,7 +11,7 @@ import torch
 
 from moe_rl.churn_report import compare
 from moe_rl.cli import main
-from moe_rl.routing.families import build_family, family_names
+from moe_rl.replay_check.families import build_family, family_names
 
 Run = Callable[..., "Done"]
 

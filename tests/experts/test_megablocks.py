@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from moe_rl.experts import choose_experts, megablocks_package
 from moe_rl.experts.megablocks import grouped_product
-from moe_rl.routing.families import build_family
+from moe_rl.replay_check.families import build_family
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the CPU: Triton's interpreter
 ROUTES = ["megablocks", "megablocks_sparse"]

@@ -1,4 +1,4 @@
-"""Routing room: recorded routes from files, whoever wrote them.
+"""Traces: recorded routes from files, whoever wrote them.
 
     read_trace("rollout.npz")                                  ours, or an array `routed_experts`
     read_trace("response.json")                                vLLM's OpenAI-style response
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .foreign import decode_base64, from_sglang, from_vllm, npy_bytes, stack_rows
+from moe_rl.traces.foreign import decode_base64, from_sglang, from_vllm, npy_bytes, stack_rows
 
 KEY = "routed_experts"
 PROMPT_KEY = "prompt_routed_experts"

@@ -1,4 +1,4 @@
-"""Routing room: what the experts of a model are really called with, seen without any tap.
+"""Replay check: what the experts of a model are really called with, seen without any tap.
 
 The independent witness of `check.py`: ids and gate weights where they are used, at the door of the
 experts, whatever the router and the taps say.
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .taps import RouterTap
+from moe_rl.routing.taps import RouterTap
 
 Seen = dict[int, tuple[Tensor, Tensor]]
 

@@ -1,13 +1,13 @@
-"""Routing room: laws of training under replay: gradients, recomputation, bfloat16."""
+"""Replay check: laws of training under replay: gradients, recomputation, bfloat16."""
 
 import copy
 
 import torch
 from torch import Tensor, nn
 
-from .check_subject import NotApplicable, Subject, difference, require
-from .replay import replay_routing
-from .taps import find_routers
+from moe_rl.replay_check.check_subject import NotApplicable, Subject, difference, require
+from moe_rl.routing.replay import replay_routing
+from moe_rl.routing.taps import find_routers
 
 
 def law_gradient(subject: Subject) -> None:

@@ -1,9 +1,9 @@
-"""Routing room: laws of what is recorded and what is replayed, for `check.py`."""
+"""Replay check: laws of what is recorded and what is replayed, for `check.py`."""
 
 import torch
 from torch import Tensor
 
-from .check_subject import (
+from moe_rl.replay_check.check_subject import (
     BATCH,
     LENGTH,
     LawBroken,
@@ -17,9 +17,9 @@ from .check_subject import (
     share_equal,
     watching,
 )
-from .record import record_routing
-from .replay import replay_routing
-from .routed_experts import check_routed_experts
+from moe_rl.routing.record import record_routing
+from moe_rl.routing.replay import replay_routing
+from moe_rl.routing.routed_experts import check_routed_experts
 
 # Attention over a cache sums in another order; a near tie in live routing may flip, hence not 0.
 TOLERANCE_OF_CACHE = 1e-3

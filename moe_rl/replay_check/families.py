@@ -1,4 +1,4 @@
-"""Routing room: every family of transformers with a router, as a small random model.
+"""Replay check: every family of transformers with a router, as a small random model.
 
     model = build_family("deepseek_v3")
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .gate_formula import Formula
+from moe_rl.replay_check.gate_formula import Formula
 
 # Sizes under every name that some config gives them; a config gets those it knows.
 SMALL: dict[str, Any] = {

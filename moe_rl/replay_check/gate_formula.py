@@ -1,4 +1,4 @@
-"""Routing room: the formula of a router's gate weights, to hold its code against."""
+"""Replay check: the formula of a router's gate weights, to hold its code against."""
 
 from dataclasses import dataclass
 from typing import Any

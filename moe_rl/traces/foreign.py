@@ -1,4 +1,4 @@
-"""Routing room: routes as other systems hand them over, made into the record `[B, S, L, K]`.
+"""Traces: routes as other systems hand them over, made into the record `[B, S, L, K]`.
 
 | system                                   | what it gives, per sequence of S tokens               |
 |------------------------------------------|-------------------------------------------------------|
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .routed_experts import NO_RECORD
-from .taps import find_routers
+from moe_rl.routing.routed_experts import NO_RECORD
+from moe_rl.routing.taps import find_routers
 
 LARGEST_ID = torch.iinfo(torch.int16).max
 NPY_MAGIC = b"\x93NUMPY"

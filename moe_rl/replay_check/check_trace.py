@@ -1,4 +1,4 @@
-"""Routing room: what can be wrong with recorded routes from elsewhere, seen in the record alone.
+"""Replay check: what can be wrong with recorded routes from elsewhere, seen in the record alone.
 
 Each check is a way in which an engine has handed over wrong routes without saying so; replay would
 then train on them in silence.
@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .check import Finding
-from .check_subject import LawBroken, NotApplicable, require
+from moe_rl.replay_check.check import Finding
+from moe_rl.replay_check.check_subject import LawBroken, NotApplicable, require
 
 Where = list[int]
 

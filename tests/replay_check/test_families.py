@@ -10,9 +10,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from moe_rl.routing import check_replay, find_routers
-from moe_rl.routing.check import LAWS
-from moe_rl.routing.families import (
+from moe_rl.replay_check import check_replay
+from moe_rl.replay_check.check import LAWS
+from moe_rl.replay_check.families import (
     FAMILIES,
     REFUSED_FAMILIES,
     build_family,
@@ -20,7 +20,8 @@ from moe_rl.routing.families import (
     family_of,
     small_config,
 )
-from moe_rl.routing.gate_formula import Formula
+from moe_rl.replay_check.gate_formula import Formula
+from moe_rl.routing import find_routers
 from moe_rl.routing.taps import ROUTER_CLASS_NAME
 
 # What a law cannot say, and why, is written here: a law that stops applying is noticed.

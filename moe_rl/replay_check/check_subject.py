@@ -1,14 +1,14 @@
-"""Routing room: a model under check, and the words in which a law is stated about it."""
+"""Replay check: a model under check, and the words in which a law is stated about it."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .experts_watch import Seen, watch_experts
-from .gate_formula import Formula
-from .record import record_routing
-from .taps import RouterTap, find_routers
+from moe_rl.replay_check.experts_watch import Seen, watch_experts
+from moe_rl.replay_check.gate_formula import Formula
+from moe_rl.routing.record import record_routing
+from moe_rl.routing.taps import RouterTap, find_routers
 
 BATCH, LENGTH = 3, 9
 

@@ -1,4 +1,4 @@
-"""Routing room: the independent checker of record and replay on a model.
+"""Replay check: the independent checker of record and replay on a model.
 
     for finding in check_replay(model): print(finding)
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .check_routing import (
+from moe_rl.replay_check.check_routing import (
     law_cache,
     law_foreign,
     law_gaps,
@@ -21,9 +21,9 @@ from .check_routing import (
     law_replay,
     law_weights,
 )
-from .check_subject import LawBroken, NotApplicable, Subject
-from .check_training import law_bf16, law_checkpointing, law_gradient
-from .gate_formula import Formula
+from moe_rl.replay_check.check_subject import LawBroken, NotApplicable, Subject
+from moe_rl.replay_check.check_training import law_bf16, law_checkpointing, law_gradient
+from moe_rl.replay_check.gate_formula import Formula
 
 
 @dataclass(frozen=True, kw_only=True)
