@@ -14,6 +14,9 @@ import tyro
 
 from moe_rl.config import ConfigError
 
+# What tyro draws its boxes with.
+_SIDE, _RULE, _TOP_LEFT, _BOTTOM_LEFT = "\u2502", "\u2500", "\u256d", "\u2570"
+
 
 def parse(options: type, arguments: Sequence[str], program: str, **settings: Any) -> Any:
     """An instance of `options`.
@@ -54,8 +57,9 @@ def _very_wide() -> Iterator[None]:
 
 def _one_line(box: str) -> str:
     """The message of an error box, and the option it suggests."""
-    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    rules = [i for i, line in enumerate(lines) if set(line) == {"─"}]
+    corners = (_TOP_LEFT, _BOTTOM_LEFT)
+    lines = [line.strip(f"{_SIDE} ") for line in box.splitlines() if not line.startswith(corners)]
+    rules = [i for i, line in enumerate(lines) if set(line) == {_RULE}]
     message = " ".join(lines[: rules[0]] if rules else lines)
     message = re.sub(r"^Error parsing run(\.\w+)?: ", "", message)
     unknown = re.match(r"Unrecognized options: (\S+)", message)
