@@ -14,7 +14,7 @@ chunked backend draws level there; a minibatch of the small study (V = 13) has a
 
 
 class Choice(NamedTuple):
-    """A backend's name, as `token_logprobs` takes it, and why it was taken."""
+    """A backend's name, as the function that uses it takes it, and why it was taken."""
 
     name: str
     reason: str

@@ -8,6 +8,7 @@ import torch
 
 from moe_rl import __version__
 from moe_rl.experts import choose_experts, megablocks_package
+from moe_rl.fused_layers import choose_layers
 from moe_rl.kernels import choose_backend
 from moe_rl.kernels.product import product_reason
 from moe_rl.kernels.routing_stats import choose_routing_backend
@@ -28,7 +29,8 @@ def describe() -> str:
         ("cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"),
         ("cuda", _cuda()),
         ("device auto", f"{device.type}: {_device_reason()}"),
-        ("experts auto", choose_experts(device, "auto").reason),
+        ("experts auto", ": ".join(choose_experts(device, "auto"))),
+        ("layers, fp32", ": ".join(choose_layers(device, torch.float32))),
         ("megablocks", megablocks_package.describe(device)),
         *_log_probs(device),
         ("routing statistics", ": ".join(choose_routing_backend("auto", device))),

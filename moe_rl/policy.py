@@ -23,7 +23,7 @@ from transformers import (
 
 from moe_rl.config import ConfigError, ModelConfig
 from moe_rl.experts import choose_experts
-from moe_rl.fused_layers import new_cache, use_fused_layers
+from moe_rl.fused_layers import FUSED, choose_layers, new_cache, use_fused_layers
 from moe_rl.routing import find_routers
 from moe_rl.tokenizer import character_tokenizer
 
@@ -153,14 +153,9 @@ def build_policy(
         )
     choice = choose_experts(device, config.experts_implementation)
     model.set_experts_implementation(choice.name)
-    if fuse and _can_fuse(device, dtype):
+    if fuse and choose_layers(device, dtype).name == FUSED:
         use_fused_layers(model)
     return Policy(model=model, tokenizer=tokenizer, experts=choice.name, temperature=temperature)
-
-
-def _can_fuse(device: torch.device, dtype: torch.dtype) -> bool:
-    """The fused layers sum in the input's type, so they are for full precision on a CPU."""
-    return device.type == "cpu" and dtype in (torch.float32, torch.float64)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -14,7 +14,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 from moe_rl.experts import choose_experts
 from moe_rl.fused_layers import (
+    FUSED,
     GroupCache,
+    choose_layers,
     keep_freed_memory,
     new_cache,
     read_in_one_pass,
@@ -583,3 +585,11 @@ def test_angles_that_change_with_the_length_are_left_to_stock() -> None:
     model = stock(torch.float32, rope_parameters=rope)  # type: ignore[arg-type]
     fused(model)
     assert "forward" not in vars(model.model.rotary_emb)
+
+
+def test_layers_are_fused_in_full_precision_on_a_cpu_alone() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert choose_layers(cpu, torch.float32).name == choose_layers(cpu, torch.float64).name == FUSED
+    for device, dtype, why in ((gpu, torch.float32, "cuda"), (cpu, torch.bfloat16, "bfloat16")):
+        choice = choose_layers(device, dtype)
+        assert choice.name != FUSED and why in choice.reason

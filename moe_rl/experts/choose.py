@@ -1,21 +1,12 @@
 """Which experts backend runs: the one decision point, with its reason."""
 
-from dataclasses import dataclass
-
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_rl.experts import megablocks_package
 from moe_rl.experts.cpu_sorted import NAME as CPU_SORTED
 from moe_rl.experts.megablocks import GROUPED, SPARSE
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """A backend's name, as `experts_implementation` takes it, and why it was taken."""
-
-    name: str
-    reason: str
+from moe_rl.kernels import Choice
 
 
 def valid_experts() -> list[str]:
@@ -43,22 +34,22 @@ def choose_experts(device: torch.device | str, requested: str = "auto") -> Choic
     if requested in (GROUPED, SPARSE) and why_not is not None:
         raise ValueError(f"experts backend {requested!r} cannot run here: {why_not}")
     if requested != "auto":
-        return Choice(name=requested, reason=f"{requested}: asked for by name.")
+        return Choice(requested, "asked for by name")
     kind = torch.device(device).type
     if kind == "cpu":
         return Choice(
-            name=CPU_SORTED,
-            reason=f"{CPU_SORTED}: on a CPU, tokens sorted once and one autograd node a layer take "
-            "the least time of the backends measured.",
+            CPU_SORTED,
+            "on a CPU, tokens sorted once, one autograd node a layer, and products by numpy take "
+            "the least time of the backends measured",
         )
     if why_not is None:
         return Choice(
-            name=GROUPED,
-            reason=f"{GROUPED}: installed, with the {megablocks_package.extension()}; dropless "
-            "gather and scatter kernels around one grouped product a matrix.",
+            GROUPED,
+            f"installed, with the {megablocks_package.extension()}; dropless gather and scatter "
+            "kernels around one grouped product a matrix",
         )
     return Choice(
-        name="grouped_mm",
-        reason=f"grouped_mm: transformers' own default on {kind}, one grouped product a matrix; "
-        f"not {GROUPED}: {why_not}.",
+        "grouped_mm",
+        f"transformers' own default on {kind}, one grouped product a matrix; not {GROUPED}: "
+        f"{why_not}",
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeAttention,
@@ -19,9 +20,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 
 from moe_rl.fused_layers.attention import attention_forward, plain_weights, runs
 from moe_rl.fused_layers.decoder_layer import decoder_layer_forward
-from moe_rl.fused_layers.rms_norm import rms_norm_forward
+from moe_rl.fused_layers.rms_norm import EXACT_DTYPES, rms_norm_forward
 from moe_rl.fused_layers.rotary import TABLE, rotary_forward
 from moe_rl.fused_layers.router import router_forward
+from moe_rl.kernels import Choice
 
 _FUSED: dict[type[Any], Callable[..., Any]] = {
     Qwen3MoeRMSNorm: rms_norm_forward,
@@ -30,6 +32,18 @@ _FUSED: dict[type[Any], Callable[..., Any]] = {
     Qwen3MoeRotaryEmbedding: rotary_forward,
     Qwen3MoeTopKRouter: router_forward,
 }
+
+
+FUSED, STOCK = "fused", "stock"
+
+
+def choose_layers(device: torch.device, dtype: torch.dtype) -> Choice:
+    """Whether a model on `device` in `dtype` should run fused layers or transformers' own."""
+    if device.type != "cpu":
+        return Choice(STOCK, f"the fused layers are for CPUs, the model is on {device.type}")
+    if dtype not in EXACT_DTYPES:
+        return Choice(STOCK, f"the fused layers sum in the type of the input, which is {dtype}")
+    return Choice(FUSED, "on a CPU in full precision fewer passes over the data take less time")
 
 
 def use_fused_layers(model: nn.Module) -> list[str]:
