@@ -147,7 +147,12 @@ def load_study(path: str | Path) -> Study:
 
 
 def _planned(study: dict[str, Any]) -> list[RunKey]:
-    return [(str(setting), str(arm), int(seed)) for setting, arm, seed in study.get("runs", [])]
+    try:
+        return [(str(s), str(arm), int(seed)) for s, arm, seed in study.get("runs", [])]
+    except (TypeError, ValueError) as error:
+        raise AnalysisError(
+            f"study.json: runs must be [setting, arm, seed] each; {_HOW}"
+        ) from error
 
 
 def _run_folders(root: Path, is_study: bool) -> Iterator[Path]:
@@ -238,6 +243,8 @@ def _jsonl_rows(file: Path, needs: list[str], notes: list[str]) -> list[dict[str
             value = json.loads(line)
             if not isinstance(value, dict) or not set(needs) <= value.keys():
                 raise ValueError(f"no {' and '.join(needs)} in it")
+            if not all(isinstance(value[name], int) for name in needs):
+                raise ValueError(f"{' and '.join(needs)} must be whole numbers")
         except ValueError as error:
             if number < len(lines):
                 raise AnalysisError(
@@ -267,7 +274,7 @@ def _note(notes: list[str], message: str) -> None:
 
 
 def _setting_order(study: dict[str, Any], runs: pd.DataFrame) -> list[str]:
-    named = [str(name) for name in study.get("settings", [])]
+    named = list(dict.fromkeys(setting for setting, _, _ in _planned(study)))
     found = sorted(runs["setting"].unique())
     return [name for name in named if name in found] + [n for n in found if n not in named]
 

@@ -138,13 +138,17 @@ def deeper_is_worse(study_runs: pd.DataFrame) -> Finding:
 
 
 def collapse_is_irreversible(runs: pd.DataFrame) -> Finding:
-    """Share of runs started again from a checkpoint before the collapse (arm grpo-restart) that
-    collapse too: reproduced when its Wilson interval is above 1/2. Needs such runs.
+    """Of the grpo seeds that collapsed, the share that collapses again when started from a
+    checkpoint before the collapse, at half the learning rate (arm grpo-restart): reproduced when
+    its Wilson interval is above 1/2. Seeds that did not collapse say nothing and are left out.
     """
-    if not len(_arm(runs, RESTART_ARM)):
-        reason = f"not measured: needs runs restarted before the collapse (arm {RESTART_ARM})"
+    grpo = _arm(runs, "grpo")
+    fallen = grpo[grpo["collapsed"].astype(bool)]["seed"]
+    restarted = runs[(runs["arm"] == RESTART_ARM) & runs["seed"].isin(fallen)]
+    if not len(restarted):
+        reason = f"not measured: needs restarts (arm {RESTART_ARM}) of runs that collapsed"
         return Finding(verdict=INCONCLUSIVE, reason=reason)
-    return _collapse_share(runs, RESTART_ARM, majority=True)
+    return _collapse_share(restarted, RESTART_ARM, majority=True)
 
 
 def _arm(runs: pd.DataFrame, arm: str) -> pd.DataFrame:

@@ -60,7 +60,7 @@ def full(root: Path, names: Sequence[str]) -> Study:
 
     Args:
         root: the study folder; restarted runs load what other runs of the study save there.
-        names: settings to run, some of `settings()`.
+        names: settings to run, some of `settings()`; none: all.
 
     Raises:
         ConfigError: a setting that the study does not have.
@@ -71,11 +71,12 @@ def full(root: Path, names: Sequence[str]) -> Study:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise ConfigError(f"settings={name!r}: expected some of {', '.join(known)}{hint}")
-    if not names:
-        raise ConfigError(f"settings: give some of {', '.join(known)}")
     # Seed by seed, so that an interrupted study has whole pairs.
     configs = [
-        config for name in names for seed in _SEEDS for config in _of_seed(known[name], seed, root)
+        config
+        for name in names or known
+        for seed in _SEEDS
+        for config in _of_seed(known[name], seed, root)
     ]
     return Study(name="collapse", mode="full", configs=tuple(configs))
 

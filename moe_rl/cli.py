@@ -40,8 +40,8 @@ class Reproduce:
     """Three main arms, two seeds, one setting (the default)."""
     full: bool = False
     """All arms and controls, five paired seeds, all settings."""
-    settings: tuple[str, ...] = ("staleness", "engine-noise", "deeper")
-    """Settings of the full study."""
+    settings: tuple[str, ...] = ()
+    """Settings of the full study. Default: staleness, engine-noise, deeper."""
     out: Path | None = None
     """Study folder. Default: runs/collapse-quick or runs/collapse-full."""
     jobs: int = dataclasses.field(default_factory=_jobs)
@@ -188,6 +188,8 @@ def reproduce(options: Reproduce) -> int:
 
     if options.quick and options.full:
         raise ConfigError("quick=True with full=True: choose one")
+    if options.settings and not options.full:
+        raise ConfigError(f"settings={options.settings}: of the full study; add --full")
     root = options.out or Path("runs/collapse-full" if options.full else "runs/collapse-quick")
     study = collapse.full(root, options.settings) if options.full else collapse.quick()
     return _run_study(study, root, options)
@@ -209,7 +211,10 @@ def map_(options: Map) -> int:
 
 
 def _run_study(study: Any, root: Path, options: Reproduce | Map) -> int:
+    from moe_rl.experiments.runner import check_study, run_all
+
     configs = study.configs
+    check_study(configs, root, jobs=options.jobs)
     if options.dry_run:
         for config in configs:
             print(f"{config.setting:<24} {config.arm:<14} seed {config.seed}")
@@ -217,9 +222,7 @@ def _run_study(study: Any, root: Path, options: Reproduce | Map) -> int:
         return 0
     from moe_rl.analysis.report import write_report
     from moe_rl.cold_start import prepare_cold_starts
-    from moe_rl.experiments.runner import check_study, run_all
 
-    check_study(configs, root, jobs=options.jobs)
     study.write(root, shlex.join(["moe-rl", *sys.argv[1:]]))
     prepare_cold_starts(configs, options.cold_start_cache)
     failures = run_all(configs, root, jobs=options.jobs, cold_start_cache=options.cold_start_cache)
@@ -250,7 +253,7 @@ def train(options: Train) -> int:
     from moe_rl.runlog import check_run_folder, is_complete
     from moe_rl.trainer import train as train_run
 
-    folder = options.out or Path(f"runs/{config.setting}-{config.arm}-seed{config.seed}")
+    folder = options.out or Path("runs") / _run_name(config)
     check_run_folder(folder, config)
     if is_complete(folder):
         print(f"{folder}: this run is complete already")
@@ -265,6 +268,11 @@ def train(options: Train) -> int:
         )
     print(f"final reward {summary['final_reward']:.3f} in {summary['seconds']:.0f} s: {folder}")
     return 0
+
+
+def _run_name(config: RunConfig) -> str:
+    replay = "" if config.routing_replay == "disabled" else f"-{config.routing_replay}"
+    return f"{config.setting}-{config.arm}{replay}-seed{config.seed}"
 
 
 def calibrate(options: Calibrate) -> int:

@@ -18,6 +18,9 @@ Algorithm = Literal["grpo", "gspo", "gspo_token"]
 RoutingReplay = Literal["disabled", "R2", "R3"]
 
 
+SCHEMA = 1
+"""Of the files that runs and studies write."""
+
 # Seeds are words of a counter-based generator and arguments of torch's: both take 63 bits.
 _SEEDS = 2**63
 # Enough to be right about 30% of the time.
@@ -192,7 +195,7 @@ class RunConfig:
     """Gradient norm is clipped to this before each update."""
 
     seed: int = 0
-    """Seed of prompts, samples, noise and update order."""
+    """Seed of prompts, samples and noise."""
     num_threads: int = 1
     """Torch threads of the run."""
     prompts_per_forward: int | None = None
@@ -209,6 +212,12 @@ class RunConfig:
     """Save the policy in Hugging Face format every n rollout steps and at the end; 0: never."""
 
     def __post_init__(self) -> None:
+        for name in ("arm", "setting"):
+            label = getattr(self, name)
+            _require(
+                label is None or (label != "" and not label.startswith(".") and "/" not in label),
+                f"{name}={label!r}: names a folder; use a word without / or a leading dot",
+            )
         minimum = {
             "steps": 1,
             "prompts_per_rollout": 1,
@@ -240,7 +249,12 @@ class RunConfig:
                 f"prompts_per_forward={self.prompts_per_forward}: must divide the "
                 f"{prompts_per_update} prompts of an update",
             )
-        for name in ("temperature", "learning_rate", "max_grad_norm", "adam_epsilon"):
+        _require(
+            1e-3 <= self.temperature <= 1e3,
+            f"temperature={self.temperature}: must be from 1e-3 to 1e3",
+        )
+        _require(self.num_threads <= 1024, f"num_threads={self.num_threads}: at most 1024")
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             value = getattr(self, name)
             _require(
                 math.isfinite(value) and value > 0, f"{name}={value}: must be a positive number"
@@ -345,7 +359,10 @@ def _from_dict(cls: Any, values: Any, prefix: str) -> Any:
         if not _matches(value, hint_type):
             wanted = getattr(hint_type, "__name__", str(hint_type)).replace("typing.", "")
             raise ConfigError(f"{prefix}{key}={value!r}: expected {wanted}")
-        arguments[key] = float(value) if hint_type is float else value
+        try:
+            arguments[key] = float(value) if hint_type is float else value
+        except OverflowError as error:
+            raise ConfigError(f"{prefix}{key}: {len(str(value))} digits are too many") from error
     return cls(**arguments)
 
 
@@ -363,6 +380,11 @@ def load_config(path: str) -> RunConfig:
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
     if isinstance(values, Mapping) and "config" in values and "schema" in values:
+        if values["schema"] != SCHEMA:
+            raise ConfigError(
+                f"{path}: schema {values['schema']!r}, this version reads schema {SCHEMA}; use the "
+                "version of moe-rl that wrote it"
+            )
         values = values["config"]
     return RunConfig.from_dict(values)
 
@@ -394,8 +416,8 @@ def tiny() -> RunConfig:
 def staleness() -> RunConfig:
     """Several updates on one rollout: routing drifts because the weights move.
 
-    7e-4 is the largest learning rate of the committed map at which the dense control is stable, so
-    that what fails here fails because of its experts.
+    7e-4 is the largest learning rate tried at which the dense control ends within 20% of its peak
+    (it dips on the way): experiments/README.md.
     """
     return RunConfig(
         setting="staleness",

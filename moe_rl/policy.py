@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -211,10 +212,16 @@ def _load(folder: str, alphabet: str) -> tuple[Any, PreTrainedTokenizerBase]:
             path, local_files_only=True, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ConfigError(f"checkpoint={folder!r}: cannot be loaded ({reason})") from error
     find_routers(model)
+    words = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > words:
+        raise ConfigError(
+            f"checkpoint={folder!r}: its tokenizer has {len(tokenizer)} words, its model embeds "
+            f"{words}: they do not belong together"
+        )
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"checkpoint={folder!r}: its tokenizer has no end-of-sequence token")
     if tokenizer.decode(tokenizer.encode(alphabet, add_special_tokens=False)) != alphabet:

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from moe_rl.config import ConfigError, RunConfig, load_config
+from moe_rl.config import SCHEMA, ConfigError, RunConfig, load_config
 
-SCHEMA = 1
 LOCK = "lock"
 OUTPUT = "output.txt"
 """What a run of a study prints."""
@@ -39,8 +38,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the run in `folder` has ended."""
-    return (folder / "summary.json").is_file()
+    """Whether the run in `folder` has ended: its summary is there, whole, and says so."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(summary, dict) and summary.get("complete") is True
 
 
 def check_run_folder(folder: Path, config: RunConfig) -> None:
@@ -98,6 +101,8 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._lock = _lock(folder)
+        # A run is complete by its summary: one that starts anew has none.
+        (folder / "summary.json").unlink(missing_ok=True)
         write_json(folder / "config.json", {"schema": SCHEMA, "config": config.to_dict()})
         self._steps = (folder / "steps.jsonl").open("w", encoding="utf-8")
         self._updates = (folder / "updates.jsonl").open("w", encoding="utf-8")

@@ -29,7 +29,7 @@ from moe_rl.rollout.batch import RolloutBatch
 from moe_rl.rollout.noise import RouterNoise
 from moe_rl.rollout.sampling import sample_responses
 from moe_rl.rollout.score import score
-from moe_rl.runlog import RunLog
+from moe_rl.runlog import RunLog, check_run_folder
 from moe_rl.seeding import generator
 from moe_rl.start import (
     active_parameters,
@@ -382,9 +382,11 @@ def train(
     config = config.named()
     clip_range(config)
     prepare_process(config.num_threads)
+    check_run_folder(folder, config)
+    # Before anything is written: a folder of a run that could not start would be in the way.
+    policy = starting_policy(config, cold_start_cache, on_cold_start)
     log = RunLog(folder, config)
     try:
-        policy = starting_policy(config, cold_start_cache, on_cold_start)
         return Trainer(config, policy, log).run(on_step)
     finally:
         log.close()

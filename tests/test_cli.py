@@ -56,6 +56,11 @@ def test_train_writes_a_complete_run_and_knows_it_again(tmp_path: Path) -> None:
         (["train", "--learning-rate", "nan"], "learning_rate=nan: must be a positive number"),
         (["train", "--learning-rate"], "--learning-rate"),
         (["report", "a", "b"], "unexpected argument b"),
+        (["train", "--setting", "../evil"], "without / or a leading dot"),
+        (["train", "--temperature", "1e-320"], "from 1e-3 to 1e3"),
+        (["train", "--num-threads", "100000"], "at most 1024"),
+        (["reproduce", "--settings", "deeper"], "add --full"),
+        (["map", "--learning-rates", "1e-3", "1.0000000001e-3", "--dry-run"], "share it"),
         (["reproduce", "--full", "--settings", "stalenes"], "did you mean 'staleness'"),
         (["train", "--group-size", "1"], "group_size=1"),
         (["train", "--algorithm", "gspo", "--clip-low", "0.2"], "clip"),
@@ -171,6 +176,8 @@ def test_an_interrupted_map_goes_on_where_it_stopped(tmp_path: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # Whoever starts the tests in the background may have told us to ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (done := list(tmp_path.glob("map/runs/*/*/*/summary.json"))):

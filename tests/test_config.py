@@ -105,3 +105,15 @@ def test_nested_fields_are_changed_without_a_prefix() -> None:
 def test_configs_need_no_torch() -> None:
     code = "import sys, moe_rl.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_config_of_another_schema_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"schema": 99, "config": preset("tiny").to_dict()}))
+    with pytest.raises(ConfigError, match="schema 99, this version reads schema 1"):
+        load_config(str(file))
+
+
+def test_a_number_beyond_floats_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"learning_rate: \d+ digits are too many"):
+        RunConfig.from_dict({"learning_rate": 10**400})

@@ -1,5 +1,8 @@
 """The policy and its rollout engine: sampling, noise, checkpoints in and out."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -118,3 +121,28 @@ def test_every_character_is_one_token() -> None:
     ids = tokenizer("12=9", add_special_tokens=False)["input_ids"]
     assert len(ids) == 4
     assert tokenizer.decode(ids) == "12=9"
+
+
+def test_a_checkpoint_that_does_not_fit_its_own_config_is_refused(
+    policy: Policy, tmp_path: Path
+) -> None:
+    policy.model.save_pretrained(tmp_path)
+    policy.tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for words, why in ((99, "cannot be loaded"), (None, "cannot be loaded")):
+        changed = config if words is None else config | {"vocab_size": words}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        if words is None:
+            weights = tmp_path / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-100])
+        with pytest.raises(ConfigError, match=why):
+            build_policy(ModelConfig(checkpoint=str(tmp_path)), ALPHABET)
+
+
+def test_a_tokenizer_with_more_words_than_the_model_embeds_is_refused(
+    policy: Policy, tmp_path: Path
+) -> None:
+    policy.model.save_pretrained(tmp_path)
+    character_tokenizer(ALPHABET + "+-*").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="do not belong together"):
+        build_policy(ModelConfig(checkpoint=str(tmp_path)), ALPHABET)

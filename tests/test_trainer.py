@@ -11,7 +11,7 @@ import torch
 
 from moe_rl.config import ConfigError, RunConfig, preset
 from moe_rl.response_pass import Pass, response_pass
-from moe_rl.runlog import RunLog
+from moe_rl.runlog import RunLog, is_complete
 from moe_rl.start import starting_policy
 from moe_rl.trainer import Trainer, learning_rate, train
 
@@ -315,3 +315,26 @@ def test_what_an_interrupted_start_leaves_behind_does_not_block_the_run(tmp_path
     (tmp_path / "run" / "output.txt").write_text("")
     (tmp_path / "run" / "config.json.partial").write_text("{")
     RunLog(tmp_path / "run", tiny()).close()
+
+
+@pytest.mark.parametrize("summary", ["", '{"schema": 1, "comp', '{"schema": 1, "complete": false}'])
+def test_a_torn_summary_is_no_complete_run(summary: str, tmp_path: Path, cold: Path) -> None:
+    train(tiny(steps=1), tmp_path / "run", cold_start_cache=cold)
+    assert is_complete(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(summary)
+    assert not is_complete(tmp_path / "run")
+
+
+def test_a_run_that_starts_anew_is_not_complete_by_its_old_summary(
+    tmp_path: Path, cold: Path
+) -> None:
+    config = tiny(steps=1)
+    train(config, tmp_path / "run", cold_start_cache=cold)
+    RunLog(tmp_path / "run", config.named()).close()
+    assert not is_complete(tmp_path / "run")
+
+
+def test_a_policy_that_cannot_be_built_leaves_no_folder_behind(tmp_path: Path, cold: Path) -> None:
+    with pytest.raises(ConfigError, match="no config.json there"):
+        train(tiny(checkpoint=str(tmp_path / "gone")), tmp_path / "run", cold_start_cache=cold)
+    assert not (tmp_path / "run").exists()

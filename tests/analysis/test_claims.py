@@ -144,9 +144,21 @@ def test_depths_with_another_learning_rate_are_not_compared():
 
 def test_irreversibility_needs_restarted_runs():
     assert rules.collapse_is_irreversible(_arm("grpo", **FAILS)).verdict == INCONCLUSIVE
-    again = _arm("grpo-restart", **FAILS)
+    fallen = _arm("grpo", **FAILS)
+    again = _runs(fallen, _arm("grpo-restart", **FAILS))
     assert rules.collapse_is_irreversible(again).verdict == REPRODUCED
-    assert rules.collapse_is_irreversible(_arm("grpo-restart")).verdict == NOT_REPRODUCED
+    stable = _runs(fallen, _arm("grpo-restart"))
+    assert rules.collapse_is_irreversible(stable).verdict == NOT_REPRODUCED
+
+
+def test_restarts_of_runs_that_never_collapsed_say_nothing():
+    two = [seed < 2 for seed in range(SEEDS)]
+    finding = rules.collapse_is_irreversible(
+        _runs(_arm("grpo", collapsed=two), _arm("grpo-restart"))
+    )
+    assert finding.ours == "0 of 2 collapsed" and finding.verdict == INCONCLUSIVE
+    none = _runs(_arm("grpo"), _arm("grpo-restart"))
+    assert "not measured" in rules.collapse_is_irreversible(none).reason
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.key)
