@@ -43,14 +43,12 @@ def settings() -> dict[str, Setting]:
 
 
 def quick() -> Study:
-    """Three main arms on two seeds where the paper's order shows, in shorter runs.
-
-    The cold start sees half the demonstrations. The learning rate decays over the shorter run: a
-    whole run in small, not the start of one.
-    """
-    base = preset("engine-noise").replace(steps=24, sft_batch_size=64)
+    """The three main arms in the setting `engine-noise`, on the full study's first two seeds."""
+    setting = settings()["engine-noise"]
     configs = [
-        arm_config(arm, base, replay="R3", seed=seed) for seed in _SEEDS[:2] for arm in MAIN_ARMS
+        arm_config(arm, setting.base, replay=setting.replay, seed=seed)
+        for seed in _SEEDS[:2]
+        for arm in MAIN_ARMS
     ]
     return Study(name="collapse", mode="quick", configs=tuple(configs))
 
