@@ -21,8 +21,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from moe_rl.config import ConfigError, RunConfig
-from moe_rl.runlog import OUTPUT, SCHEMA, check_run_folder, is_complete, write_json
+from moe_rl.config import SCHEMA, ConfigError, RunConfig
+from moe_rl.runlog import OUTPUT, check_run_folder, is_complete, write_json
 
 _POLL_SECONDS = 0.5
 

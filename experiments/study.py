@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_rl.config import ConfigError, RunConfig
-from moe_rl.runlog import SCHEMA, write_json
+from moe_rl.config import SCHEMA, ConfigError, RunConfig
+from moe_rl.runlog import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
