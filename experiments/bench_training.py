@@ -17,7 +17,6 @@ import json
 import statistics
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,12 +130,14 @@ def _race(
     cache: Path,
 ) -> tuple[dict[str, list[float]], str | None]:
     """Seconds of each rollout step of each contestant, and why TRL is absent if it is."""
-    seconds: dict[str, list[float]] = defaultdict(list)
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
     steps = iter(range(10_000))
 
     def our_turn() -> None:
         step = next(steps)
-        for name, trainer in trainers.items():
+        # Whoever follows TRL finds the caches full of its data: each goes first in turn.
+        first = step % len(trainers)
+        for name, trainer in [*trainers.items()][first:] + [*trainers.items()][:first]:
             start = time.perf_counter()
             trainer.step(step)
             if step >= _WARM_UP:
@@ -151,6 +152,7 @@ def _race(
     name = f"TRL {trl.__version__}"
     folder = next(path for path in cache.iterdir() if path.is_dir())
     peer = _trl_trainer(config, task, folder, scratch, repeats + _WARM_UP)
+    seconds[name] = []
     peer.add_callback(_boundary_callback(config, seconds[name], our_turn))
     peer.train()
     del seconds[name][:_WARM_UP]
