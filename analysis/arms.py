@@ -9,7 +9,8 @@ ARM_LABELS = {
     "gspo+replay": "GSPO + replay",
     "dense": "dense control",
     "frozen-router": "frozen router",
-    "grpo-restart": "GRPO restarted",
+    "grpo-restart": "GRPO restarted, half the rate",
+    "grpo-restart-full-rate": "GRPO restarted, full rate",
 }
 ARM_ORDER = tuple(ARM_LABELS)
 

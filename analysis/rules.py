@@ -27,7 +27,8 @@ MIN_EFFECT = 0.05  # a difference of final reward (share of prompts solved) that
 PAPER_CHURN = 0.10  # GSPO paper (arXiv 2507.18071), 5.3: "roughly 10% of the experts activated"
 CHURN_FACTOR = 2.0  # "about": within a factor of two
 CLIP_ORDERS = 1.5  # log10; nearer to two orders of magnitude (or more) than to one
-RESTART_ARM = "grpo-restart"  # GRPO started again from a checkpoint before the collapse
+# GRPO started again from a checkpoint before the collapse: at half the rate, and at the whole.
+RESTART_ARM, FULL_RATE_ARM = "grpo-restart", "grpo-restart-full-rate"
 
 
 def grpo_collapses(runs: pd.DataFrame) -> Finding:
@@ -140,7 +141,8 @@ def deeper_is_worse(study_runs: pd.DataFrame) -> Finding:
 def collapse_is_irreversible(runs: pd.DataFrame) -> Finding:
     """Of the grpo seeds that collapsed, the share that collapses again when started from a
     checkpoint before the collapse, at half the learning rate (arm grpo-restart): reproduced when
-    its Wilson interval is above 1/2. Seeds that did not collapse say nothing and are left out.
+    its Wilson interval is above 1/2. Seeds that did not collapse say nothing and are left out. The
+    restart at the whole rate is given beside it: it tells what a fresh start alone does.
     """
     grpo = _arm(runs, "grpo")
     fallen = grpo[grpo["collapsed"].astype(bool)]["seed"]
@@ -148,7 +150,13 @@ def collapse_is_irreversible(runs: pd.DataFrame) -> Finding:
     if not len(restarted):
         reason = f"not measured: needs restarts (arm {RESTART_ARM}) of runs that collapsed"
         return Finding(verdict=INCONCLUSIVE, reason=reason)
-    return _collapse_share(restarted, RESTART_ARM, majority=True)
+    finding = _collapse_share(restarted, RESTART_ARM, majority=True)
+    whole = _arm(runs, FULL_RATE_ARM)
+    whole = whole[whole["seed"].isin(fallen)]
+    if not len(whole):
+        return finding
+    again = f"{int(whole['collapsed'].sum())} of {len(whole)}"
+    return _with_ours(finding, f"{finding.ours}; at the full rate {again}")
 
 
 def _arm(runs: pd.DataFrame, arm: str) -> pd.DataFrame:

@@ -39,7 +39,9 @@ DARK_PARTNERS = {
     ARM_COLOURS["gspo+replay"]: "#8fd0f5",
     ARM_COLOURS["dense"]: "#b4b4b4",
     ARM_COLOURS["frozen-router"]: "#e295c8",
-} | dict(zip(SPARE_COLOURS, ["#d6a850", "#a9a4e0", "#e0814f", "#b3b34d"], strict=True))
+    ARM_COLOURS["grpo-restart"]: "#d6a850",
+    ARM_COLOURS["grpo-restart-full-rate"]: "#e0814f",
+} | dict(zip(SPARE_COLOURS, ["#a9a4e0", "#b3b34d", "#63c2c2"], strict=True))
 PNG_DPI = 200
 
 

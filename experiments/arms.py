@@ -73,31 +73,35 @@ def arm_config(name: str, base: RunConfig, *, replay: RoutingReplay, seed: int) 
     return ARMS[name].change(base, replay).replace(arm=name, seed=seed)
 
 
-RESTART = "grpo-restart"
+RESTARTS = {"grpo-restart": 0.5, "grpo-restart-full-rate": 1.0}
+"""GRPO started again from before its collapse, and the share of its learning rate: half, as a
+user would try to save the run, and all of it, which tells what the fresh start alone does."""
 # Before the collapse: in no setting of the study has GRPO fallen by then.
 _RESTART_STEP = 5
 
 
-def restart_config(original: RunConfig, folder: Path) -> tuple[RunConfig, RunConfig]:
-    """(the restarted run, the original that saves what it starts from).
+def saving_for_restart(original: RunConfig) -> RunConfig:
+    """The run with what `restart_config` starts from saved on the way."""
+    return original.replace(save_every=_RESTART_STEP)
+
+
+def restart_config(name: str, original: RunConfig, folder: Path) -> RunConfig:
+    """The run `name` of `RESTARTS`, from the policy that the original saved before its collapse.
 
     GSPO paper, 5.3: after a collapse training cannot be resumed, even from an earlier checkpoint
-    with other hyperparameters. So the restart takes the policy from before the collapse, fresh
-    optimiser state and half the learning rate.
+    with other hyperparameters. The optimiser state is fresh.
 
     Args:
-        original: the run that collapses.
+        name: a key of `RESTARTS`.
+        original: the run that collapses, as `saving_for_restart` has it.
         folder: its run folder.
     """
-    original = original.replace(save_every=_RESTART_STEP)
-    restarted = dataclasses.replace(
+    checkpoint = str(folder / f"policy_{_RESTART_STEP:05d}")
+    return dataclasses.replace(
         original,
-        arm=RESTART,
-        model=dataclasses.replace(
-            original.model, checkpoint=str(folder / f"policy_{_RESTART_STEP:05d}")
-        ),
-        learning_rate=original.learning_rate / 2,
+        arm=name,
+        model=dataclasses.replace(original.model, checkpoint=checkpoint),
+        learning_rate=original.learning_rate * RESTARTS[name],
         steps=original.steps - _RESTART_STEP,
         save_every=0,
     )
-    return restarted, original

@@ -39,7 +39,7 @@ class Reproduce:
     quick: bool = False
     """Three main arms, two seeds, one setting (the default)."""
     full: bool = False
-    """All arms and controls, five paired seeds, all settings."""
+    """All arms and controls, eight paired seeds, all settings."""
     settings: tuple[str, ...] = ()
     """Settings of the full study. Default: staleness, engine-noise, deeper."""
     out: Path | None = None

@@ -6,7 +6,7 @@ import pytest
 
 from moe_rl.config import ConfigError, preset
 from moe_rl.experiments import collapse, collapse_map
-from moe_rl.experiments.arms import ARMS, arm_config
+from moe_rl.experiments.arms import ARMS, RESTARTS, arm_config
 from moe_rl.experiments.bench_training import useful_operations
 from moe_rl.experiments.runner import check_study, run_all, run_folder
 from moe_rl.experiments.study import Study
@@ -79,7 +79,7 @@ def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
 def test_the_quick_study_is_three_arms_on_two_paired_seeds() -> None:
     configs = collapse.quick().configs
     assert [(c.arm, c.seed) for c in configs] == [
-        (arm, seed) for seed in (1, 2) for arm in ("grpo", "grpo+replay", "gspo")
+        (arm, seed) for seed in (6, 7) for arm in ("grpo", "grpo+replay", "gspo")
     ]
 
 
@@ -96,16 +96,19 @@ def test_useful_operations_are_those_of_a_dense_count() -> None:
     assert work.total == 5 * work.rollout
 
 
-def test_a_restart_is_grpo_from_what_the_original_saves_before_it_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("arm", "rate"), [*RESTARTS.items()])
+def test_a_restart_is_grpo_from_what_the_original_saves_before_it_ends(
+    tmp_path: Path, arm: str, rate: float
+) -> None:
     configs = {(c.arm, c.seed): c for c in collapse.full(tmp_path, ["engine-noise"]).configs}
-    original, restarted = configs["grpo", 3], configs["grpo-restart", 3]
+    original, restarted = configs["grpo", 7], configs[arm, 7]
     folder = run_folder(tmp_path, original)
     saved = Path(restarted.model.checkpoint or "")
     assert saved.parent == folder
     step = int(saved.name.removeprefix("policy_"))
     assert step % original.save_every == 0 and 0 < step < original.steps / 2
     assert restarted.sft_steps == 0, "a restart gets no second cold start"
-    assert restarted.learning_rate < original.learning_rate
+    assert restarted.learning_rate == rate * original.learning_rate
     assert restarted.steps == original.steps - step
 
 

@@ -36,12 +36,16 @@ ARM_COLOURS = {
     "gspo+replay": "#3d9bd4",
     "dense": "#6d6d6d",
     "frozen-router": "#b7589a",
+    "grpo-restart": "#a6761d",
+    "grpo-restart-full-rate": "#8c2d04",
 }
-SPARE_COLOURS = ["#a6761d", "#7570b3", "#8c2d04", "#4d4d00"]
+SPARE_COLOURS = ["#7570b3", "#4d4d00", "#1b6f6f"]
 DASHES: dict[str, Any] = {
     "gspo+replay": (0, (4, 1.5)),
     "dense": (0, (1, 1)),
     "frozen-router": (0, (5, 1, 1, 1)),
+    "grpo-restart": (0, (4, 1.5)),
+    "grpo-restart-full-rate": (0, (1, 1)),
 }
 CMAP = "cividis"  # perceptually even and safe for colour blindness
 

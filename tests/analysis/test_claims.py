@@ -149,6 +149,9 @@ def test_irreversibility_needs_restarted_runs():
     assert rules.collapse_is_irreversible(again).verdict == REPRODUCED
     stable = _runs(fallen, _arm("grpo-restart"))
     assert rules.collapse_is_irreversible(stable).verdict == NOT_REPRODUCED
+    both = _runs(again, _arm("grpo-restart-full-rate"))
+    assert rules.collapse_is_irreversible(both).verdict == REPRODUCED
+    assert rules.collapse_is_irreversible(both).ours.endswith(f"at the full rate 0 of {SEEDS}")
 
 
 def test_restarts_of_runs_that_never_collapsed_say_nothing():
