@@ -24,7 +24,7 @@ SCHEMA = 1
 # Seeds are words of a counter-based generator and arguments of torch's: both take 63 bits.
 _SEEDS = 2**63
 # Enough to be right about 30% of the time.
-_SFT_STEPS = {"running_sum": 400, "countdown": 1000}
+_SFT_STEPS = {"running_sum": 400, "countdown": 600}
 
 
 class ConfigError(ValueError):
@@ -105,7 +105,7 @@ class ColdStartConfig:
     """Supervised warm start on noisy demonstrations; all arms and seeds start from the same one."""
 
     sft_steps: int | None = None
-    """Supervised steps; 0: none. Default: 400, countdown 1000; none for a loaded checkpoint."""
+    """Supervised steps; 0: none. Default: 400, countdown 600; none for a loaded checkpoint."""
     sft_batch_size: int = 128
     """Demonstrations per supervised step."""
     sft_learning_rate: float = 2e-3
