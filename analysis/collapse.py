@@ -8,6 +8,8 @@ Definitions, all on the reward of one run, one value a rollout step (t = 0..n-1)
     collapse    there is a t with s_u < p_u / 2 for every u >= t; the first such t is the time
     final       mean reward of the last eighth of the steps (at least one)
     drawdown    (peak - final) / peak, cut below at 0; 0 where the peak is 0
+    deepest fall    max_t (p_t - s_t) / p_t, from which the run may have come back;
+                0 where the peak is 0
     unstable    drawdown > 0.2
 
 A non-finite reward counts as 0: a policy whose reward cannot be computed earns none. Rewards are
@@ -38,6 +40,7 @@ class Outcome:
     peak_step: float
     final: float
     drawdown: float
+    deepest_fall: float
     collapsed: bool
     collapse_step: float
     unstable: bool
@@ -76,8 +79,8 @@ def outcome(reward: ArrayLike, steps: ArrayLike | None = None) -> Outcome:
     nan = math.nan
     if len(values) == 0:
         return Outcome(
-            steps=0, peak=nan, peak_step=nan, final=nan, drawdown=nan, collapsed=False,
-            collapse_step=nan, unstable=False, nonfinite_rewards=0,
+            steps=0, peak=nan, peak_step=nan, final=nan, drawdown=nan, deepest_fall=nan,
+            collapsed=False, collapse_step=nan, unstable=False, nonfinite_rewards=0,
         )  # fmt: skip
     bad = int(np.sum(~np.isfinite(values)))
     values = np.where(np.isfinite(values), values, 0.0)
@@ -91,12 +94,16 @@ def outcome(reward: ArrayLike, steps: ArrayLike | None = None) -> Outcome:
     peak = float(smoothed.max())
     final = float(values[-max(1, len(values) // FINAL_FRACTION) :].mean())
     drawdown = max(0.0, (peak - final) / peak) if peak > 0 else 0.0
+    falls = np.divide(
+        running_peak - smoothed, running_peak, out=np.zeros(len(values)), where=running_peak > 0
+    )
     return Outcome(
         steps=len(values),
         peak=peak,
         peak_step=float(times[int(smoothed.argmax())]),
         final=final,
         drawdown=drawdown,
+        deepest_fall=float(falls.max()),
         collapsed=collapsed,
         collapse_step=float(times[start]) if collapsed else nan,
         unstable=drawdown > STABLE_DRAWDOWN,

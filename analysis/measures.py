@@ -104,7 +104,7 @@ def summarize(study: Study, measures: pd.DataFrame | None = None) -> pd.DataFram
     `measures` is `run_measures(study)` where the caller has it already.
 
     final, final_low, final_high    interquartile mean of the final reward, 95% bootstrap interval
-    peak, drawdown                  medians over seeds
+    peak, drawdown, deepest_fall    medians over seeds
     collapsed, runs                 k of n; `collapsed_low`, `collapsed_high` the Wilson interval
     collapse_step                   median time of collapse of the runs that collapsed
     unstable                        runs whose drawdown exceeds 20%
@@ -136,6 +136,7 @@ def _arm_row(group: pd.DataFrame) -> dict[str, Any]:
         "final_high": final.high,
         "peak": median("peak"),
         "drawdown": median("drawdown"),
+        "deepest_fall": median("deepest_fall"),
         "collapsed": k,
         "collapsed_low": collapsed.low,
         "collapsed_high": collapsed.high,

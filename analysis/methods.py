@@ -19,10 +19,11 @@ ENTRIES = [
         "run; the time of collapse is the first step from which it does.",
     ),
     (
-        "Final reward, peak, drawdown",
+        "Final reward, peak, drawdown, deepest fall",
         f"Final: mean over the last 1/{FINAL_FRACTION} of the steps. Peak: maximum of the smoothed "
         "reward. Drawdown: (peak \u2212 final) / peak, at least 0. Unstable: drawdown above "
-        f"{STABLE_DRAWDOWN:.0%}.",
+        f"{STABLE_DRAWDOWN:.0%}. Deepest fall: the largest share by which the smoothed reward lies "
+        "below its running peak at any step, also where it comes back.",
     ),
     (
         "Stability frontier",

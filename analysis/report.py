@@ -48,15 +48,16 @@ def _remove_last_report(out: Path) -> None:
                 file.unlink()
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: str | Path, study: Study | None = None) -> Path:
     """Draw the report of the study (or single run) in `run_dir`; returns the path of index.html.
 
     Writes `run_dir/report/`: index.html (inline SVG, no script, no network), figures/*.svg and
     *.png, data/*.csv. The same input files give byte for byte the same output.
 
-    Raises AnalysisError for a folder that cannot be read (see `load_study`).
+    `study` is what `load_study(run_dir)` gave, where a caller has it. Raises AnalysisError for a
+    folder that cannot be read (see `load_study`).
     """
-    study = load_study(run_dir)
+    study = study or load_study(run_dir)
     out = Path(run_dir) / "report"
     for folder in ("figures", "data"):
         (out / folder).mkdir(parents=True, exist_ok=True)

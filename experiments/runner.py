@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from moe_rl.config import SCHEMA, ConfigError, RunConfig
-from moe_rl.runlog import OUTPUT, check_run_folder, is_complete, write_json
+from moe_rl.runlog import OUTPUT, check_can_be_made, check_run_folder, is_complete, write_json
 
 _POLL_SECONDS = 0.5
 
@@ -109,6 +109,7 @@ def check_study(configs: Sequence[RunConfig], root: Path, *, jobs: int) -> None:
     """
     if jobs < 1:
         raise ConfigError(f"jobs={jobs}: must be at least 1")
+    check_can_be_made(root, "out")
     folders = [run_folder(root, config) for config in configs]
     for folder in folders:
         if folders.count(folder) > 1:

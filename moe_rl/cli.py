@@ -1,185 +1,40 @@
 """The command line: `moe-rl COMMAND`, also `python -m moe_rl COMMAND`.
 
-Options are the fields of the dataclasses below and of `moe_rl.config`; heavy imports wait until a
-command needs them. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted.
+Options are the fields of `moe_rl.options` and `moe_rl.config`; heavy imports wait until a command
+needs them. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted.
 """
 
-import dataclasses
 import difflib
-import errno
 import json
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import tyro
 
 from moe_rl import __version__
 from moe_rl.config import ConfigError, RunConfig, load_config, preset
-from moe_rl.usage import parse
+from moe_rl.options import (
+    Bench,
+    Calibrate,
+    CheckReplay,
+    Churn,
+    Doctor,
+    Map,
+    Report,
+    Reproduce,
+    Train,
+    cores,
+)
+from moe_rl.usage import describe_os_error, is_out_of_memory, parse
 
 BAD_INPUT = 2
 INTERRUPTED = 130
-
-_CACHE = Path("runs/cold_start")
-
-
-def _jobs() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reproduce:
-    """Run the collapse experiment and write its report."""
-
-    quick: bool = False
-    """Three main arms, two seeds, one setting (the default)."""
-    full: bool = False
-    """All arms and controls, eight paired seeds, all settings."""
-    settings: tuple[str, ...] = ()
-    """Settings of the full study. Default: staleness, engine-noise, deeper."""
-    out: Path | None = None
-    """Study folder. Default: runs/collapse-quick or runs/collapse-full."""
-    jobs: int = dataclasses.field(default_factory=_jobs)
-    """Runs side by side, one torch thread each."""
-    cold_start_cache: Path = _CACHE
-    """Folder of cold starts, shared by all studies."""
-    dry_run: bool = False
-    """Print the runs of the study and stop."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train:
-    """Train one run."""
-
-    run: Annotated[RunConfig, tyro.conf.OmitArgPrefixes]
-    preset: str = "staleness"
-    """Settings to start from: staleness, engine-noise or tiny. Other options change them."""
-    config: Path | None = None
-    """JSON config (or a run folder's config.json) to start from instead of a preset."""
-    out: Path | None = None
-    """Run folder. Default: runs/SETTING-ARM-seedN."""
-    cold_start_cache: Path = _CACHE
-    """Folder of cold starts."""
-    dry_run: bool = False
-    """Print the resolved config as JSON and stop."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Map:
-    """Map where each arm stays stable: learning rate x updates per rollout x router noise."""
-
-    learning_rates: tuple[float, ...] = (5e-4, 7e-4, 1e-3)
-    """Peak learning rates."""
-    updates: tuple[int, ...] = (8, 16)
-    """Updates per rollout."""
-    noises: tuple[float, ...] = (0.0, 0.135)
-    """Router noises (logit units). Above 0, the replay arm replays the engine's record (R3)."""
-    arms: tuple[str, ...] = ("grpo", "grpo+replay", "gspo", "dense")
-    """Arms to map."""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """Paired seeds."""
-    preset: str = "staleness"
-    """Settings that the map varies."""
-    out: Path = Path("runs/map")
-    """Study folder."""
-    jobs: int = dataclasses.field(default_factory=_jobs)
-    """Runs side by side, one torch thread each."""
-    cold_start_cache: Path = _CACHE
-    """Folder of cold starts."""
-    dry_run: bool = False
-    """Print the runs of the map and stop."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibrate:
-    """Find the router noise at which two passes disagree on a given share of routers or tokens."""
-
-    run: Annotated[RunConfig, tyro.conf.OmitArgPrefixes]
-    of: Literal["routers", "tokens"] = "routers"
-    """routers: (token, layer) pairs with other expert sets. tokens: those with any such layer."""
-    share: float | None = None
-    """Wanted share, from 0 to 1. Default: what R3 (2510.11370) reports, 0.1 or 0.94."""
-    preset: str = "staleness"
-    """Settings to start from."""
-    cold_start_cache: Path = _CACHE
-    """Folder of cold starts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """Redraw a study's report, figures and tables from its files."""
-
-    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """Study or run folder."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Doctor:
-    """Print versions, devices and which backend each choice takes, with the reason."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """Measure speed against peers in one interleaved run."""
-
-    what: tyro.conf.Positional[Literal["training", "logprobs"]] = "training"
-    """training: rollout steps per second against TRL's GRPOTrainer, and the cost of instruments;
-    logprobs: time, memory and error of token log-probabilities."""
-    repeats: int = 5
-    """Interleaved measurements of each side."""
-    out: Path | None = None
-    """JSON file for the results; logprobs draws a figure beside it."""
-    shapes: tuple[str, ...] = ()
-    """logprobs: N,H,V of each problem. Default: two large ones for this device."""
-    dtypes: tuple[str, ...] = ()
-    """logprobs: float32, bfloat16, float16. Default: the first two, bfloat16 on a GPU."""
-    threads: int | None = None
-    """logprobs: torch threads on a CPU. Default: all cores."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckReplay:
-    """Check record and replay on a model, a family, or a recorded trace; exit code 1 on a fail."""
-
-    target: Annotated[
-        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL_FOLDER|FAMILY|TRACE")
-    ] = None
-    """Folder of a model, a family's name (qwen3_moe), or a file of recorded routes."""
-    all: bool = False
-    """Every family of the installed transformers, on small models."""
-    seed: int = 0
-    """Seed of weights, tokens and foreign routes."""
-    num_experts: int | None = None
-    """Of a trace: experts E that ids must lie below."""
-    num_layers: int | None = None
-    """Of an SGLang response: all decoder layers of the model."""
-    top_k: int | None = None
-    """Of an SGLang response: experts per token."""
-    batch_size: int = 1
-    """Of a Megatron-LM trace: sequences in a micro-batch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Churn:
-    """Compare two recorded routings of the same tokens: churn by layer and position."""
-
-    trace_a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TRACE_A")]
-    """npz, npy, safetensors, json (vLLM, SGLang), jsonl or folder (Megatron-LM)."""
-    trace_b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TRACE_B")]
-    """The same tokens, routed by another policy or another engine."""
-    plot: Path | None = None
-    """Figure to draw, png, svg or pdf."""
-    num_layers: int | None = None
-    """Of an SGLang response: all decoder layers of the model."""
-    top_k: int | None = None
-    """Of an SGLang response: experts per token."""
-    batch_size: int = 1
-    """Of a Megatron-LM trace: sequences in a micro-batch."""
 
 
 def reproduce(options: Reproduce) -> int:
@@ -220,7 +75,6 @@ def _run_study(study: Any, root: Path, options: Reproduce | Map) -> int:
             print(f"{config.setting:<24} {config.arm:<14} seed {config.seed}")
         print(f"{len(configs)} runs into {root}")
         return 0
-    from moe_rl.analysis.report import write_report
     from moe_rl.cold_start import prepare_cold_starts
 
     study.write(root, shlex.join(["moe-rl", *sys.argv[1:]]))
@@ -228,16 +82,17 @@ def _run_study(study: Any, root: Path, options: Reproduce | Map) -> int:
     failures = run_all(configs, root, jobs=options.jobs, cold_start_cache=options.cold_start_cache)
     for failure in failures:
         print(f"{failure.folder}: {failure.reason}", file=sys.stderr)
-    page = write_report(root)
-    _print_summary(root)
-    print(f"report: {page}")
+    _report(root)
     return 1 if failures else 0
 
 
-def _print_summary(root: Path) -> None:
-    from moe_rl.analysis import load_study, summarize, terminal_table
+def _report(root: Path) -> None:
+    from moe_rl.analysis import load_study, summarize, terminal_table, write_report
 
-    print(terminal_table(summarize(load_study(root))))
+    study = load_study(root)
+    page = write_report(root, study)
+    print(terminal_table(summarize(study)))
+    print(f"report: {page}")
 
 
 def train(options: Train) -> int:
@@ -288,11 +143,7 @@ def calibrate(options: Calibrate) -> int:
 
 def report(options: Report) -> int:
     """`moe-rl report RUN_DIR`."""
-    from moe_rl.analysis.report import write_report
-
-    page = write_report(options.run_dir)
-    _print_summary(options.run_dir)
-    print(f"report: {page}")
+    _report(options.run_dir)
     return 0
 
 
@@ -313,7 +164,7 @@ def bench(options: Bench) -> int:
             repeats=options.repeats,
             shapes=options.shapes,
             dtypes=options.dtypes,
-            threads=_jobs() if options.threads is None else options.threads,
+            threads=cores() if options.threads is None else options.threads,
             out=options.out,
         )
     for name in ("shapes", "dtypes", "threads"):
@@ -397,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         return _bad_input(f"unknown command {name!r}{hint} (see moe-rl --help)")
+    warnings.formatwarning = _format_warning
     try:
         return COMMANDS[name].run(_parse(name, rest))
     except KeyboardInterrupt:
@@ -414,11 +266,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if os.environ.get("MOE_RL_TRACEBACK"):
             raise
-        if error.errno == errno.ENOSPC:
-            return _bad_input(
-                f"{error.filename or 'output'}: the disk is full; what was written stays"
-            )
-        return _bad_input(str(error))
+        return _bad_input(describe_os_error(error))
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("MOE_RL_TRACEBACK") or not is_out_of_memory(error):
+            raise
+        return _bad_input(
+            f"this does not fit into memory ({str(error).splitlines()[0]:.120}); take smaller sizes"
+        )
 
 
 def _parse(name: str, arguments: list[str]) -> Any:
@@ -448,6 +302,16 @@ def _base_config(arguments: list[str]) -> RunConfig:
     if named["--config"]:
         return load_config(named["--config"])
     return preset(named["--preset"] or "staleness")
+
+
+_format_any = warnings.formatwarning
+
+
+def _format_warning(message: Any, category: type[Warning], *where: Any, **line: Any) -> str:
+    """One line for a warning of ours, which speaks of files, not of a line of source."""
+    if category.__module__.startswith("moe_rl."):
+        return f"moe-rl: {message}\n"
+    return _format_any(message, category, *where, **line)
 
 
 def _bad_input(message: str) -> int:

@@ -24,7 +24,7 @@ from moe_rl.process import process_of
 from moe_rl.rollout.sampling import sample_responses
 from moe_rl.rollout.score import score
 from moe_rl.routing import find_routers
-from moe_rl.runlog import write_json
+from moe_rl.runlog import check_can_be_made, write_json
 from moe_rl.seeding import generator
 from moe_rl.tasks import Task, make_task
 
@@ -33,6 +33,7 @@ _VERSION = 1
 # Threads are part of what makes the weights (the order of sums), so they are fixed.
 _THREADS = 1
 _EVALUATION_PROMPTS = 512
+_REPORT = "cold_start.json"
 _MAX_GRAD_NORM = 1.0
 
 
@@ -59,8 +60,9 @@ def ensure_cold_start(
         progress: called with (supervised step, loss).
     """
     folder = cache / cold_start_hash(config)
-    if (folder / "cold_start.json").is_file():
+    if is_whole(folder):
         return folder
+    check_can_be_made(cache, "cold_start_cache")
     cache.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
     try:
@@ -70,18 +72,33 @@ def ensure_cold_start(
             report = {"loss": loss, "reward": evaluate(policy, task, config), **_made_of(config)}
         policy.model.save_pretrained(scratch)
         policy.tokenizer.save_pretrained(scratch)
-        write_json(scratch / "cold_start.json", report)
-        if folder.exists() and not (folder / "cold_start.json").is_file():
-            shutil.rmtree(folder)  # left half-made by something else than this function
+        write_json(scratch / _REPORT, report | {"files": _sums(scratch)})
+        if folder.exists() and not is_whole(folder):
+            shutil.rmtree(folder)  # damaged, or half-made by something else than this function
         try:
             os.replace(scratch, folder)
         except OSError:
             # Another process made the same folder meanwhile; either one will do.
-            if not (folder / "cold_start.json").is_file():
+            if not is_whole(folder):
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a cold start's files are there as they were written."""
+    try:
+        report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
+        return bool(report["files"] == _sums(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """sha256 of a cold start's files by name."""
+    files = sorted(path for path in folder.iterdir() if path.name != _REPORT)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def prepare_cold_starts(configs: Sequence[RunConfig], cache: Path) -> None:
@@ -92,14 +109,14 @@ def prepare_cold_starts(configs: Sequence[RunConfig], cache: Path) -> None:
         if name in seen or config.sft_steps == 0:
             continue
         seen.add(name)
-        made = (cache / name / "cold_start.json").is_file()
+        made = is_whole(cache / name)
         experts = f"{config.model.num_experts} experts"
         if not made:
             print(f"cold start {name} ({config.task.task}, {experts}): training", flush=True)
         folder = ensure_cold_start(
             config, make_task(config.task.task, **config.task.options()), cache
         )
-        report = json.loads((folder / "cold_start.json").read_text(encoding="utf-8"))
+        report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
         print(f"cold start {name} ({experts}): reward {report['reward']:.3f}", flush=True)
 
 

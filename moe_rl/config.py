@@ -23,6 +23,7 @@ SCHEMA = 1
 
 # Seeds are words of a counter-based generator and arguments of torch's: both take 63 bits.
 _SEEDS = 2**63
+_MAX_NOISE = 1000.0
 # Enough to be right about 30% of the time.
 _SFT_STEPS = {"running_sum": 400, "countdown": 600}
 
@@ -259,9 +260,15 @@ class RunConfig:
             _require(
                 math.isfinite(value) and value > 0, f"{name}={value}: must be a positive number"
             )
-        for name in ("router_noise", "weight_decay"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, f"{name}={value}: must be 0 or more")
+        _require(
+            0 <= self.router_noise <= _MAX_NOISE,
+            f"router_noise={self.router_noise}: logit units, from 0 to {_MAX_NOISE:g} (at 10 the "
+            "choice is all but random)",
+        )
+        _require(
+            math.isfinite(self.weight_decay) and self.weight_decay >= 0,
+            f"weight_decay={self.weight_decay}: must be 0 or more",
+        )
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             _require(0.0 <= value < 1.0, f"{name}={value}: must be in [0, 1)")
@@ -366,6 +373,15 @@ def _from_dict(cls: Any, values: Any, prefix: str) -> Any:
     return cls(**arguments)
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"{twice}: given twice in one JSON object; keep one of them")
+    return values
+
+
 def load_config(path: str) -> RunConfig:
     """Read a config, or the config.json of a run folder.
 
@@ -374,7 +390,7 @@ def load_config(path: str) -> RunConfig:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            values = json.load(file)
+            values = json.load(file, object_pairs_hook=_without_duplicates)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     except json.JSONDecodeError as error:

@@ -60,6 +60,20 @@ class Policy:
         """Device of the parameters."""
         return self.model.device
 
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token passes through: all of them, but K of E experts a layer."""
+        named = [*self.model.named_parameters()]
+        experts = sum(p.numel() for name, p in named if ".experts." in name)
+        router = find_routers(self.model)[0]
+        shared = sum(p.numel() for _, p in named) - experts
+        return shared + experts * router.top_k // router.num_experts
+
+    def freeze_routers(self) -> None:
+        """Keep every router's weights as they are."""
+        for router in find_routers(self.model):
+            router.module.requires_grad_(False)
+
     def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Left-padded ids and mask: int64 [P, Sp], bool [P, Sp]."""
         encoded = self.tokenizer(

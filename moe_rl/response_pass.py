@@ -19,7 +19,7 @@ from torch import Tensor
 from moe_rl.fused_layers import attention_is_fused, read_in_one_pass
 from moe_rl.kernels import token_logprobs
 from moe_rl.policy import Policy
-from moe_rl.rollout.batch import RolloutBatch, full_record
+from moe_rl.rollout.batch import RolloutBatch, full_record, predictions
 from moe_rl.rollout.noise import NoiseDraw, RouterNoise
 from moe_rl.routing import record_routing, replay_routing, router_noise
 
@@ -151,16 +151,12 @@ def _one_pass(policy: Policy, batch: RolloutBatch, options: Pass) -> _Read:
             batch.response_ids[:, :-1],
             None if bool(batch.prompt_mask.all()) else batch.prompt_mask,
         )
-    first = prompt_hidden[:, -1:].repeat_interleave(group, dim=0)
-    hidden = torch.cat([first, response_hidden], dim=1)
     routes = scores = None
     if options.record:
         routes = full_record(*_split_rows(_live(seen), batch), group)
     if options.scores:
-        prompts, responses = _split_rows(seen.router_logits, batch)
-        first = prompts[:, -1:].repeat_interleave(group, dim=0)
-        scores = torch.cat([first, responses], dim=1)
-    return _Read(hidden, routes, scores)
+        scores = predictions(*_split_rows(seen.router_logits, batch), group)
+    return _Read(predictions(prompt_hidden, response_hidden, group), routes, scores)
 
 
 def _split_rows(rows: Tensor, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
@@ -184,24 +180,20 @@ def _cached(policy: Policy, batch: RolloutBatch, options: Pass) -> _Read:
     ) as seen_prompts:
         prompt_hidden, cache = policy.read_prompts(batch.prompt_ids, batch.prompt_mask)
     cache.batch_repeat_interleave(group)
-    first = prompt_hidden[:, -1:].repeat_interleave(group, dim=0)
-    if batch.response_ids.shape[1] == 1:
-        hidden, seen = first, None
-    else:
+    rest = seen = None
+    if batch.response_ids.shape[1] > 1:
         with routing(
             policy.model, options, replay_responses, noise.for_responses() if noise else None
         ) as seen:
             rest = policy.read_on(batch.response_ids[:, :-1], cache, batch.prompt_mask, group)
-        hidden = torch.cat([first, rest], dim=1)
     routes = scores = None
     if options.record:
-        prompt_routes = _live(seen_prompts)
-        responses = _live(seen) if seen is not None else prompt_routes[:, :0]
-        routes = full_record(prompt_routes, responses, group)
+        routes = full_record(_live(seen_prompts), None if seen is None else _live(seen), group)
     if options.scores:
-        last = seen_prompts.router_logits[:, -1:].repeat_interleave(group, dim=0)
-        scores = last if seen is None else torch.cat([last, seen.router_logits], dim=1)
-    return _Read(hidden, routes, scores)
+        scores = predictions(
+            seen_prompts.router_logits, None if seen is None else seen.router_logits, group
+        )
+    return _Read(predictions(prompt_hidden, rest, group), routes, scores)
 
 
 def _whole(policy: Policy, batch: RolloutBatch, options: Pass) -> _Read:

@@ -46,6 +46,27 @@ def is_complete(folder: Path) -> bool:
     return isinstance(summary, dict) and summary.get("complete") is True
 
 
+def check_can_be_made(folder: Path, option: str) -> None:
+    """Refuse a folder that is there as something else, or that cannot be made or written.
+
+    Raises:
+        ConfigError: names the option, and the part of the path that is in the way.
+    """
+    for path in (folder, *folder.absolute().parents):
+        if not os.path.lexists(path):
+            continue
+        where = "" if path == folder else f" ({path})"
+        if not path.is_dir():
+            raise ConfigError(
+                f"{option}={str(folder)!r}: a file is in the way{where}; give a folder"
+            )
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"{option}={str(folder)!r}: you may not write there{where}; give another folder"
+            )
+        return
+
+
 def check_run_folder(folder: Path, config: RunConfig) -> None:
     """Refuse a folder that is in use for anything but this very run.
 
@@ -53,10 +74,9 @@ def check_run_folder(folder: Path, config: RunConfig) -> None:
         ConfigError: the folder holds a run of another config (the first difference is named), or
             files that are no run at all.
     """
+    check_can_be_made(folder, "out")
     if not folder.exists():
         return
-    if not folder.is_dir():
-        raise ConfigError(f"out={str(folder)!r}: is a file; give a folder")
     if not (folder / "config.json").is_file():
         if any(not _is_ours(file.name) for file in folder.iterdir()):
             raise ConfigError(

@@ -8,7 +8,6 @@ from moe_rl.cold_start import ensure_cold_start
 from moe_rl.config import RunConfig
 from moe_rl.losses import resolve_clip
 from moe_rl.policy import Policy, build_policy
-from moe_rl.routing import find_routers
 from moe_rl.tasks import make_task
 
 
@@ -40,17 +39,3 @@ def clip_range(config: RunConfig) -> tuple[float, float]:
         config.clip_high,
         allow_any_scale=config.allow_any_clip_scale,
     )
-
-
-def freeze_routers(policy: Policy) -> None:
-    """Keep every router's weights as they are."""
-    for router in find_routers(policy.model):
-        router.module.requires_grad_(False)
-
-
-def active_parameters(policy: Policy) -> int:
-    """Parameters that one token passes through: all of them, but K of E experts a layer."""
-    experts = sum(p.numel() for name, p in policy.model.named_parameters() if ".experts." in name)
-    total = sum(p.numel() for p in policy.model.parameters())
-    routers = find_routers(policy.model)
-    return total - experts + experts * routers[0].top_k // routers[0].num_experts

@@ -31,12 +31,7 @@ from moe_rl.rollout.sampling import sample_responses
 from moe_rl.rollout.score import score
 from moe_rl.runlog import RunLog, check_run_folder
 from moe_rl.seeding import generator
-from moe_rl.start import (
-    active_parameters,
-    clip_range,
-    freeze_routers,
-    starting_policy,
-)
+from moe_rl.start import clip_range, starting_policy
 from moe_rl.tasks import make_task
 
 StepCallback = Callable[[dict[str, Any]], None]
@@ -69,7 +64,7 @@ class Trainer:
         self.loss = loss_function(config.algorithm)
         self.seconds: dict[str, float] = defaultdict(float)
         if config.freeze_router:
-            freeze_routers(policy)
+            policy.freeze_routers()
         if config.gradient_checkpointing:
             model = policy.model
             # transformers >= 5.2x renames it; the old name warns there.
@@ -350,7 +345,7 @@ class Trainer:
             **{f"seconds_{k}": v for k, v in self.seconds.items() if k != "step"},
             "instruments_share": self.seconds["instruments"] / self.seconds["step"],
             "parameters": sum(p.numel() for p in model.parameters()),
-            "active_parameters": active_parameters(self.policy),
+            "active_parameters": self.policy.active_parameters,
             "experts": self.policy.experts,
             "torch": torch.__version__,
             "transformers": transformers.__version__,

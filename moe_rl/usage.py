@@ -1,9 +1,11 @@
-"""From command-line words to a dataclass of options, with tyro; a bad word gets one clear line.
+"""One clear line for what a user got wrong: words of the command line, files, sizes.
 
-tyro draws its errors as boxes of many lines; what they say is kept here, the frame is not.
+Options are parsed by tyro. It draws its errors as boxes of many lines; what they say is kept here,
+the frame is not.
 """
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -69,3 +71,30 @@ def _one_line(box: str) -> str:
     hint = f"; did you mean {nearest[1]}?" if nearest else ""
     kind = "unknown option" if unknown[1].startswith("-") else "unexpected argument"
     return f"{kind} {unknown[1].rstrip(',')}{hint}"
+
+
+# What is wrong, and the way out.
+_OS_ERRORS = {
+    errno.ENOSPC: "the disk is full; what was written stays",
+    errno.ENOTDIR: "a part of this path is a file; choose another",
+    errno.EEXIST: "a file is in the way; choose another path",
+    errno.EISDIR: "a folder, where a file is expected",
+    errno.ENOENT: "no such file or folder",
+    errno.EACCES: "permission denied; choose a path that you may use",
+    errno.EROFS: "a read-only file system; choose another path",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+}
+
+
+def describe_os_error(error: OSError) -> str:
+    """The file of an `OSError`, what is wrong with it and the way out."""
+    said = _OS_ERRORS.get(error.errno or 0)
+    return f"{error.filename or 'output'}: {said}" if said else str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether sizes are at fault: torch says so in a RuntimeError's text only."""
+    text = str(error)
+    return isinstance(error, MemoryError) or bool(
+        re.search(r"can't allocate|alloc_cpu|out of memory|Storage size calculation", text)
+    )

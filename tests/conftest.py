@@ -4,7 +4,9 @@ Environment variables are set before the first `import torch`, and reach subproc
 """
 
 import os
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -22,9 +24,21 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from small_policy import small_policy
+
+from moe_rl.policy import Policy
+
 # No deadline: a busy machine is not a bug. Fixed examples: a failure belongs to the change at hand.
 settings.register_profile("moe_rl", deadline=None, derandomize=True)
 settings.load_profile("moe_rl")
+
+
+@pytest.fixture
+def policy() -> Policy:
+    """See `small_policy`."""
+    return small_policy()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

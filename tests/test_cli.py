@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 TINY = ["--preset", "tiny", "--steps", "1", "--sft-steps", "2"]
+TRAIN_TINY = ["train", *TINY]
 
 
 def moe_rl(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -58,6 +59,12 @@ def test_train_writes_a_complete_run_and_knows_it_again(tmp_path: Path) -> None:
         (["report", "a", "b"], "unexpected argument b"),
         (["train", "--setting", "../evil"], "without / or a leading dot"),
         (["train", "--temperature", "1e-320"], "from 1e-3 to 1e3"),
+        (["train", "--router-noise", "1e38"], "from 0 to 1000"),
+        ([*TRAIN_TINY, "--out", "a_file/run"], "a file is in the way (/"),
+        ([*TRAIN_TINY, "--cold-start-cache", "a_file"], "cold_start_cache='a_file': a file is in"),
+        ([*TRAIN_TINY, "--hidden-size", "400000"], "does not fit into memory"),
+        (["reproduce", "--out", "a_file"], "out='a_file': a file is in the way"),
+        (["map", "--out", "a_file/map"], "a file is in the way (/"),
         (["train", "--num-threads", "100000"], "at most 1024"),
         (["reproduce", "--settings", "deeper"], "add --full"),
         (["map", "--learning-rates", "1e-3", "1.0000000001e-3", "--dry-run"], "share it"),
@@ -81,6 +88,7 @@ def test_train_writes_a_complete_run_and_knows_it_again(tmp_path: Path) -> None:
 def test_bad_input_gets_a_message_and_exit_code_2(
     arguments: list[str], words: str, tmp_path: Path
 ) -> None:
+    (tmp_path / "a_file").touch()
     result = moe_rl(*arguments, cwd=tmp_path)
     shown = result.stdout + result.stderr
     assert result.returncode == 2, shown
@@ -98,6 +106,36 @@ def test_a_run_folder_of_another_config_is_refused_and_kept(tmp_path: Path) -> N
     assert other.returncode == 2
     assert "seed=0, this one has 5" in other.stderr
     assert (tmp_path / "run" / "steps.jsonl").read_bytes() == before
+
+
+def test_a_damaged_cold_start_is_made_again(tmp_path: Path) -> None:
+    """Truncated, or one bit flipped: the cache repairs itself, and the run is the same."""
+    assert moe_rl("train", *TINY, "--out", "whole", cwd=tmp_path).returncode == 0
+    (weights,) = (tmp_path / "runs" / "cold_start").glob("*/model.safetensors")
+    good = weights.read_bytes()
+    for name, bad in (
+        ("truncated", good[: len(good) // 2]),
+        ("flipped", good[:-1] + bytes([good[-1] ^ 1])),
+    ):
+        weights.write_bytes(bad)
+        again = moe_rl("train", *TINY, "--out", name, cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+        assert weights.read_bytes() == good
+        first, second = (
+            json.loads((tmp_path / run / "steps.jsonl").read_text())["reward"]
+            for run in ("whole", name)
+        )
+        assert first == second
+
+
+def test_a_warning_is_one_line_about_a_file(tmp_path: Path) -> None:
+    assert moe_rl("train", *TINY, "--out", "runs/run", cwd=tmp_path).returncode == 0
+    with (tmp_path / "runs" / "run" / "steps.jsonl").open("a") as file:
+        file.write('{"step": 1, "rew')
+    result = moe_rl("report", "runs/run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("moe-rl: ") and "torn last line skipped" in line
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:

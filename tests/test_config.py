@@ -117,3 +117,10 @@ def test_a_config_of_another_schema_is_refused(tmp_path: Path) -> None:
 def test_a_number_beyond_floats_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"learning_rate: \d+ digits are too many"):
         RunConfig.from_dict({"learning_rate": 10**400})
+
+
+def test_a_key_given_twice_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"model": {"num_experts": 4, "num_experts": 8}}')
+    with pytest.raises(ConfigError, match="num_experts: given twice"):
+        load_config(str(file))

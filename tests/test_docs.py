@@ -17,6 +17,7 @@ from moe_rl.trainer import train
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [*DOCS, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "experiments" / "README.md"]
 METRICS, PAPERS = ROOT / "docs" / "metrics.md", ROOT / "docs" / "papers.md"
 FILES = ("steps.jsonl", "updates.jsonl", "summary.json")
 
@@ -94,7 +95,7 @@ def test_settings_in_the_docs_are_those_of_the_default_preset() -> None:
         assert said == ours, f"papers.md says {name} = {value}, the preset has {ours}"
 
 
-@pytest.mark.parametrize("page", [*DOCS, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if re.match(r"\w+:", target):
@@ -111,12 +112,15 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_and_tests_that_docs_name_exist(page: Path) -> None:
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     for span in code_spans(page):
         if re.fullmatch(r"[\w/]+/[\w/]+\.py", span):
-            assert (ROOT / span).is_file(), f"{page.name}: {span}"
+            found = any((root / span).is_file() for root in (ROOT, ROOT / "moe_rl"))
+            assert found, f"{page.name}: {span}"
+        if span.startswith("experiments/results/"):
+            assert (ROOT / span).exists(), f"{page.name}: {span}"
         if re.fullmatch(r"test_\w+", span):
             assert f"def {span}(" in tests, f"{page.name}: {span}"
 
@@ -132,3 +136,20 @@ def test_tables_read_as_plain_text(page: Path) -> None:
         bars = bars if line.startswith("|") else []
         assert not above or not bars or bars == above, f"{page.name}:{number}"
         above = bars
+
+
+def test_committed_results_were_made_by_the_commands_that_the_docs_give() -> None:
+    """`experiments/README.md` has a row a folder of results; its study.json says what made it."""
+    results = ROOT / "experiments" / "results"
+    rows = re.findall(
+        r"^\| `([\w.-]+)` \| `(moe-rl [^`]+)` \|", (results.parent / "README.md").read_text(), re.M
+    )
+    assert {name for name, _ in rows} == {path.name for path in results.iterdir()}
+    for name, command in rows:
+        if (results / name).is_file():
+            continue
+        study = json.loads((results / name / "study.json").read_text())
+        assert study["command"] == command, name
+        runs = pd.read_csv(results / name / "runs.csv")
+        made = {(row.setting, row.arm, row.seed) for row in runs.itertuples() if row.complete}
+        assert made == {tuple(run) for run in study["runs"]}, f"{name}: runs are missing"

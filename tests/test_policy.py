@@ -5,33 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_policy import ALPHABET, PROMPTS, rollout
 
-from moe_rl.config import ConfigError, ModelConfig, preset
+from moe_rl.config import ConfigError, ModelConfig
 from moe_rl.policy import Policy, build_policy
 from moe_rl.response_pass import Pass, response_pass
-from moe_rl.rollout.batch import RolloutBatch
-from moe_rl.rollout.cached import generate, sample
+from moe_rl.rollout.cached import sample
 from moe_rl.rollout.noise import RouterNoise
 from moe_rl.tokenizer import character_tokenizer
-
-ALPHABET = "0123456789="
-PROMPTS = ["1234=", "9876=", "5=", "31="]
-
-
-@pytest.fixture
-def policy() -> Policy:
-    config = preset("tiny").model
-    made = build_policy(config, ALPHABET, seed=3)
-    for parameter in made.model.parameters():
-        if parameter.ndim > 1:  # large enough that tokens differ and routes are not all near ties
-            parameter.data.mul_(4.0)
-    return made
-
-
-def rollout(policy: Policy, prompts: list[str], group: int = 3, length: int = 6) -> RolloutBatch:
-    rng = torch.Generator().manual_seed(0)
-    uniforms = torch.rand(len(prompts) * group, length, generator=rng, dtype=torch.float64)
-    return generate(policy, prompts, uniforms, scores=True)
 
 
 def test_the_last_sampled_token_has_no_route(policy: Policy) -> None:

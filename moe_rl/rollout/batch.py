@@ -59,14 +59,21 @@ def response_positions(sequence_values: Tensor, prompt_length: int) -> Tensor:
     return sequence_values[:, prompt_length - 1 : -1]
 
 
-def full_record(prompt_routes: Tensor, response_routes: Tensor, group_size: int) -> Tensor:
+def predictions(prompt_values: Tensor, response_values: Tensor | None, group_size: int) -> Tensor:
+    """Values where each response token is predicted: [P, Sp, ...] and [B, T-1, ...] -> [B, T, ...].
+
+    The first is the one at the prompt's last token; None stands for responses of one token.
+    """
+    first = prompt_values[:, -1:].repeat_interleave(group_size, dim=0)
+    return first if response_values is None else torch.cat([first, response_values], dim=1)
+
+
+def full_record(prompt_routes: Tensor, response_routes: Tensor | None, group_size: int) -> Tensor:
     """Join the routes of shared prompts [P, Sp, L, K] and responses [B, T-1, L, K] to one record.
 
-    Returns int16 [B, Sp + T, L, K] whose last position is -1: that token is never read.
+    None stands for responses of one token. Returns int16 [B, Sp + T, L, K] whose last position is
+    -1: that token is never read.
     """
-    last = torch.full_like(response_routes[:, :1], -1) if response_routes.shape[1] else None
     prompts = prompt_routes.repeat_interleave(group_size, dim=0)
-    if last is None:
-        last = torch.full_like(prompts[:, :1], -1)
-        return torch.cat([prompts, last], dim=1)
-    return torch.cat([prompts, response_routes, last], dim=1)
+    responses = [] if response_routes is None else [response_routes]
+    return torch.cat([prompts, *responses, torch.full_like(prompts[:, :1], -1)], dim=1)

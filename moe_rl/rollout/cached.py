@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_rl.policy import Policy
 from moe_rl.response_pass import Pass, routing
-from moe_rl.rollout.batch import RolloutBatch, full_record
+from moe_rl.rollout.batch import RolloutBatch, full_record, predictions
 from moe_rl.rollout.noise import RouterNoise
 
 
@@ -59,16 +59,15 @@ def generate(
             if step + 1 == budget or bool(finished.all()):
                 break
             hidden = policy.read_on(tokens[-1][:, None], cache, prompt_mask, group)[:, -1]
-    prompt_routes = seen_prompts.routed_experts
-    last_scores = None
+    read_on = len(tokens) > 1
+    routes = full_record(
+        seen_prompts.routed_experts, seen.routed_experts if read_on else None, group
+    )
+    router_logits = None
     if scores:
-        last_scores = seen_prompts.router_logits[:, -1:].repeat_interleave(group, dim=0)
-    if len(tokens) == 1:
-        routes = full_record(prompt_routes, prompt_routes[:, :0], group)
-    else:
-        routes = full_record(prompt_routes, seen.routed_experts, group)
-        if last_scores is not None:
-            last_scores = torch.cat([last_scores, seen.router_logits], dim=1)
+        router_logits = predictions(
+            seen_prompts.router_logits, seen.router_logits if read_on else None, group
+        )
     return RolloutBatch(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
@@ -76,7 +75,7 @@ def generate(
         response_mask=torch.stack(masks, dim=1),
         rollout_logprobs=torch.stack(logprobs, dim=1),
         routed_experts=routes,
-        router_logits=last_scores,
+        router_logits=router_logits,
         truncated=~finished,
     )
 

@@ -26,6 +26,7 @@ def test_a_run_that_recovers_has_not_collapsed():
     assert not result.collapsed and math.isnan(result.collapse_step)
     assert result.drawdown == pytest.approx(0.125)
     assert not result.unstable
+    assert result.deepest_fall == pytest.approx(0.875), "the fall in between is told"
 
 
 def test_a_second_fall_dates_the_collapse():
@@ -37,6 +38,7 @@ def test_a_run_that_never_rises_and_never_falls_has_not_collapsed():
     assert not outcome([0.3] * 40).collapsed
     assert not outcome([0.0] * 40).collapsed
     assert outcome([0.0] * 40).drawdown == 0
+    assert outcome([0.0] * 40).deepest_fall == 0
 
 
 def test_a_run_that_sinks_from_its_first_step_collapses():
