@@ -8,10 +8,12 @@ This room depends on torch and transformers only, so it can be lifted into any t
     switchboard.py     the taps on a model, shared by every context on it
     recomputation.py   gradient checkpointing: which forward's routes a recomputation gets
     record.py, replay.py, noise.py   the three contexts
+    logits.py          router logits with their graph, for load-balancing losses
     statistics.py      churn, disagreement, margin, load: pure functions of tensors
     top_k.py           topk for the few scores of a router, fast on a CPU
 """
 
+from .logits import collect_router_logits
 from .noise import router_noise
 from .record import RecordedRouting, record_routing
 from .replay import ReplayedRouting, replay_routing
@@ -24,6 +26,7 @@ __all__ = [
     "ReplayedRouting",
     "RouterTap",
     "check_routed_experts",
+    "collect_router_logits",
     "find_routers",
     "record_routing",
     "replay_routing",

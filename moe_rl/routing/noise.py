@@ -31,6 +31,11 @@ class Noise:
         if layer not in self._checked:
             _require_order_of_logits(tap, scores, logits)
             self._checked.add(layer)
+        noisy: Tensor = top_k(self.perturb(layer, tap, logits), tap.top_k).indices
+        return noisy
+
+    def perturb(self, layer: int, tap: RouterTap, logits: Tensor) -> Tensor:
+        """Return `logits + noise`."""
         noise = self.draw(layer, logits)
         if not isinstance(noise, Tensor) or noise.shape != logits.shape:
             got = list(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
@@ -38,8 +43,7 @@ class Noise:
                 f"draw: returned {got} for the logits {list(logits.shape)} of layer {layer}. "
                 "Return a tensor of noise of the shape of the logits."
             )
-        noisy: Tensor = top_k(logits + noise, tap.top_k).indices
-        return noisy
+        return logits + noise
 
 
 def _require_order_of_logits(tap: RouterTap, scores: Tensor, logits: Tensor) -> None:
@@ -56,42 +60,40 @@ def _refusal(tap: RouterTap, why: str) -> ValueError:
     return ValueError(
         f"model: router noise is not defined for router {tap.name!r} "
         f"({type(tap.module).__name__}): it {why}, so topk(logits + noise) would not be a noisy "
-        "version of its choice. Use a router that takes the top k of a softmax over its logits "
-        "(Qwen3-MoE, OLMoE, Mixtral)."
+        "version of its choice. Use a router that scores by a product and chooses by topk "
+        "(Qwen3-MoE, OLMoE, Mixtral, DeepSeek-V3)."
     )
 
 
 @contextmanager
 def router_noise(model: nn.Module, draw: Draw) -> Iterator[None]:
-    """Choose experts by `topk(logits + noise)` in every forward of the block.
+    """Choose experts by noisy logits in every forward of the block.
 
         generator = torch.Generator().manual_seed(0)
         def draw(layer_index, logits):
             return 0.1 * torch.randn(logits.shape, generator=generator)
         with router_noise(model, draw): ...
 
-    Only the choice is perturbed: gate weights are gathered from the clean scores. Under
+    The choice is what the router itself chooses when it sees `logits + noise`: their K largest,
+    or what its correction bias and its groups make of them (DeepSeek-V3). Only the choice is
+    perturbed: gate weights are gathered from the clean scores. Under
     `replay_routing` the replayed ids win, and the noisy choice is what is reported as live and
     used where there is no record. Gradient checkpointing recomputes with the choice that was
     made, without drawing again.
 
     Args:
-        model: a transformers MoE model whose routers choose in the order of their logits.
+        model: a transformers MoE model.
         draw: `draw(layer_index, logits [N, E]) -> noise [N, E]`, called without gradients once
             for each router and forward; `layer_index` counts MoE layers, the L of a record.
 
     Raises:
-        ValueError: a router corrects its scores by a bias or limits groups, so its choice does
-            not follow the order of its logits; noise of another shape; or nested noise.
+        ValueError: a router chooses by a method of its own, or in another order than that of its
+            logits; noise of another shape; or nested noise.
     """
     with tapped(model) as board:
         for tap in board.taps:
             if hasattr(tap.module, "select_experts"):
                 raise _refusal(tap, "chooses by a method of its own")
-            if tap.num_groups is not None:
-                raise _refusal(tap, "limits the choice to groups of experts")
-            if tap.corrects_scores:
-                raise _refusal(tap, "adds a correction bias to its scores")
         if board.noise is not None:
             raise ValueError("draw: this model has router noise already. Close that context first.")
         board.noise = Noise(draw)

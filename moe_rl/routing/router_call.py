@@ -46,15 +46,23 @@ class RouterCall(TorchFunctionMode):
         ids: ids `[..., K]` fixed before the call. Needed by group-limited routers, whose choice
             of groups comes first: the groups of the ids must be open, or their scores are masked
             away and neither weights nor gradients survive.
+        perturb: given the raw logits `[..., E]`, what the router is to see in their place;
+            `logits` keeps the raw ones.
     """
 
     def __init__(
-        self, tap: RouterTap, *, decide: Decide | None = None, ids: Tensor | None = None
+        self,
+        tap: RouterTap,
+        *,
+        decide: Decide | None = None,
+        ids: Tensor | None = None,
+        perturb: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.tap = tap
         self.decide = decide
         self.ids = ids
+        self.perturb = perturb
         self.logits: Tensor | None = None
         self.chosen: Tensor | None = None
         self._has_method = hasattr(type(tap.module), "select_experts")
@@ -81,9 +89,10 @@ class RouterCall(TorchFunctionMode):
                 return self._topk(func, args, kwargs)
             if func in _PRODUCTS:
                 product = func(*args, **kwargs)
-                if product.shape[-1] == self.tap.num_experts:
-                    self.logits = product
-                return product
+                if product.shape[-1] != self.tap.num_experts:
+                    return product
+                self.logits = product
+                return product if self.perturb is None else self.perturb(product)
         return func(*args, **kwargs)
 
     def _topk(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

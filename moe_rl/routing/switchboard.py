@@ -10,6 +10,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +40,11 @@ class Perturbs(Protocol):
     """What the switchboard asks of router noise."""
 
     def choose(self, layer: int, tap: RouterTap, scores: Tensor, logits: Tensor | None) -> Tensor:
-        """Ids `[..., K]` of the perturbed choice."""
+        """Ids `[..., K]` of the perturbed choice of a router that follows its logits."""
+        ...
+
+    def perturb(self, layer: int, tap: RouterTap, logits: Tensor) -> Tensor:
+        """Logits with noise, for a router that makes its choice from them by itself."""
         ...
 
 
@@ -188,11 +193,16 @@ class Switchboard:
                 live = running.noise.choose(layer, tap, scores, logits)
             return _serve(running, layer, tap, live)
 
-        if running.replay is not None and tap.num_groups is not None:
-            # The live choice comes first and apart: once the groups of the served ids are opened,
-            # the scores of the groups that the router would have opened are masked away.
+        noise = running.noise
+        # The live choice comes first and apart where groups are limited: once the groups of the
+        # served ids are opened, the scores of those that the router would have opened are masked
+        # away. And where the noisy choice is not the K largest of the noisy logits.
+        if (running.replay is not None and tap.num_groups is not None) or (
+            noise is not None and not tap.follows_logits
+        ):
+            perturb = None if noise is None else partial(noise.perturb, layer, tap)
             with torch.no_grad():
-                alone = RouterCall(tap)
+                alone = RouterCall(tap, perturb=perturb)
                 alone.run(forward, args, kwargs)
             live = alone.chosen
             assert live is not None

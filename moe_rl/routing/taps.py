@@ -95,6 +95,11 @@ class RouterTap:
         return _correction_bias(self.module) is not None
 
     @property
+    def follows_logits(self) -> bool:
+        """False if groups or a correction bias may choose others than the K largest logits."""
+        return self.num_groups is None and not self.corrects_scores
+
+    @property
     def decoder_layer(self) -> int:
         """Index of the decoder layer, as the module path has it; -1 where it has none."""
         return _layer_index(self.name)

@@ -113,27 +113,37 @@ def test_noise_cannot_change_a_dense_control(build, tokens) -> None:
             assert torch.allclose(model(tokens).logits, plain, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("family", "reason"),
-    [("deepseek_v3", "limits the choice to groups"), ("deepseek_v2", "limits the choice to")],
-)
-def test_routers_limited_to_groups_are_refused(build, family, reason) -> None:
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2"])
+def test_groups_and_correction_biases_see_the_noisy_logits(build, tokens, family) -> None:
+    """The noisy choice is the one of a router whose product was noisy from the start."""
     model = build(family)
-    with (
-        pytest.raises(ValueError, match=f"router noise is not defined for.*{reason}"),
-        router_noise(model, gaussian(1.0)),
-    ):
-        pass
-    assert "forward" not in find_routers(model)[0].module.__dict__
+    routers = [router.module for router in find_routers(model)]
+    noise = {layer: gaussian(2.0, seed=layer) for layer in range(2)}
+    with router_noise(model, lambda layer, logits: noise[layer](layer, logits)):
+        noisy = record(model, tokens)
+    plain = record(model, tokens)
+    assert not torch.equal(noisy, plain)
+    again = [gaussian(2.0, seed=layer)(layer, torch.empty(28, 8)) for layer in range(2)]
+
+    def shifted(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        product = linear(hidden, weight, bias)
+        return product + again[0] if weight is routers[0].weight else product
+
+    linear = F.linear
+    # The first layer alone: the inputs of the second depend on what the first did.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "linear", shifted)
+        expected = record(model, tokens)
+    assert torch.equal(noisy[:, :, 0], expected[:, :, 0])
 
 
-def test_a_correction_bias_is_refused(model) -> None:
-    find_routers(model)[1].module.e_score_correction_bias = torch.ones(8)
-    with (
-        pytest.raises(ValueError, match="adds a correction bias to its scores"),
-        router_noise(model, gaussian(1.0)),
-    ):
-        pass
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2"])
+def test_weights_of_a_noisy_choice_in_groups_are_clean(build, tokens, family) -> None:
+    model = build(family)
+    with torch.no_grad(), router_noise(model, gaussian(2.0)), record_routing(model) as recorded:
+        noisy = model(tokens).logits
+    with torch.no_grad(), replay_routing(model, recorded.routed_experts):
+        assert torch.equal(model(tokens).logits, noisy)
 
 
 def test_a_choice_in_another_order_than_the_logits_is_refused(model, tokens) -> None:
