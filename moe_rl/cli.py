@@ -45,8 +45,19 @@ def reproduce(options: Reproduce) -> int:
         raise ConfigError("quick=True with full=True: choose one")
     if options.settings and not options.full:
         raise ConfigError(f"settings={options.settings}: of the full study; add --full")
-    root = options.out or Path("runs/collapse-full" if options.full else "runs/collapse-quick")
-    study = collapse.full(root, options.settings) if options.full else collapse.quick()
+    if options.settings and options.family:
+        raise ConfigError(
+            f"settings={options.settings} with family={options.family}: choose one; families have "
+            "a setting each"
+        )
+    name = "families" if options.family else "collapse"
+    root = options.out or Path(f"runs/{name}-{'full' if options.full else 'quick'}")
+    if not options.full:
+        study = collapse.quick(options.family)
+    elif options.family:
+        study = collapse.full_families(options.family)
+    else:
+        study = collapse.full(root, options.settings)
     return _run_study(study, root, options)
 
 

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Qwen3MoeForCausalLM
 
 from moe_rl.config import RunConfig
 from moe_rl.policy import Policy, build_policy, resolve_device
 from moe_rl.process import process_of
 from moe_rl.rollout.sampling import sample_responses
 from moe_rl.rollout.score import score
-from moe_rl.routing import find_routers
+from moe_rl.routing import collect_router_logits, find_routers
 from moe_rl.runlog import check_can_be_made, write_json
 from moe_rl.seeding import generator
 from moe_rl.tasks import Task, make_task
@@ -148,9 +149,8 @@ def train_on_demonstrations(
     if steps == 0:
         return float("nan")
     model = policy.model.train()
-    model.config.router_aux_loss_coef = 0.0  # ours below balances every layer, not their sum
     router = find_routers(model)[0]
-    balanced = router.num_experts > router.top_k
+    balanced = settings.load_balance_coef > 0 and router.num_experts > router.top_k
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.sft_learning_rate, betas=(0.9, 0.95), weight_decay=0.0
     )
@@ -162,17 +162,13 @@ def train_on_demonstrations(
         rng = generator(settings.sft_seed, "demonstrations", step=step)
         pairs = task.demonstrations(rng, settings.sft_batch_size, settings.slip)
         ids, mask, labels = _supervised_batch(policy, pairs)
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            labels=labels,
-            output_router_logits=balanced,
-            use_cache=False,
-        )
-        loss = output.loss
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False}
         if balanced:
-            uneven = load_balancing_loss(output.router_logits, router.top_k, mask)
+            loss, logits = _loss_and_router_logits(model, batch)
+            uneven = load_balancing_loss(logits, router.top_k, mask)
             loss = loss + settings.load_balance_coef * uneven
+        else:
+            loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
         optimizer.step()
@@ -183,6 +179,17 @@ def train_on_demonstrations(
     return loss.item()
 
 
+def _loss_and_router_logits(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Sequence[Tensor]]:
+    if isinstance(model, Qwen3MoeForCausalLM):
+        # It hands out raw logits itself. Mixtral hands out probabilities, DeepSeek-V3 nothing.
+        model.config.router_aux_loss_coef = 0.0  # ours balances every layer, not their sum
+        output = model(**batch, output_router_logits=True)
+        return output.loss, output.router_logits
+    with collect_router_logits(model) as logits:
+        loss = model(**batch).loss
+    return loss, logits
+
+
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, mask: Tensor) -> Tensor:
     """E * sum_i f_i P_i, averaged over layers: 1 when balanced, up to E / K.
 
@@ -190,11 +197,11 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, mask: Tenso
     Transformer, arXiv 2101.03961, eq. 4-6), here per layer.
 
     Args:
-        router_logits: for each layer [N, E].
+        router_logits: for each layer [..., E], N tokens.
         top_k: experts per token K.
         mask: bool or 0/1, N values in any shape: tokens that count.
     """
-    logits = torch.stack([layer.float() for layer in router_logits])
+    logits = torch.stack([layer.flatten(0, -2).float() for layer in router_logits])
     kept = mask.flatten().to(logits.dtype)
     probabilities = logits.softmax(-1)
     chosen = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(top_k).indices, 1.0)

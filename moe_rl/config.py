@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 Algorithm = Literal["grpo", "gspo", "gspo_token"]
 RoutingReplay = Literal["disabled", "R2", "R3"]
+Family = Literal["qwen3_moe", "olmoe", "mixtral", "deepseek_v3", "gpt_oss"]
 
 
 SCHEMA = 1
@@ -39,10 +40,12 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The policy: a small Qwen3-MoE built from these sizes, or a local Hugging Face checkpoint."""
+    """The policy: a small MoE built from these sizes, or a local Hugging Face checkpoint."""
 
     checkpoint: str | None = None
-    """Folder of a Hugging Face MoE causal LM with its tokenizer. Sizes below are then ignored."""
+    """Folder of a Hugging Face MoE causal LM with its tokenizer. What follows is then ignored."""
+    family: Family = "qwen3_moe"
+    """Whose routing, attention and experts a built model has."""
     num_layers: int = 4
     """Decoder layers, each with a router (>= 1)."""
     hidden_size: int = 96

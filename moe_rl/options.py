@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from moe_rl.config import RunConfig
+from moe_rl.config import Family, RunConfig
 
 _CACHE = Path("runs/cold_start")
 
@@ -28,8 +28,10 @@ class Reproduce:
     """All arms and controls, eight paired seeds, all settings."""
     settings: tuple[str, ...] = ()
     """Settings of the full study. Default: staleness, engine-noise, deeper."""
+    family: tuple[Family, ...] = ()
+    """Model families to compare under engine noise, a setting each, instead of the settings."""
     out: Path | None = None
-    """Study folder. Default: runs/collapse-quick or runs/collapse-full."""
+    """Study folder. Default: runs/collapse-quick, runs/families-full, ..."""
     jobs: int = dataclasses.field(default_factory=cores)
     """Runs side by side, one torch thread each."""
     cold_start_cache: Path = _CACHE

@@ -12,12 +12,15 @@ PROMPTS = ["1234=", "9876=", "5=", "31="]
 
 
 def small_policy() -> Policy:
-    config = preset("tiny").model
-    made = build_policy(config, ALPHABET, seed=3)
-    for parameter in made.model.parameters():
-        if parameter.ndim > 1:  # large enough that tokens differ and routes are not all near ties
+    return widen(build_policy(preset("tiny").model, ALPHABET, seed=3))
+
+
+def widen(policy: Policy) -> Policy:
+    """Make its weights so large that tokens differ and routes are not all near ties."""
+    for parameter in policy.model.parameters():
+        if parameter.ndim > 1:
             parameter.data.mul_(4.0)
-    return made
+    return policy
 
 
 def rollout(policy: Policy, prompts: list[str], group: int = 3, length: int = 6) -> RolloutBatch:

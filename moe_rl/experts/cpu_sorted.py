@@ -112,7 +112,7 @@ def supports(experts: Any, hidden_states: Tensor) -> bool:
     return (
         hidden_states.device.type == "cpu"
         and hidden_states.dtype == experts.gate_up_proj.dtype == experts.down_proj.dtype
-        and isinstance(experts.act_fn, nn.SiLU | SiLUActivation)
+        and isinstance(getattr(experts, "act_fn", None), nn.SiLU | SiLUActivation)
         and getattr(type(experts), "_apply_gate", None) is _default_apply_gate
         and experts.has_gate
         and experts.is_concatenated
