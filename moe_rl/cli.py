@@ -111,7 +111,7 @@ def train(options: Train) -> int:
     from moe_rl.start import clip_range
 
     config = options.run.named()
-    clip_range(config)
+    clip_range(config)  # refused here, before a cold start is trained
     if options.dry_run:
         print(json.dumps(config.to_dict(), indent=2))
         return 0
@@ -129,8 +129,10 @@ def train(options: Train) -> int:
             config,
             folder,
             cold_start_cache=options.cold_start_cache,
+            resume=options.resume,
             on_step=on_step,
             on_cold_start=on_cold_start,
+            on_damage=lambda message: print(f"moe-rl: {message}", file=sys.stderr),
         )
     print(f"final reward {summary['final_reward']:.3f} in {summary['seconds']:.0f} s: {folder}")
     return 0

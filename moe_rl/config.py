@@ -212,6 +212,8 @@ class RunConfig:
     """Record the routing and ratio metrics."""
     attribution_every: int = 1
     """Split the log-ratio variance on the last update of every n-th rollout; 0: never."""
+    checkpoint_every: int = 0
+    """Checkpoint every n optimiser updates, to go on from with --resume; 0: never."""
     save_every: int = 0
     """Save the policy in Hugging Face format every n rollout steps and at the end; 0: never."""
 
@@ -229,6 +231,7 @@ class RunConfig:
             "warmup_steps": 0,
             "num_threads": 1,
             "attribution_every": 0,
+            "checkpoint_every": 0,
             "save_every": 0,
         }
         for name, least in minimum.items():

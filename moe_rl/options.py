@@ -51,6 +51,8 @@ class Train:
     """JSON config (or a run folder's config.json) to start from instead of a preset."""
     out: Path | None = None
     """Run folder. Default: runs/SETTING-ARM-seedN."""
+    resume: bool = False
+    """Go on from the run folder's newest whole checkpoint (see checkpoint_every)."""
     cold_start_cache: Path = _CACHE
     """Folder of cold starts."""
     dry_run: bool = False

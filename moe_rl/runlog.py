@@ -17,6 +17,7 @@ from moe_rl.config import SCHEMA, ConfigError, RunConfig, load_config
 LOCK = "lock"
 OUTPUT = "output.txt"
 """What a run of a study prints."""
+_LOGS = ("steps.jsonl", "updates.jsonl")
 
 
 def jsonable(value: Any) -> Any:
@@ -97,7 +98,7 @@ def check_run_folder(folder: Path, config: RunConfig) -> None:
 
 def _is_ours(name: str) -> bool:
     """Whether a run that stopped before its config was whole can have left such a file."""
-    return name in (LOCK, OUTPUT, "steps.jsonl", "updates.jsonl") or name.endswith(".partial")
+    return name in (LOCK, OUTPUT, *_LOGS) or name.endswith(".partial")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -114,9 +115,16 @@ class RunLog:
     """Writes one run folder.
 
     Opening it starts the run anew: lines of an interrupted attempt at the same run are replaced.
+    With `sizes`, from a checkpoint, it goes on behind the lines that were there then.
+
+    Raises:
+        ConfigError: the folder holds something else, another process writes the run, or a log has
+            lost lines that were there at the checkpoint.
     """
 
-    def __init__(self, folder: Path, config: RunConfig) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, sizes: Mapping[str, int] | None = None
+    ) -> None:
         check_run_folder(folder, config)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -124,8 +132,7 @@ class RunLog:
         # A run is complete by its summary: one that starts anew has none.
         (folder / "summary.json").unlink(missing_ok=True)
         write_json(folder / "config.json", {"schema": SCHEMA, "config": config.to_dict()})
-        self._steps = (folder / "steps.jsonl").open("w", encoding="utf-8")
-        self._updates = (folder / "updates.jsonl").open("w", encoding="utf-8")
+        self._steps, self._updates = (_open(folder / name, sizes) for name in _LOGS)
 
     def step(self, values: Mapping[str, Any]) -> None:
         """Append one line to steps.jsonl."""
@@ -134,6 +141,13 @@ class RunLog:
     def update(self, values: Mapping[str, Any]) -> None:
         """Append one line to updates.jsonl."""
         _append(self._updates, values)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each log, all of them on the disk."""
+        for file in (self._steps, self._updates):
+            file.flush()
+            os.fsync(file.fileno())
+        return {name: (self.folder / name).stat().st_size for name in _LOGS}
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, which marks the run as complete."""
@@ -160,6 +174,20 @@ def _lock(folder: Path) -> IO[str]:
         file.close()
         raise ConfigError(f"out={str(folder)!r}: another process is writing this run") from error
     return file
+
+
+def _open(path: Path, sizes: Mapping[str, int] | None) -> IO[str]:
+    """A log, empty or cut to what it was."""
+    if sizes is None:
+        return path.open("w", encoding="utf-8")
+    size, found = sizes[path.name], path.stat().st_size if path.is_file() else 0
+    if found < size:
+        raise ConfigError(
+            f"{path}: {found} bytes, {size} at the checkpoint: lines are lost; give another folder "
+            "to run anew"
+        )
+    os.truncate(path, size)
+    return path.open("a", encoding="utf-8")
 
 
 def _append(file: IO[str], values: Mapping[str, Any]) -> None:

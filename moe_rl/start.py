@@ -27,6 +27,13 @@ def starting_policy(
     )
 
 
+def saved_policy(config: RunConfig, folder: Path) -> Policy:
+    """The policy of a run as one of its checkpoints has it."""
+    task = make_task(config.task.task, **config.task.options())
+    model = dataclasses.replace(config.model, checkpoint=str(folder))
+    return build_policy(model, task.alphabet, temperature=config.temperature)
+
+
 def clip_range(config: RunConfig) -> tuple[float, float]:
     """The run's (clip_low, clip_high); the algorithm's published ones where it leaves them out.
 

@@ -5,22 +5,25 @@ decided by its config alone. Minibatches are consecutive whole groups: prompts a
 independently, so no shuffling is needed.
 """
 
+import dataclasses
+import json
 import math
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 from moe_rl import instruments
 from moe_rl.advantages import group_advantages
-from moe_rl.config import RunConfig
+from moe_rl.checkpoints import Checkpoint, Checkpoints
+from moe_rl.config import ConfigError, RunConfig
+from moe_rl.experience import Experience
 from moe_rl.losses import LossOutput, loss_function
 from moe_rl.policy import Policy
 from moe_rl.process import prepare_process
@@ -29,36 +32,41 @@ from moe_rl.rollout.batch import RolloutBatch
 from moe_rl.rollout.noise import RouterNoise
 from moe_rl.rollout.sampling import sample_responses
 from moe_rl.rollout.score import score
+from moe_rl.run_state import (
+    POLICY,
+    BegunStep,
+    Progress,
+    load_log_sizes,
+    load_state,
+    save_state,
+)
 from moe_rl.runlog import RunLog, check_run_folder
 from moe_rl.seeding import generator
-from moe_rl.start import clip_range, starting_policy
+from moe_rl.start import clip_range, saved_policy, starting_policy
 from moe_rl.tasks import make_task
 
 StepCallback = Callable[[dict[str, Any]], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Experience:
-    """One rollout with all that its updates need; tensors as in `RolloutBatch`."""
-
-    batch: RolloutBatch
-    advantages: Tensor
-    """float32 [B]."""
-    old_logprobs: Tensor
-    """float32 [B, T], under the routing that the updates replay, if they replay any."""
-    old_routes: Tensor
-    """int16 [B, Sp + T, L, K], the old policy's live choices: what churn is measured against."""
-    old_scores: Tensor | None
-    """float32 [B, T, L, E], the old policy's router logits."""
-    replay: Tensor
-    """int16 [B, Sp + T, L, K], what replay replays (R3: the engine's record), used or not."""
-
-
 class Trainer:
-    """Trains one policy on one task under one config, writing one run folder."""
+    """Trains one policy on one task under one config, writing one run folder.
 
-    def __init__(self, config: RunConfig, policy: Policy, log: RunLog) -> None:
-        self.config, self.policy, self.log = config, policy, log
+    Args:
+        config: the run.
+        policy: trained in place.
+        log: of the run folder.
+        checkpoints: where `config.checkpoint_every` has it write them; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        policy: Policy,
+        log: RunLog,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
+        self.config, self.policy, self.log, self.checkpoints = config, policy, log, checkpoints
+        self.progress = Progress()
         self.task = make_task(config.task.task, **config.task.options())
         self.clip = clip_range(config)
         self.loss = loss_function(config.algorithm)
@@ -80,12 +88,22 @@ class Trainer:
             fused=True,
         )
 
+    def go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Stand where a checkpoint was written; the policy is loaded from it already."""
+        self.progress = load_state(checkpoint.path, self.policy, self.optimizer)
+        self.seconds.update(self.progress.seconds)
+
     def run(self, on_step: StepCallback | None = None) -> dict[str, Any]:
-        """Train to the end and return the summary."""
-        rewards = []
-        for step in range(self.config.steps):
-            before = dict(self.seconds)
-            metrics = {"step": step, **self.step(step)}
+        """Train from where the run stands to the end and return the summary."""
+        rewards = self.progress.rewards
+        for step in range(self.progress.step, self.config.steps):
+            begun = self.progress.begun
+            if begun is None:
+                self.progress = Progress(
+                    step=step, rewards=rewards, seconds_before={**self.seconds}
+                )
+            metrics = {"step": step, **self.step(step, begun)}
+            before = self.progress.seconds_before
             spent = {k: self.seconds[k] - before.get(k, 0.0) for k in self.seconds}
             metrics |= {f"seconds_{k}": v for k, v in spent.items() if k != "step"}
             metrics["seconds"] = spent["step"]
@@ -93,6 +111,8 @@ class Trainer:
             self.log.step(metrics)
             if self.config.save_every and (step + 1) % self.config.save_every == 0:
                 self.save(f"policy_{step + 1:05d}")
+            self.progress = Progress(step=step + 1, rewards=rewards)
+            self._checkpoint_if_due(None)
             if on_step is not None:
                 on_step(metrics)
         if self.config.save_every and self.config.steps % self.config.save_every:
@@ -101,18 +121,28 @@ class Trainer:
         self.log.finish(summary)
         return summary
 
-    def step(self, step: int) -> dict[str, Any]:
-        """One rollout and its updates; writes the update lines, returns the step line."""
+    def step(self, step: int, begun: BegunStep | None = None) -> dict[str, Any]:
+        """One rollout and its updates; writes the update lines, returns the step line.
+
+        `begun` is what an interrupted run had of this step: its rollout, and updates made.
+        """
         with self._timed("step"):
             rate = learning_rate(self.config, step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            experience, metrics = self.experience(step)
+            if begun is None:
+                experience, metrics = self.experience(step)
+            else:
+                experience, metrics = begun.experience, begun.metrics
             per_update = self.config.prompts_per_rollout // self.config.updates_per_rollout
-            for update in range(self.config.updates_per_rollout):
+            for update in range(begun.update if begun else 0, self.config.updates_per_rollout):
                 prompts = slice(update * per_update, (update + 1) * per_update)
                 values = self.update(experience, prompts, step, update)
                 self.log.update({"step": step, "update": update, "learning_rate": rate, **values})
+                if update + 1 < self.config.updates_per_rollout:
+                    self._checkpoint_if_due(
+                        BegunStep(update=update + 1, experience=experience, metrics=metrics)
+                    )
         return {"learning_rate": rate, **metrics}
 
     def experience(self, step: int) -> tuple[Experience, dict[str, Any]]:
@@ -330,6 +360,21 @@ class Trainer:
             torch.cuda.synchronize(self.policy.device)
         self.seconds[name] += time.perf_counter() - start
 
+    def _checkpoint_if_due(self, begun: BegunStep | None) -> None:
+        """Write a checkpoint after every n-th update; `begun` is the step under way, if one is."""
+        per_step, every = self.config.updates_per_rollout, self.config.checkpoint_every
+        made = self.progress.step * per_step + (begun.update if begun else 0)
+        if self.checkpoints is None or not every or made % every:
+            return
+        progress = dataclasses.replace(self.progress, begun=begun, seconds={**self.seconds})
+        rewards = progress.rewards
+        self.checkpoints.write(
+            progress.step,
+            begun.update if begun else 0,
+            lambda path: save_state(path, progress, self.policy, self.optimizer, self.log.sizes()),
+            score=rewards[-1] if rewards else 0.0,
+        )
+
     def save(self, name: str) -> None:
         """Save the policy as a Hugging Face checkpoint folder inside the run folder."""
         self.policy.model.save_pretrained(self.log.folder / name)
@@ -365,23 +410,54 @@ def train(
     folder: Path,
     *,
     cold_start_cache: Path,
+    resume: bool = False,
     on_step: StepCallback | None = None,
     on_cold_start: Callable[[int, float], None] | None = None,
+    on_damage: Callable[[str], None] = warnings.warn,
 ) -> dict[str, Any]:
-    """Run `config` into `folder` from its cold start; returns the summary.
+    """Run `config` into `folder`, from its cold start or from a checkpoint; returns the summary.
+
+    Args:
+        config: the run.
+        folder: its run folder.
+        cold_start_cache: folder of all cold starts.
+        resume: go on from the newest whole checkpoint in the folder, from the start if there is
+            none. The rest of the run is bitwise that of one which was never interrupted.
+        on_step: called with the metrics of each rollout step.
+        on_cold_start: called with (supervised step, loss).
+        on_damage: told about each checkpoint that had to be passed over.
 
     Raises:
-        ConfigError: the folder holds another run, or the policy cannot be built.
+        ConfigError: the folder holds another run, or checkpoints of this one without `resume`; or
+            the policy cannot be built.
         ValueError: a clip range of the other algorithm's scale.
     """
     config = config.named()
-    clip_range(config)
+    clip_range(config)  # refused here, before a cold start is trained
     prepare_process(config.num_threads)
     check_run_folder(folder, config)
+    identity = json.dumps(config.to_dict(), sort_keys=True)
+    checkpoints = Checkpoints(folder / "checkpoints", identity=identity)
+    checkpoint = checkpoints.newest(on_damage if resume else _refuse_to_start_over)
+    if checkpoint is not None and not resume:
+        _refuse_to_start_over(str(checkpoint.path))
     # Before anything is written: a folder of a run that could not start would be in the way.
-    policy = starting_policy(config, cold_start_cache, on_cold_start)
-    log = RunLog(folder, config)
+    if checkpoint is None:
+        policy = starting_policy(config, cold_start_cache, on_cold_start)
+        log = RunLog(folder, config)
+    else:
+        policy = saved_policy(config, checkpoint.path / POLICY)
+        log = RunLog(folder, config, sizes=load_log_sizes(checkpoint.path))
     try:
-        return Trainer(config, policy, log).run(on_step)
+        trainer = Trainer(config, policy, log, checkpoints)
+        if checkpoint is not None:
+            trainer.go_on_from(checkpoint)
+        return trainer.run(on_step)
     finally:
         log.close()
+
+
+def _refuse_to_start_over(found: str) -> None:
+    raise ConfigError(
+        f"{found}: a checkpoint of this run; add --resume to go on from it, or give another folder"
+    )
