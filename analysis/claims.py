@@ -120,6 +120,15 @@ CLAIMS = [
 ]
 
 
+def _alike_but_for_depth(measures: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
+    """The grpo runs of all settings that differ from those of one setting in depth at most."""
+    same = list(rules.ALIKE)
+    alike = measures[measures["arm"] == "grpo"]
+    kinds = set(own[own["arm"] == "grpo"][same].itertuples(index=False, name=None))
+    mask = [kind in kinds for kind in alike[same].itertuples(index=False, name=None)]
+    return alike[pd.Series(mask, index=alike.index, dtype=bool)]
+
+
 def claims_table(study: Study, measures: pd.DataFrame | None = None) -> pd.DataFrame:
     """One row a (setting, claim): our number, its interval, n, the verdict and its reason.
 
@@ -132,7 +141,9 @@ def claims_table(study: Study, measures: pd.DataFrame | None = None) -> pd.DataF
     rows = []
     for setting in study.settings:
         for claim in CLAIMS:
-            own = measures if claim.study_wide else measures[measures["setting"] == setting]
+            own = measures[measures["setting"] == setting]
+            if claim.study_wide:
+                own = _alike_but_for_depth(measures, own)
             finding = claim.judge(own)
             rows.append(
                 {

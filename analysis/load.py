@@ -27,6 +27,8 @@ CONFIG_COLUMNS = [
     "algorithm", "routing_replay", "learning_rate", "updates_per_rollout", "router_noise",
     "num_layers", "num_experts", "experts_per_token",
 ]  # fmt: skip
+# What a line of each file must have beside its place.
+_NUMBERS = {"steps.jsonl": ("reward",)}
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _HOW = "`moe-rl reproduce --quick --out DIR` makes a study, `moe-rl train --out DIR` one run"
 
@@ -190,10 +192,20 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, A
         raise AnalysisError(f"{folder / 'config.json'}: no setting, arm and seed in it; {_HOW}")
     done = (folder / "summary.json").is_file()
     summary = _decode(_read_json(folder / "summary.json")) if done else {}
+    if not isinstance(config["seed"], int):
+        raise AnalysisError(
+            f"{folder / 'config.json'}: seed {config['seed']!r} is not a whole number; {_HOW}"
+        )
+    for name in ("seconds", "instruments_share"):
+        if not isinstance(summary.get(name, 0.0), int | float):
+            raise AnalysisError(
+                f"{folder / 'summary.json'}: {name} {summary[name]!r} is not a number; delete the "
+                "run's folder and run the study's command again"
+            )
     row: dict[str, Any] = {
         "setting": str(config["setting"]),
         "arm": str(config["arm"]),
-        "seed": int(config["seed"]),
+        "seed": config["seed"],
         "complete": bool(summary.get("complete", False)),
         "folder": str(folder),
     }
@@ -245,6 +257,7 @@ def _jsonl_rows(file: Path, needs: list[str], notes: list[str]) -> list[dict[str
                 raise ValueError(f"no {' and '.join(needs)} in it")
             if not all(isinstance(value[name], int) for name in needs):
                 raise ValueError(f"{' and '.join(needs)} must be whole numbers")
+            _check_numbers(value := _decode(value), _NUMBERS.get(file.name, ()))
         except ValueError as error:
             if number < len(lines):
                 raise AnalysisError(
@@ -253,8 +266,19 @@ def _jsonl_rows(file: Path, needs: list[str], notes: list[str]) -> list[dict[str
                 ) from error
             _note(notes, f"{file}:{number}: torn last line skipped")
             continue
-        rows.append(_decode(value))
+        rows.append(value)
     return rows
+
+
+def _check_numbers(line: dict[str, Any], required: tuple[str, ...]) -> None:
+    """Raises ValueError where a number is missing, or a value is neither that nor a list of it."""
+    for name in required:
+        if name not in line:
+            raise ValueError(f"no {name} in it")
+    for name, value in line.items():
+        entries = value if name.endswith(("_per_layer", "_per_position")) else [value]
+        if not isinstance(entries, list) or not all(isinstance(e, int | float) for e in entries):
+            raise ValueError(f"{name} is {value!r:.40}")
 
 
 def _decode(value: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pandas.core.groupby.generic import SeriesGroupBy
 
@@ -18,9 +19,11 @@ from moe_rl.analysis.collapse import outcome
 from moe_rl.analysis.load import CONFIG_COLUMNS, KEYS, Study
 from moe_rl.analysis.stats import bootstrap_interval, wilson_interval
 
+EARLY_FRACTION = 5  # the early window is a fifth of the steps
+
 CHAIN = [
-    "churn_one", "churn_last", "router_disagreement", "token_disagreement", "token_var",
-    "sequence_var", "token_ess", "clip_share", "grad_norm", "routing_share",
+    "churn_one", "churn_last", "churn_early", "router_disagreement", "token_disagreement",
+    "token_var", "sequence_var", "token_ess", "clip_share", "grad_norm", "routing_share",
 ]  # fmt: skip
 
 
@@ -32,11 +35,13 @@ def run_measures(study: Study) -> pd.DataFrame:
     churn_one            mean churn of the rollouts' second update: one optimiser step after the
                          recording policy (GSPO paper, 5.3: "after each gradient update")
     churn_last           mean churn of the rollouts' last update, m - 1 optimiser steps after it
+    churn_early          the same over the first fifth of the run's steps, collapsed by then or not
     router_disagreement, token_disagreement     the same at the last update, other countings
     token_var, sequence_var     median over rollouts of the mean over updates of Var(w), Var(s)
     token_ess            mean ESS/N of the token ratios
     clip_share           mean share of tokens whose gradient the clip removes
     grad_norm            median norm before clipping
+    skipped              updates not made, as their gradient was not finite
     routing_share        share of Var(log w) due to routing, see attribution.py
     seconds, seconds_per_step, instruments_share     of summary.json
     """
@@ -58,7 +63,27 @@ def run_measures(study: Study) -> pd.DataFrame:
         )
     measures = pd.DataFrame(rows)
     links = _chain(before_collapse(study.updates, measures))
+    links["churn_early"] = _early_churn(study.updates, measures)
+    links["skipped"] = _skipped(study.updates)
     return measures.join(links, on=KEYS)
+
+
+def _early_churn(updates: pd.DataFrame, measures: pd.DataFrame) -> pd.Series:
+    """Churn over the same steps of every run: windows that end at a collapse cannot be compared."""
+    if "routing/churn" not in updates:
+        return pd.Series(dtype=float)
+    steps = measures.set_index(KEYS)["steps"]
+    own = steps.reindex(pd.MultiIndex.from_frame(updates[KEYS])).to_numpy(float)
+    early = updates[updates["step"].to_numpy(float) < np.maximum(1, own // EARLY_FRACTION)]
+    last = early["update"] == early.groupby(KEYS)["update"].transform("max")
+    return _grouped(early[last], "routing/churn", KEYS).mean()
+
+
+def _skipped(updates: pd.DataFrame) -> pd.Series:
+    """Updates that were not made because their gradient was not finite."""
+    if "skipped" not in updates:
+        return pd.Series(dtype=float)
+    return _grouped(updates, "skipped", KEYS).sum()
 
 
 def before_collapse(updates: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:
@@ -108,6 +133,7 @@ def summarize(study: Study, measures: pd.DataFrame | None = None) -> pd.DataFram
     collapsed, runs                 k of n; `collapsed_low`, `collapsed_high` the Wilson interval
     collapse_step                   median time of collapse of the runs that collapsed
     unstable                        runs whose drawdown exceeds 20%
+    skipped                         updates not made: their gradient was not finite
     incomplete                      runs that were interrupted: listed, not counted
     the links of the chain          medians over seeds (see `run_measures`)
     instruments_share, seconds_per_step, seconds    means over seeds
@@ -142,6 +168,7 @@ def _arm_row(group: pd.DataFrame) -> dict[str, Any]:
         "collapsed_high": collapsed.high,
         "collapse_step": median("collapse_step"),
         "unstable": int(done["unstable"].sum()),
+        "skipped": int(done["skipped"].fillna(0).sum()),
         **{name: median(name) for name in CHAIN},
         "instruments_share": float(done["instruments_share"].astype(float).mean()),
         "seconds_per_step": float(done["seconds_per_step"].astype(float).mean()),

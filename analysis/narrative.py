@@ -15,7 +15,8 @@ from moe_rl.analysis.plots.frontier import CELL_KEYS
 from moe_rl.analysis.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 
 CONTROL_SENTENCES = {
-    REPRODUCED: "The dense control is stable in the same setting: the failure belongs to the MoE.",
+    REPRODUCED: "The dense control ends near its peak in the same setting: the failure belongs to "
+    "the MoE.",
     NOT_REPRODUCED: "The dense control is unstable too, so the failure is not the MoE's own.",
 }
 
@@ -50,6 +51,8 @@ def _arm_sentence(row: dict[str, Any]) -> str:
         words += f" and collapsed in {row['collapsed']} of {row['runs']} (median step {when})"
     elif row["unstable"]:
         words += f", unstable in {row['unstable']} of {row['runs']}"
+    if row["skipped"]:
+        words += f"; {row['skipped']} updates with a gradient that is not finite were skipped"
     return words + "."
 
 

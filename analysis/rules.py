@@ -8,15 +8,17 @@ rewards are compared between arms on the same seeds.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from moe_rl.analysis.arms import arm_label
-from moe_rl.analysis.stats import Interval, bootstrap_interval, mean
+from moe_rl.analysis.stats import Interval, student_interval
 from moe_rl.analysis.verdicts import (
     INCONCLUSIVE,
     NOT_REPRODUCED,
+    REPRODUCED,
     Finding,
     both,
     judge_fraction,
@@ -27,6 +29,8 @@ MIN_EFFECT = 0.05  # a difference of final reward (share of prompts solved) that
 PAPER_CHURN = 0.10  # GSPO paper (arXiv 2507.18071), 5.3: "roughly 10% of the experts activated"
 CHURN_FACTOR = 2.0  # "about": within a factor of two
 CLIP_ORDERS = 1.5  # log10; nearer to two orders of magnitude (or more) than to one
+# What settings of two depths have in common.
+ALIKE = ("learning_rate", "updates_per_rollout", "router_noise", "num_experts")
 # GRPO started again from a checkpoint before the collapse: at half the rate, and at the whole.
 RESTART_ARM, FULL_RATE_ARM = "grpo-restart", "grpo-restart-full-rate"
 
@@ -38,13 +42,12 @@ def grpo_collapses(runs: pd.DataFrame) -> Finding:
 
 def replay_restores(runs: pd.DataFrame) -> Finding:
     """Final reward of grpo+replay minus grpo, same seeds: reproduced when the interval of the mean
-    is above 0.05 and most grpo+replay seeds do not collapse. Where it is below 0.05 although grpo
-    keeps within 20% of its peak in most seeds, there is nothing to restore: inconclusive.
+    is above 0.05 and most grpo+replay seeds do not collapse. Where grpo itself ends within 20% of
+    its peak in most seeds, there is nothing to restore: inconclusive.
     """
     gain = judge_interval(_paired(runs, "grpo", "grpo+replay", "final"), low=MIN_EFFECT)
     verdict, reason = both(gain, _collapse_share(runs, "grpo+replay", majority=False))
-    unstable = _arm(runs, "grpo")["unstable"]
-    if gain.verdict == NOT_REPRODUCED and unstable.mean() <= 0.5:
+    if gain.interval.n and _arm(runs, "grpo")["unstable"].mean() <= 0.5:
         verdict, reason = INCONCLUSIVE, "GRPO is stable here: there is nothing to restore"
     ours = _difference_text("grpo", "grpo+replay", gain.interval)
     return Finding(verdict=verdict, reason=reason, ours=ours, interval=gain.interval)
@@ -53,35 +56,41 @@ def replay_restores(runs: pd.DataFrame) -> Finding:
 def gspo_needs_none(runs: pd.DataFrame) -> Finding:
     """Final reward of gspo minus gspo+replay (minus grpo+replay where that was not run), same
     seeds: reproduced when the interval of the mean is above -0.05 and most gspo seeds do not
-    collapse.
+    collapse. Where grpo without replay ends within 20% of its peak in most seeds, replay is needed
+    by nobody: inconclusive.
     """
     other = "gspo+replay" if len(_arm(runs, "gspo+replay")) else "grpo+replay"
     loss = judge_interval(_paired(runs, other, "gspo", "final"), low=-MIN_EFFECT)
     verdict, reason = both(loss, _collapse_share(runs, "gspo", majority=False))
+    grpo = _arm(runs, "grpo")["unstable"]
+    if verdict == REPRODUCED and len(grpo) and grpo.mean() <= 0.5:
+        verdict, reason = INCONCLUSIVE, "GRPO is stable here: no arm needs replay"
     ours = _difference_text(other, "gspo", loss.interval)
     return Finding(verdict=verdict, reason=reason, ours=ours, interval=loss.interval)
 
 
 def churn_after_one_update(runs: pd.DataFrame) -> Finding:
     """Churn of grpo one optimiser step after the old policy: reproduced when its interval lies
-    within a factor of two of 10% (5% to 20%). The paper's literal reading.
+    within a factor of two of 10% (5% to 20%). The paper's literal reading. Not judged under router
+    noise, which makes the churn.
     """
     return _churn(runs, "churn_one")
 
 
 def churn_over_rollout(runs: pd.DataFrame) -> Finding:
     """Churn of grpo at the last update of a rollout: reproduced when its interval lies within a
-    factor of two of 10% (5% to 20%). The loose reading: new against old policy, all updates.
+    factor of two of 10% (5% to 20%). The loose reading: new against old policy, all updates. Not
+    judged under router noise, which makes the churn.
     """
     return _churn(runs, "churn_last")
 
 
 def routing_drives_ratio(runs: pd.DataFrame) -> Finding:
     """Share of Var(log w) of grpo that is due to routing: reproduced when its interval is above
-    one half.
+    one half. Not judged under router noise, which is put into the routing.
     """
-    interval = bootstrap_interval(_arm(runs, "grpo")["routing_share"].astype(float))
-    finding = judge_interval(interval, low=0.5)
+    interval = student_interval(_arm(runs, "grpo")["routing_share"].astype(float))
+    finding = _unless_noise(judge_interval(interval, low=0.5), runs)
     return _with_ours(finding, f"{interval.value:.0%} of the variance")
 
 
@@ -93,7 +102,7 @@ def gspo_clips_more(runs: pd.DataFrame) -> Finding:
     other = "grpo+replay" if len(_arm(runs, "grpo+replay")) else "grpo"
     pairs = _pairs(runs, other, "gspo", "clip_share")
     pairs = pairs[(pairs > 0).all(axis=1)]
-    orders = bootstrap_interval(np.log10(pairs["gspo"]) - np.log10(pairs[other]), mean)
+    orders = student_interval(np.log10(pairs["gspo"]) - np.log10(pairs[other]))
     ours = (
         f"{pairs['gspo'].median():.2g} against {pairs[other].median():.2g} ({arm_label(other)}): "
         f"{orders.value:.1f} orders"
@@ -104,7 +113,8 @@ def gspo_clips_more(runs: pd.DataFrame) -> Finding:
 def dense_is_stable(runs: pd.DataFrame) -> Finding:
     """The failure belongs to the MoE: reproduced when most grpo seeds are unstable (final more
     than 20% below the peak) and most dense seeds are not, by Wilson intervals against 1/2; not
-    reproduced when most dense seeds are unstable too; inconclusive where grpo is stable.
+    reproduced when most dense seeds are unstable too; inconclusive where grpo is stable. A run that
+    falls and comes back counts as stable: the median deepest fall stands beside it.
     """
     return _control(runs, "dense")
 
@@ -119,34 +129,38 @@ def frozen_router_is_stable(runs: pd.DataFrame) -> Finding:
 
 
 def deeper_is_worse(study_runs: pd.DataFrame) -> Finding:
-    """Churn of grpo over a rollout, deepest minus shallowest model, same seeds and everything else
-    equal: reproduced when the interval of the mean is above 0. Needs runs at two depths.
+    """Churn of grpo over a rollout in the first fifth of the steps, deepest minus shallowest model,
+    same seeds and everything else equal: reproduced when the interval of the mean is above 0. The
+    same steps for both, as churn follows the learning rate. Needs runs at two depths.
     """
     runs = _arm(study_runs, "grpo")
-    same = ["learning_rate", "updates_per_rollout", "router_noise", "num_experts"]
     gaps: list[float] = []
-    for _, group in runs.groupby(same, dropna=False):
+    for _, group in runs.groupby(list(ALIKE), dropna=False):
         depths = sorted(group["num_layers"].dropna().unique())
         if len(depths) < 2:
             continue
-        by_depth = group.pivot_table(index="seed", columns="num_layers", values="churn_last")
+        by_depth = group.pivot_table(index="seed", columns="num_layers", values="churn_early")
         gaps += list((by_depth[depths[-1]] - by_depth[depths[0]]).dropna())
     if not gaps:
         return Finding(verdict=INCONCLUSIVE, reason="not measured: needs grpo runs at two depths")
-    interval = bootstrap_interval(gaps, mean)
+    interval = student_interval(gaps)
     finding = judge_interval(interval, low=0.0)
-    return _with_ours(finding, f"churn {interval.value:+.1%}, deepest - shallowest")
+    return _with_ours(finding, f"early churn {interval.value:+.1%}, deepest - shallowest")
 
 
 def collapse_is_irreversible(runs: pd.DataFrame) -> Finding:
     """Of the grpo seeds that collapsed, the share that collapses again when started from a
     checkpoint before the collapse, at half the learning rate (arm grpo-restart): reproduced when
-    its Wilson interval is above 1/2. Seeds that did not collapse say nothing and are left out. The
-    restart at the whole rate is given beside it: it tells what a fresh start alone does.
+    its Wilson interval is above 1/2. Seeds that did not collapse, or had by then, say nothing and
+    are left out. The restart at the whole rate is given beside it: it tells what a fresh start
+    alone does.
     """
     grpo = _arm(runs, "grpo")
-    fallen = grpo[grpo["collapsed"].astype(bool)]["seed"]
-    restarted = runs[(runs["arm"] == RESTART_ARM) & runs["seed"].isin(fallen)]
+    again = _arm(runs, RESTART_ARM)
+    # A restart makes the steps that were left.
+    started = grpo["steps"].max() - again["steps"].max()
+    fallen = grpo[grpo["collapsed"].astype(bool) & ~(grpo["collapse_step"] < started)]["seed"]
+    restarted = again[again["seed"].isin(fallen)]
     if not len(restarted):
         reason = f"not measured: needs restarts (arm {RESTART_ARM}) of runs that collapsed"
         return Finding(verdict=INCONCLUSIVE, reason=reason)
@@ -172,7 +186,7 @@ def _pairs(runs: pd.DataFrame, a: str, b: str, column: str) -> pd.DataFrame:
 
 def _paired(runs: pd.DataFrame, a: str, b: str, column: str) -> Interval:
     pairs = _pairs(runs, a, b, column)
-    return bootstrap_interval(pairs[b] - pairs[a], mean)
+    return student_interval(pairs[b] - pairs[a])
 
 
 def _collapse_share(runs: pd.DataFrame, arm: str, *, majority: bool) -> Finding:
@@ -183,9 +197,18 @@ def _collapse_share(runs: pd.DataFrame, arm: str, *, majority: bool) -> Finding:
 
 
 def _churn(runs: pd.DataFrame, column: str) -> Finding:
-    interval = bootstrap_interval(_arm(runs, "grpo")[column].astype(float))
+    interval = student_interval(_arm(runs, "grpo")[column].astype(float))
     low, high = PAPER_CHURN / CHURN_FACTOR, PAPER_CHURN * CHURN_FACTOR
-    return _with_ours(judge_interval(interval, low=low, high=high), f"{interval.value:.1%}")
+    finding = _unless_noise(judge_interval(interval, low=low, high=high), runs)
+    return _with_ours(finding, f"{interval.value:.1%}")
+
+
+def _unless_noise(finding: Finding, runs: pd.DataFrame) -> Finding:
+    """What the noise itself makes says nothing about training."""
+    if finding.interval.n == 0 or not (_arm(runs, "grpo")["router_noise"].astype(float) > 0).any():
+        return finding
+    reason = "not judged: router noise makes it here"
+    return replace(finding, verdict=INCONCLUSIVE, reason=reason)
 
 
 def _control(runs: pd.DataFrame, arm: str) -> Finding:
@@ -194,6 +217,9 @@ def _control(runs: pd.DataFrame, arm: str) -> Finding:
     stable = judge_fraction(k, len(control), majority=False, what=f"{arm_label(arm)} unstable")
     fails = judge_fraction(k_moe, len(moe), majority=True, what="GRPO unstable")
     ours = f"unstable: {arm_label(arm)} {k} of {len(control)}, GRPO {k_moe} of {len(moe)}"
+    if len(control):
+        falls = (runs["deepest_fall"].median() for runs in (control, moe))
+        ours += "; deepest fall {:.0%}, {:.0%}".format(*falls)
     if stable.interval.n == 0 or fails.interval.n == 0:
         missing = arm if stable.interval.n == 0 else "grpo"
         reason = f"not measured: no complete run of {arm_label(missing)}"

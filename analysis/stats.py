@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,11 @@ RESAMPLES = 10_000  # Monte Carlo error of a 2.5% quantile is then below 0.2% of
 RNG_SEED = 20250718  # fixed so that the same files give the same report
 EXACT_SIGN_FLIPS = 14  # 2^14 assignments are enumerated; above that they are sampled
 WILSON_Z = 1.959963984540054  # the 97.5% quantile of the normal distribution
+# The 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom.
+STUDENT_T = (
+    *(12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912),
+    *(2.364624, 2.306004, 2.262157, 2.228139, 2.200985, 2.178813),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,7 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedTest:
-    """Differences b - a over common seeds: mean, bootstrap interval, sign-flip p value."""
+    """Differences b - a over common seeds: mean, Student's interval, sign-flip p value."""
 
     n: int
     difference: float
@@ -76,41 +81,61 @@ def bootstrap_interval(
     values: ArrayLike,
     statistic: Statistic = iqm,
     *,
-    strata: Sequence[object] | None = None,
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     rng_seed: int = RNG_SEED,
 ) -> Interval:
     """Percentile bootstrap over seeds of `statistic`, which must reduce the last axis.
 
-    Seeds are drawn with replacement, inside each stratum when `strata` names one per value, so
-    that every resample keeps the study's balance. Non-finite values are dropped first. The bounds
-    are the (1-level)/2 and (1+level)/2 quantiles of the resampled statistic; n < 2 has no spread
-    and gives NaN bounds.
+    Seeds are drawn with replacement, non-finite values are dropped first. The bounds are the
+    (1-level)/2 and (1+level)/2 quantiles of the resampled statistic; n < 2 has no spread and gives
+    NaN bounds. It describes an arm; verdicts rest on `student_interval`.
 
-    Raises ValueError where `strata` and `values` differ in length or `level` is not in (0, 1).
+    Raises ValueError where `level` is not in (0, 1).
     """
-    array = np.asarray(values, dtype=np.float64).ravel()
-    labels = np.zeros(len(array), dtype=object) if strata is None else np.array(list(strata))
-    if len(labels) != len(array):
-        raise ValueError(f"strata has {len(labels)} entries for {len(array)} values: one each")
     if not 0.0 < level < 1.0:
         raise ValueError(f"level must lie in (0, 1), got {level!r}: 0.95 is usual")
-    keep = np.isfinite(array)
-    array, labels = array[keep], labels[keep]
+    array = finite(values)
     if len(array) == 0:
         return Interval(value=math.nan, low=math.nan, high=math.nan, n=0)
     value = float(statistic(array))
     if len(array) < 2:
         return Interval(value=value, low=math.nan, high=math.nan, n=len(array))
     generator = np.random.default_rng(rng_seed)
-    draws = []
-    for label in sorted(set(labels.tolist()), key=str):
-        group = array[labels == label]
-        draws.append(group[generator.integers(0, len(group), size=(resamples, len(group)))])
-    resampled = statistic(np.concatenate(draws, axis=1))
+    resampled = statistic(array[generator.integers(0, len(array), size=(resamples, len(array)))])
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value=value, low=float(low), high=float(high), n=len(array))
+
+
+def student_interval(values: ArrayLike) -> Interval:
+    """Mean over seeds with Student's 95% interval, mean +- t s / sqrt(n), n - 1 degrees of freedom.
+
+    Exact for normal values at any n, where a percentile bootstrap covers 83% at n = 5 and 89% at
+    n = 8. Non-finite values are dropped; n < 2 gives NaN bounds.
+    """
+    array = finite(values)
+    n = len(array)
+    if n == 0:
+        return Interval(value=math.nan, low=math.nan, high=math.nan, n=0)
+    centre = float(array.mean())
+    if n < 2:
+        return Interval(value=centre, low=math.nan, high=math.nan, n=n)
+    half = _student_t(n - 1) * float(array.std(ddof=1)) / math.sqrt(n)
+    return Interval(value=centre, low=centre - half, high=centre + half, n=n)
+
+
+def _student_t(freedom: int) -> float:
+    """The 97.5% quantile; beyond the table by its expansion around the normal, error under 1e-4.
+
+    Abramowitz and Stegun, 26.7.5.
+    """
+    if freedom <= len(STUDENT_T):
+        return STUDENT_T[freedom - 1]
+    z = WILSON_Z
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def sign_flip_p_value(differences: ArrayLike, *, rng_seed: int = RNG_SEED) -> float:
@@ -136,8 +161,8 @@ def sign_flip_p_value(differences: ArrayLike, *, rng_seed: int = RNG_SEED) -> fl
 def paired_test(a: ArrayLike, b: ArrayLike) -> PairedTest:
     """Test of b against a on the same seeds: `a[i]` and `b[i]` belong to seed i.
 
-    Pairs with a non-finite member are dropped. The interval is a percentile bootstrap over pairs
-    of the mean difference. Raises ValueError where the two differ in length.
+    Pairs with a non-finite member are dropped. The interval is Student's, of the mean difference.
+    Raises ValueError where the two differ in length.
     """
     first = np.asarray(a, dtype=np.float64).ravel()
     second = np.asarray(b, dtype=np.float64).ravel()
@@ -146,7 +171,7 @@ def paired_test(a: ArrayLike, b: ArrayLike) -> PairedTest:
             f"a has {len(first)} values and b {len(second)}: a paired test needs the same seeds"
         )
     differences = finite(second - first)
-    interval = bootstrap_interval(differences, mean)
+    interval = student_interval(differences)
     return PairedTest(
         n=interval.n,
         difference=interval.value,

@@ -33,6 +33,7 @@ from moe_rl.options import (
 )
 from moe_rl.usage import describe_os_error, is_out_of_memory, parse
 
+FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 
@@ -280,6 +281,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("MOE_RL_TRACEBACK"):
             raise
         return _bad_input(describe_os_error(error))
+    except FloatingPointError as error:
+        if os.environ.get("MOE_RL_TRACEBACK"):
+            raise
+        print(f"moe-rl: {error}", file=sys.stderr)
+        return FAILED
     except (MemoryError, RuntimeError) as error:
         if os.environ.get("MOE_RL_TRACEBACK") or not is_out_of_memory(error):
             raise

@@ -8,6 +8,7 @@ samples of a distribution that reinforcement learning can sharpen.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -70,6 +71,11 @@ def ensure_cold_start(
         with process_of(_THREADS):
             policy = build_policy(config.model, task.alphabet, seed=config.cold_start.sft_seed)
             loss = train_on_demonstrations(policy, task, config, progress)
+            if not math.isfinite(loss) and config.sft_steps:
+                raise FloatingPointError(
+                    "the cold start has diverged at sft_learning_rate="
+                    f"{config.cold_start.sft_learning_rate:g}, take a smaller one"
+                )
             report = {"loss": loss, "reward": evaluate(policy, task, config), **_made_of(config)}
         policy.model.save_pretrained(scratch)
         policy.tokenizer.save_pretrained(scratch)

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -221,8 +222,9 @@ class RunConfig:
         for name in ("arm", "setting"):
             label = getattr(self, name)
             _require(
-                label is None or (label != "" and not label.startswith(".") and "/" not in label),
-                f"{name}={label!r}: names a folder; use a word without / or a leading dot",
+                label is None or re.fullmatch(r"[\w+-][\w.+-]*", label) is not None,
+                f"{name}={label!r}: names a folder; use a word of letters, digits and _ + - . "
+                "without / or a leading dot",
             )
         minimum = {
             "steps": 1,
@@ -401,6 +403,8 @@ def load_config(path: str) -> RunConfig:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deep for a config") from error
     if isinstance(values, Mapping) and "config" in values and "schema" in values:
         if values["schema"] != SCHEMA:
             raise ConfigError(

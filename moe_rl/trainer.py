@@ -131,7 +131,13 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             if begun is None:
-                experience, metrics = self.experience(step)
+                try:
+                    experience, metrics = self.experience(step)
+                except FloatingPointError as error:
+                    raise FloatingPointError(
+                        f"rollout step {step}: {error}; the run has diverged at "
+                        f"learning_rate={self.config.learning_rate:g}, take a smaller one"
+                    ) from error
             else:
                 experience, metrics = begun.experience, begun.metrics
             per_update = self.config.prompts_per_rollout // self.config.updates_per_rollout

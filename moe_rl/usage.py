@@ -63,7 +63,7 @@ def _one_line(box: str) -> str:
     lines = [line.strip(f"{_SIDE} ") for line in box.splitlines() if not line.startswith(corners)]
     rules = [i for i, line in enumerate(lines) if set(line) == {_RULE}]
     message = " ".join(lines[: rules[0]] if rules else lines)
-    message = re.sub(r"^Error parsing run(\.\w+)?: ", "", message)
+    message = re.sub(r"^Error parsing run(\.[\w-]+)?: ", "", message)
     unknown = re.match(r"Unrecognized options: (\S+)", message)
     if unknown is None:
         return message.strip().rstrip(".")

@@ -57,6 +57,8 @@ def test_train_writes_a_complete_run_and_knows_it_again(tmp_path: Path) -> None:
         (["train", "--learning-rate", "nan"], "learning_rate=nan: must be a positive number"),
         (["train", "--learning-rate"], "--learning-rate"),
         (["report", "a", "b"], "unexpected argument b"),
+        (["train", "--arm", "$x_{"], "use a word of letters"),
+        (["train", "--sft-steps", "-1"], "rl: sft_steps=-1: must be 0 or more"),
         (["train", "--setting", "../evil"], "without / or a leading dot"),
         (["train", "--temperature", "1e-320"], "from 1e-3 to 1e3"),
         (["train", "--router-noise", "1e38"], "from 0 to 1000"),
@@ -97,6 +99,22 @@ def test_bad_input_gets_a_message_and_exit_code_2(
         assert result.stderr.count("\n") == 1, "one clear line"
         assert not result.stdout
     assert not (tmp_path / "runs" / "collapse-quick").exists(), "work began before the check"
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--learning-rate", "rollout step 1: the policy's logits"),
+        ("--sft-learning-rate", "cold start"),
+    ],
+)
+def test_a_run_that_diverges_ends_with_one_line(option: str, words: str, tmp_path: Path) -> None:
+    arguments = ["--preset", "tiny", "--warmup-steps", "0", option, "1e30", "--out", "run"]
+    result = moe_rl("train", *arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert "moe-rl: " in last and words in last and f"{option[2:].replace('-', '_')}=1e+30" in last
+    assert "Traceback" not in result.stderr
 
 
 def test_a_run_folder_of_another_config_is_refused_and_kept(tmp_path: Path) -> None:

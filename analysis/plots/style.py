@@ -175,22 +175,27 @@ def last_updates(updates: pd.DataFrame) -> pd.DataFrame:
 def draw_arm(
     axes: Axes, frame: pd.DataFrame, arm: str, x: str, y: str, *, positive: bool = False
 ) -> bool:
-    """Thin line for every seed and thick median of one arm; False where nothing can be drawn.
+    """Thin line for every seed and thick median of an arm's complete seeds (of all if none is).
+
+    False where nothing can be drawn.
 
     `positive` drops values that a log axis cannot show (0 and non-finite).
     """
     own = frame[frame["arm"] == arm]
     table = own.pivot(index=x, columns="seed", values=y).astype(float)
-    table = table.where(np.isfinite(table))
     if positive:
         table = table.where(table > 0)
+    # The median counts an infinite value, which no line can show, as larger than all others.
+    complete = own[own["complete"].astype(bool)]["seed"].unique() if "complete" in own else []
+    median = table[list(complete)].median(axis=1) if len(complete) else table.median(axis=1)
+    table, median = table.where(np.isfinite(table)), median.where(np.isfinite(median))
     if table.empty or not table.notna().to_numpy().any():
         return False
     style = {"color": colour(arm), "linestyle": DASHES.get(arm, "-")}
     if table.shape[1] > 1:
         for seed in table.columns:
             axes.plot(table.index, table[seed], linewidth=0.6, alpha=0.45, color=colour(arm))
-    axes.plot(table.index, table.median(axis=1), solid_capstyle="round", **style)
+    axes.plot(table.index, median, solid_capstyle="round", **style)
     return True
 
 

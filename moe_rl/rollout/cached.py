@@ -85,10 +85,15 @@ def sample(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
     The running sum is taken in float64, so that a vocabulary of 1e5 tokens leaves no tail that no
     uniform can reach.
+
+    Raises:
+        FloatingPointError: the logits of a row are not finite.
     """
     log_p = torch.log_softmax(logits, dim=-1)
     cumulative = log_p.double().exp().cumsum(dim=-1)
     total = cumulative[:, -1:]
+    if not bool(total.isfinite().all()):
+        raise FloatingPointError("the policy's logits are not finite, so nothing can be sampled")
     # The product may round up to the total, which only impossible tokens at the end would follow.
     threshold = (uniforms[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
     token = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)

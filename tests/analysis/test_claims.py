@@ -16,8 +16,9 @@ def _arm(arm, seeds=SEEDS, **values):
     """Rows of `run_measures` for one arm; a list is one value a seed."""
     row = {
         "final": 0.9, "collapsed": False, "unstable": False, "churn_one": 0.05, "churn_last": 0.1,
-        "routing_share": 0.6, "clip_share": 0.002, "learning_rate": 3e-4,
+        "churn_early": 0.1, "routing_share": 0.6, "clip_share": 0.002, "learning_rate": 3e-4,
         "updates_per_rollout": 8, "router_noise": 0.0, "num_experts": 16, "num_layers": 4,
+        "deepest_fall": 0.1, "steps": 40, "collapse_step": 12.0,
     } | values  # fmt: skip
     return pd.DataFrame(
         [
@@ -49,6 +50,23 @@ def test_replay_restores_what_grpo_lost():
     finding = rules.replay_restores(runs)
     assert finding.verdict == REPRODUCED
     assert finding.ours == "GRPO + replay minus GRPO: +0.70"
+
+
+def test_where_grpo_is_stable_nothing_is_restored_and_nobody_needs_replay():
+    arms = [_arm("grpo", final=0.8), *(_arm(a) for a in ("grpo+replay", "gspo", "gspo+replay"))]
+    for judge in (rules.replay_restores, rules.gspo_needs_none):
+        finding = judge(_runs(*arms))
+        assert finding.verdict == INCONCLUSIVE and "GRPO is stable here" in finding.reason
+
+
+@pytest.mark.parametrize(
+    "judge", [rules.churn_after_one_update, rules.churn_over_rollout, rules.routing_drives_ratio]
+)
+def test_what_router_noise_makes_is_not_judged(judge):
+    values = {"churn_one": 0.1, "churn_last": 0.1, "routing_share": 0.9}
+    assert judge(_arm("grpo", **values)).verdict == REPRODUCED
+    noisy = judge(_arm("grpo", router_noise=0.1, **values))
+    assert noisy.verdict == INCONCLUSIVE and "not judged" in noisy.reason
 
 
 def test_replay_that_helps_by_less_than_the_margin_restores_nothing():
@@ -133,7 +151,7 @@ def test_a_control_explains_nothing_where_nothing_fails_or_it_was_not_run(arm, j
 
 @pytest.mark.parametrize(("deep", "verdict"), [(0.12, REPRODUCED), (0.08, NOT_REPRODUCED)])
 def test_deeper_is_worse_compares_depths_that_are_otherwise_equal(deep, verdict):
-    runs = _runs(_arm("grpo"), _arm("grpo", num_layers=12, churn_last=deep))
+    runs = _runs(_arm("grpo"), _arm("grpo", num_layers=12, churn_early=deep))
     assert rules.deeper_is_worse(runs).verdict == verdict
 
 
@@ -147,8 +165,17 @@ def test_irreversibility_needs_restarted_runs():
     fallen = _arm("grpo", **FAILS)
     again = _runs(fallen, _arm("grpo-restart", **FAILS))
     assert rules.collapse_is_irreversible(again).verdict == REPRODUCED
-    stable = _runs(fallen, _arm("grpo-restart"))
+    stable = _runs(fallen, _arm("grpo-restart", steps=35))
     assert rules.collapse_is_irreversible(stable).verdict == NOT_REPRODUCED
+    before = _runs(
+        _arm(
+            "grpo",
+            **FAILS,
+        ),
+        _arm("grpo-restart", steps=35),
+    )
+    before.loc[before["arm"] == "grpo", "collapse_step"] = 3.0
+    assert "not measured" in rules.collapse_is_irreversible(before).reason, "fallen already"
     both = _runs(again, _arm("grpo-restart-full-rate"))
     assert rules.collapse_is_irreversible(both).verdict == REPRODUCED
     assert rules.collapse_is_irreversible(both).ours.endswith(f"at the full rate 0 of {SEEDS}")
@@ -195,7 +222,7 @@ def test_the_table_judges_complete_runs_of_each_setting(tmp_path):
 def test_a_study_in_which_nothing_fails_reproduces_no_collapse(tmp_path):
     calm = {"grpo": synthetic.Profile(plateau=0.9)}
     root = synthetic.write_study(
-        tmp_path, arms=["grpo"], seeds=4, steps=24, updates=2, profiles=calm
+        tmp_path, arms=["grpo"], seeds=5, steps=24, updates=2, profiles=calm
     )
     table = claims_table(load_study(root)).set_index("key")
     assert table.loc["grpo_collapses", "verdict"] == NOT_REPRODUCED

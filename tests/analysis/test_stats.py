@@ -15,6 +15,7 @@ from moe_rl.analysis.stats import (
     paired_test,
     seeds_to_settle_fraction,
     sign_flip_p_value,
+    student_interval,
     wilson_interval,
 )
 
@@ -64,17 +65,28 @@ def test_bootstrap_drops_what_is_not_finite_and_needs_two():
     assert bootstrap_interval([]).n == 0
 
 
-def test_strata_keep_their_share_of_every_resample():
-    # Two strata without spread of their own: resampled inside strata the mean cannot move.
-    values, strata = [0.0, 0.0, 1.0, 1.0], ["a", "a", "b", "b"]
-    stratified = bootstrap_interval(values, mean, strata=strata)
-    assert (stratified.low, stratified.high) == (0.5, 0.5)
-    assert bootstrap_interval(values, mean).low < 0.5
+@given(st.lists(st.integers(-20, 20).map(float), min_size=2, max_size=12))
+def test_students_interval_agrees_with_scipy(values):
+    interval = student_interval(values)
+    error = scipy.stats.sem(values)
+    low, high = (
+        scipy.stats.t.interval(0.95, len(values) - 1, np.mean(values), error)
+        if error
+        else (np.mean(values), np.mean(values))
+    )
+    assert interval.low == pytest.approx(low, rel=1e-3, abs=1e-6)
+    assert interval.high == pytest.approx(high, rel=1e-3, abs=1e-6)
+
+
+def test_students_quantiles_go_on_behind_the_table():
+    for n in range(2, 60):
+        values = np.arange(n, dtype=float)
+        theirs = scipy.stats.t.ppf(0.975, n - 1) * scipy.stats.sem(values)
+        assert student_interval(values).high - values.mean() == pytest.approx(theirs, rel=1e-4)
+    assert np.isnan(student_interval([1.0]).low) and student_interval([]).n == 0
 
 
 def test_bootstrap_names_bad_arguments():
-    with pytest.raises(ValueError, match="strata has 1 entries for 2 values"):
-        bootstrap_interval([1.0, 2.0], strata=["a"])
     with pytest.raises(ValueError, match=r"level must lie in \(0, 1\), got 95"):
         bootstrap_interval([1.0, 2.0], level=95)
 

@@ -70,12 +70,14 @@ def test_nothing_measured_is_inconclusive():
     ("k", "n", "verdict"),
     [
         (5, 5, REPRODUCED),
-        (4, 4, REPRODUCED),
+        (4, 4, INCONCLUSIVE),
         (3, 3, INCONCLUSIVE),
         (4, 5, INCONCLUSIVE),
         (1, 5, INCONCLUSIVE),
         (0, 5, NOT_REPRODUCED),
-        (0, 4, NOT_REPRODUCED),
+        (0, 4, INCONCLUSIVE),
+        (7, 8, REPRODUCED),
+        (6, 8, INCONCLUSIVE),
         (9, 10, REPRODUCED),
         (0, 0, INCONCLUSIVE),
     ],
@@ -95,7 +97,9 @@ def test_most_do_and_most_do_not_are_opposites(case):
 def test_a_small_fraction_names_the_seeds_it_needs():
     finding = judge_fraction(2, 2, majority=True, what="grpo collapsed")
     assert finding.reason.startswith("grpo collapsed in 2 of 2 seeds")
-    assert "4 seeds at this share would settle it" in finding.reason
+    assert finding.reason.endswith("a share of seeds needs 5")
+    more = judge_fraction(4, 5, majority=True, what="grpo collapsed")
+    assert "seeds at this share would settle it" in more.reason
 
 
 def test_one_failed_part_fails_the_whole():
