@@ -255,8 +255,9 @@ def test_gradient_checkpointing_trains_the_same(tmp_path: Path, cold: Path) -> N
 
 def test_bfloat16_trains_on_a_cpu(tmp_path: Path, cold: Path) -> None:
     steps, updates, _ = run(tiny(steps=1, dtype="bfloat16"), tmp_path / "run", cold)
-    assert steps[0]["reward"] >= 0.0
+    assert 0.0 < steps[0]["reward"] < 1.0
     assert all(math.isfinite(u["grad_norm"]) for u in updates)
+    assert max(u["grad_norm"] for u in updates) > 0.0
 
 
 def test_an_update_along_a_non_finite_gradient_is_skipped(tmp_path: Path, cold: Path) -> None:
@@ -283,8 +284,9 @@ def test_a_loaded_checkpoint_is_trained_as_it_is(tmp_path: Path, cold: Path) -> 
         torch.equal(a, b)
         for a, b in zip(start.model.parameters(), loaded.model.parameters(), strict=True)
     )
-    _, updates, _ = run(config, tmp_path / "run", cold)
-    assert updates[-1]["routing/churn"] >= 0.0  # three experts a token, though the config says two
+    assert config.model.experts_per_token == 2, "the checkpoint's three win"
+    trainer = Trainer(config, loaded, RunLog(tmp_path / "run", config))
+    assert trainer.experience(0)[0].old_routes.shape[-1] == 3
 
 
 @pytest.mark.parametrize(
