@@ -28,7 +28,8 @@ def test_environment():
 
 
 def test_a_run_lists_every_skipped_test_with_its_reason(tmp_path: Path) -> None:
-    (tmp_path / "conftest.py").write_text(CONFTEST.read_text())
+    for file in (CONFTEST, CONFTEST.with_name("small_policy.py")):
+        (tmp_path / file.name).write_text(file.read_text())
     (tmp_path / "test_suite.py").write_text(SUITE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     command = [sys.executable, "-m", "pytest", "--color=no", "-p", "no:cacheprovider"]
