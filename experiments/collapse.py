@@ -24,14 +24,6 @@ from moe_rl.experiments.study import Study
 # Seeds 1 to 5 were looked at while the settings were chosen; these were not.
 _SEEDS = tuple(range(6, 14))
 _FAMILY_SEEDS = 5
-# That of Qwen3-MoE until it is calibrated for each: `moe-rl calibrate --of tokens --family FAMILY`.
-_FAMILY_NOISE: dict[Family, float] = {
-    "qwen3_moe": 0.135,
-    "olmoe": 0.135,
-    "mixtral": 0.135,
-    "deepseek_v3": 0.135,
-    "gpt_oss": 0.135,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +52,14 @@ def settings() -> dict[str, Setting]:
 
 
 def family_settings(families: Sequence[Family]) -> dict[str, Setting]:
-    """The setting `engine-noise` for other model families, by family."""
+    """The setting `engine-noise` for other model families, by family.
+
+    The noise is that of Qwen3-MoE; `moe-rl calibrate --of tokens --family FAMILY` gives a family's.
+    """
     noise = preset("engine-noise")
     return {
         family: Setting(
-            base=noise.replace(setting=family, family=family, router_noise=_FAMILY_NOISE[family]),
+            base=noise.replace(setting=family, family=family),
             arms=(*MAIN_ARMS, "dense"),
             replay="R3",
         )
@@ -80,10 +75,10 @@ def quick(families: Sequence[Family] = ()) -> Study:
     """
     chosen = family_settings(families) or {"engine-noise": settings()["engine-noise"]}
     configs = [
-        arm_config(arm, setting.base, replay=setting.replay, seed=seed)
+        config
         for setting in chosen.values()
         for seed in _SEEDS[:2]
-        for arm in MAIN_ARMS
+        for config in _arm_configs(setting, MAIN_ARMS, seed)
     ]
     name = "families" if families else "collapse"
     return Study(name=name, mode="quick", configs=tuple(configs))
@@ -92,10 +87,10 @@ def quick(families: Sequence[Family] = ()) -> Study:
 def full_families(families: Sequence[Family]) -> Study:
     """The main arms and the dense control under engine noise, a setting a family."""
     configs = [
-        arm_config(arm, setting.base, replay=setting.replay, seed=seed)
+        config
         for seed in _SEEDS[:_FAMILY_SEEDS]
         for setting in family_settings(families).values()
-        for arm in setting.arms
+        for config in _arm_configs(setting, setting.arms, seed)
     ]
     return Study(name="families", mode="full", configs=tuple(configs))
 
@@ -126,12 +121,13 @@ def full(root: Path, names: Sequence[str]) -> Study:
     return Study(name="collapse", mode="full", configs=tuple(configs))
 
 
+def _arm_configs(setting: Setting, arms: Sequence[str], seed: int) -> list[RunConfig]:
+    return [arm_config(arm, setting.base, replay=setting.replay, seed=seed) for arm in arms]
+
+
 def _of_seed(setting: Setting, seed: int, root: Path) -> list[RunConfig]:
-    configs = {
-        arm: arm_config(arm, setting.base, replay=setting.replay, seed=seed)
-        for arm in setting.arms
-        if arm in ARMS
-    }
+    arms = [arm for arm in setting.arms if arm in ARMS]
+    configs = dict(zip(arms, _arm_configs(setting, arms, seed), strict=True))
     restarts = [arm for arm in setting.arms if arm in RESTARTS]
     if restarts:
         original = configs["grpo"] = saving_for_restart(configs["grpo"])

@@ -201,7 +201,7 @@ def _files(folder: Path) -> Iterator[Path]:
 def _sealed(file: Path) -> dict[str, Any]:
     """Size and sha256 of a file whose bytes are on the disk."""
     _flush(file)
-    return {"size": file.stat().st_size, "sha256": _sha256(file)}
+    return {"size": file.stat().st_size, "sha256": sha256_of(file)}
 
 
 def _verify(file: Path, expected: dict[str, Any]) -> None:
@@ -209,13 +209,14 @@ def _verify(file: Path, expected: dict[str, Any]) -> None:
         size = file.stat().st_size
         if size != expected["size"]:
             raise _Damaged(f"{file}: {size} bytes of {expected['size']}")
-        if _sha256(file) != expected["sha256"]:
+        if sha256_of(file) != expected["sha256"]:
             raise _Damaged(f"{file}: not what was written (sha256 differs)")
     except OSError as error:
         raise _Damaged(f"{file}: cannot be read ({error.strerror})") from error
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal digits."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 

@@ -28,6 +28,7 @@ from moe_rl.options import (
     Map,
     Report,
     Reproduce,
+    StudyOptions,
     Train,
     cores,
 )
@@ -77,7 +78,7 @@ def map_(options: Map) -> int:
     return _run_study(study, options.out, options)
 
 
-def _run_study(study: Any, root: Path, options: Reproduce | Map) -> int:
+def _run_study(study: Any, root: Path, options: StudyOptions) -> int:
     from moe_rl.experiments.runner import check_study, run_all
 
     configs = study.configs

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3MoeForCausalLM
 
+from moe_rl.checkpoints import sha256_of
 from moe_rl.config import RunConfig
 from moe_rl.policy import Policy, build_policy, resolve_device
 from moe_rl.process import process_of
@@ -105,7 +106,7 @@ def is_whole(folder: Path) -> bool:
 def _sums(folder: Path) -> dict[str, str]:
     """sha256 of a cold start's files by name."""
     files = sorted(path for path in folder.iterdir() if path.name != _REPORT)
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.name: sha256_of(path) for path in files}
 
 
 def prepare_cold_starts(configs: Sequence[RunConfig], cache: Path) -> None:

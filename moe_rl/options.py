@@ -19,7 +19,19 @@ def cores() -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reproduce:
+class StudyOptions:
+    """How the runs of a study are made."""
+
+    jobs: int = dataclasses.field(default_factory=cores)
+    """Runs side by side, one torch thread each."""
+    cold_start_cache: Path = _CACHE
+    """Folder of cold starts, shared by all studies."""
+    dry_run: bool = False
+    """Print the runs of the study and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduce(StudyOptions):
     """Run the collapse experiment and write its report."""
 
     quick: bool = False
@@ -32,12 +44,6 @@ class Reproduce:
     """Model families to compare under engine noise, a setting each, instead of the settings."""
     out: Path | None = None
     """Study folder. Default: runs/collapse-quick, runs/families-full, ..."""
-    jobs: int = dataclasses.field(default_factory=cores)
-    """Runs side by side, one torch thread each."""
-    cold_start_cache: Path = _CACHE
-    """Folder of cold starts, shared by all studies."""
-    dry_run: bool = False
-    """Print the runs of the study and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +66,7 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Map:
+class Map(StudyOptions):
     """Map where each arm stays stable: learning rate x updates per rollout x router noise."""
 
     learning_rates: tuple[float, ...] = (5e-4, 7e-4, 1e-3)
@@ -77,12 +83,6 @@ class Map:
     """Settings that the map varies."""
     out: Path = Path("runs/map")
     """Study folder."""
-    jobs: int = dataclasses.field(default_factory=cores)
-    """Runs side by side, one torch thread each."""
-    cold_start_cache: Path = _CACHE
-    """Folder of cold starts."""
-    dry_run: bool = False
-    """Print the runs of the map and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)

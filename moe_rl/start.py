@@ -18,17 +18,17 @@ def starting_policy(
 ) -> Policy:
     """The policy every arm and seed starts from: cold-started, or as built or loaded."""
     task = make_task(config.task.task, **config.task.options())
-    model = config.model
     if config.sft_steps:
-        folder = ensure_cold_start(config, task, cold_start_cache, on_cold_start)
-        model = dataclasses.replace(model, checkpoint=str(folder))
+        return saved_policy(
+            config, ensure_cold_start(config, task, cold_start_cache, on_cold_start)
+        )
     return build_policy(
-        model, task.alphabet, seed=config.cold_start.sft_seed, temperature=config.temperature
+        config.model, task.alphabet, seed=config.cold_start.sft_seed, temperature=config.temperature
     )
 
 
 def saved_policy(config: RunConfig, folder: Path) -> Policy:
-    """The policy of a run as one of its checkpoints has it."""
+    """The policy of a run as a folder has it: its cold start, or one of its checkpoints."""
     task = make_task(config.task.task, **config.task.options())
     model = dataclasses.replace(config.model, checkpoint=str(folder))
     return build_policy(model, task.alphabet, temperature=config.temperature)
