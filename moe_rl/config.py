@@ -357,7 +357,7 @@ def _matches(value: Any, annotation: Any) -> bool:
 
 
 def _from_dict(cls: Any, values: Any, prefix: str) -> Any:
-    where = prefix or "config"
+    where = prefix.rstrip(".") or "config"
     _require(isinstance(values, Mapping), f"{where}: expected an object, got {values!r:.60}")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
