@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from transformers import Qwen3MoeForCausalLM
 
-from moe_rl.checkpoints import sha256_of
 from moe_rl.config import RunConfig
 from moe_rl.policy import Policy, build_policy, resolve_device
 from moe_rl.process import process_of
@@ -28,6 +27,7 @@ from moe_rl.rollout.sampling import sample_responses
 from moe_rl.rollout.score import score
 from moe_rl.routing import collect_router_logits, find_routers
 from moe_rl.runlog import check_can_be_made, write_json
+from moe_rl.sealed import sha256_of
 from moe_rl.seeding import generator
 from moe_rl.tasks import Task, make_task
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_rl import checkpoints as module
-from moe_rl.checkpoints import MANIFEST, Checkpoints
+from moe_rl.checkpoints import Checkpoints
 from moe_rl.config import ConfigError
+from moe_rl.sealed import MANIFEST
 
 
 def filled(text: str) -> Callable[[Path], None]:
@@ -163,13 +163,13 @@ def test_a_failure_at_any_write_leaves_what_was_there(
             left[0] -= 1
             return real(*arguments, **options)
 
-        monkeypatch.setattr(module.os, call, failing)
+        monkeypatch.setattr(os, call, failing)
         try:
             store(tmp_path).write(1, 0, filled("new"), score=0.0)
             done = True
         except OSError:
             done = False
-        monkeypatch.setattr(module.os, call, real)
+        monkeypatch.setattr(os, call, real)
         name, told = newest(tmp_path)
         assert not told
         found = tmp_path / "checkpoints" / str(name)

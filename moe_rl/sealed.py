@@ -1,0 +1,130 @@
+"""Folders that are whole or absent: filled under another name, sealed by a manifest, renamed.
+
+    manifest.json   sizes and sha256 of all other files; written last, after their bytes are on the
+                    disk; and whatever else the writer says about the folder
+    ...             what the writer fills in
+
+A process that dies at any moment leaves what was there before.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+SCRATCH = ".partial-"
+
+
+class Damaged(Exception):
+    """A folder is not what was written; names the file."""
+
+
+def write_sealed(path: Path, fill: Callable[[Path], None], about: Mapping[str, Any]) -> None:
+    """Make the folder `path`, in place of a damaged one if that is there.
+
+    Args:
+        path: its parent is made if need be.
+        fill: writes files and folders into the path it is given.
+        about: goes into the manifest.
+
+    Raises:
+        OSError: it could not be written (a full disk); what was there is untouched.
+    """
+    parent = path.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))
+    try:
+        fill(scratch)
+        files = {str(file.relative_to(scratch)): _sealed(file) for file in _files(scratch)}
+        write_flushed(scratch / MANIFEST, json.dumps({**about, "files": files}, indent=2) + "\n")
+        _flush_folders(scratch)
+        # One of this name is here only if it was damaged, or the run went back behind it.
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(scratch, path)
+        flush(parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What the writer said about a folder; its files may be damaged.
+
+    Raises:
+        Damaged: no manifest.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{path / MANIFEST}: cannot be read ({error})") from error
+    if not isinstance(manifest, dict):
+        raise Damaged(f"{path / MANIFEST}: not a manifest")
+    return manifest
+
+
+def verify(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare every file with its size and sha256.
+
+    Raises:
+        Damaged: a file is missing, short or changed.
+    """
+    try:
+        for name, expected in manifest["files"].items():
+            _verify_file(path / name, expected)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path / MANIFEST}: not a manifest ({error!r})") from error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _sealed(file: Path) -> dict[str, Any]:
+    """Size and sha256 of a file whose bytes are on the disk."""
+    flush(file)
+    return {"size": file.stat().st_size, "sha256": sha256_of(file)}
+
+
+def _verify_file(file: Path, expected: dict[str, Any]) -> None:
+    try:
+        size = file.stat().st_size
+        if size != expected["size"]:
+            raise Damaged(f"{file}: {size} bytes of {expected['size']}")
+        if sha256_of(file) != expected["sha256"]:
+            raise Damaged(f"{file}: not what was written (sha256 differs)")
+    except OSError as error:
+        raise Damaged(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def sha256_of(file: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal digits."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def write_flushed(path: Path, text: str) -> None:
+    """Write a file whose bytes are on the disk when this returns."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folders(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            flush(path)
+    flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Have a file's or a folder's contents on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
