@@ -70,7 +70,9 @@ def arm_config(name: str, base: RunConfig, *, replay: RoutingReplay, seed: int) 
         replay: R2 where staleness is studied, R3 where two engines differ.
         seed: paired over arms: equal seeds see equal prompts and sampling numbers.
     """
-    return ARMS[name].change(base, replay).replace(arm=name, seed=seed)
+    changed = ARMS[name].change(base, replay)
+    # A study that loses its worst runs would flatter the arm that made them.
+    return changed.replace(arm=name, seed=seed, on_nonfinite="skip")
 
 
 RESTARTS = {"grpo-restart": 0.5, "grpo-restart-full-rate": 1.0}

@@ -1,8 +1,8 @@
 """Runs side by side: one process and one torch thread each, resumable, with one progress display.
 
 Every run is the command `moe-rl train --config FILE --out FOLDER`, so any run of a study can be
-made again alone. A run that is complete is skipped; one that was interrupted starts anew; a run
-that fails does not stop the others.
+made again alone. A run that is complete is skipped; one that was stopped goes on from its
+checkpoint; one that was killed starts anew; a run that fails does not stop the others.
 """
 
 import contextlib
@@ -46,8 +46,8 @@ def run_all(
 ) -> list[Failure]:
     """Run every config that is not complete yet, `jobs` at a time; returns the failures.
 
-    On Ctrl-C or SIGTERM the runs under way are stopped, finished ones are kept, and
-    KeyboardInterrupt goes on to the caller.
+    On Ctrl-C or SIGTERM the runs under way end their update and write a checkpoint, finished ones
+    are kept, and KeyboardInterrupt goes on to the caller.
 
     Raises:
         ConfigError: a run folder holds a run of another config; found before anything starts.
@@ -133,7 +133,7 @@ class _Process:
         self._log = (self.folder / OUTPUT).open("w", encoding="utf-8")
         command = [sys.executable, "-m", "moe_rl", "train"]
         command += ["--config", str(self.folder / "config.json"), "--out", str(self.folder)]
-        command += ["--cold-start-cache", str(cold_start_cache)]
+        command += ["--cold-start-cache", str(cold_start_cache), "--resume"]
         threads = str(config.num_threads)
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         # A session of its own: Ctrl-C reaches this process alone, which then stops the runs.

@@ -1,9 +1,10 @@
 """The command line: `moe-rl COMMAND`, also `python -m moe_rl COMMAND`.
 
 Options are the fields of `moe_rl.options` and `moe_rl.config`; heavy imports wait until a command
-needs them. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted.
+needs them. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted, 143 ended by SIGTERM.
 """
 
+import contextlib
 import difflib
 import json
 import os
@@ -26,12 +27,14 @@ from moe_rl.options import (
     Churn,
     Doctor,
     Map,
+    ReplayCrash,
     Report,
     Reproduce,
     StudyOptions,
     Train,
     cores,
 )
+from moe_rl.stopping import PeerFailed, Stopped
 from moe_rl.usage import describe_os_error, is_out_of_memory, parse
 
 FAILED = 1
@@ -117,27 +120,57 @@ def train(options: Train) -> int:
     if options.dry_run:
         print(json.dumps(config.to_dict(), indent=2))
         return 0
-    from moe_rl.progress import cold_start_progress, run_progress
     from moe_rl.runlog import check_run_folder, is_complete
-    from moe_rl.trainer import train as train_run
 
     folder = options.out or Path("runs") / _run_name(config)
     check_run_folder(folder, config)
     if is_complete(folder):
-        print(f"{folder}: this run is complete already")
+        _say(f"{folder}: this run is complete already")
         return 0
-    with cold_start_progress() as on_cold_start, run_progress(config) as on_step:
-        summary = train_run(
+    try:
+        summary = _train(options, config, folder)
+    except Stopped as stopped:
+        _complain(f"{stopped}; the same command with --resume goes on from it")
+        return 128 + stopped.number
+    _say(f"final reward {summary['final_reward']:.3f} in {summary['seconds']:.0f} s: {folder}")
+    return 0
+
+
+def _train(options: Train, config: RunConfig, folder: Path) -> dict[str, Any]:
+    from moe_rl.progress import cold_start_progress, run_progress
+    from moe_rl.trainer import train as train_run
+
+    with contextlib.ExitStack() as stack:
+        on_step = stack.enter_context(run_progress(config)) if _main_rank() else None
+        return train_run(
             config,
             folder,
             cold_start_cache=options.cold_start_cache,
             resume=options.resume,
+            parallelism=options.parallelism,
             on_step=on_step,
-            on_cold_start=on_cold_start,
-            on_damage=lambda message: print(f"moe-rl: {message}", file=sys.stderr),
+            on_cold_start=stack.enter_context(cold_start_progress()),
+            on_damage=_complain if _main_rank() else lambda _: None,
         )
-    print(f"final reward {summary['final_reward']:.3f} in {summary['seconds']:.0f} s: {folder}")
-    return 0
+
+
+def _main_rank() -> bool:
+    """Whether this process talks to the user; of several that train together one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(message: str) -> None:
+    if _main_rank():
+        print(message)
+
+
+def replay_crash(options: ReplayCrash) -> int:
+    """`moe-rl replay-crash BUNDLE`."""
+    from moe_rl.replay_crash import replay_crash
+
+    result = replay_crash(options.bundle)
+    print(result.describe())
+    return 0 if result.found else FAILED
 
 
 def _run_name(config: RunConfig) -> str:
@@ -171,7 +204,7 @@ def doctor(_: Doctor) -> int:
 
 
 def bench(options: Bench) -> int:
-    """`moe-rl bench training`, `moe-rl bench logprobs`."""
+    """`moe-rl bench training`, `moe-rl bench logprobs`, `moe-rl bench routing`."""
     if options.what == "logprobs":
         from moe_rl.experiments.bench_logprobs import bench_logprobs
 
@@ -184,7 +217,11 @@ def bench(options: Bench) -> int:
         )
     for name in ("shapes", "dtypes", "threads"):
         if getattr(options, name):
-            raise ConfigError(f"{name} belongs to moe-rl bench logprobs, not to training")
+            raise ConfigError(f"{name} belongs to moe-rl bench logprobs, not to {options.what}")
+    if options.what == "routing":
+        from moe_rl.experiments.bench_routing import bench_routing
+
+        return bench_routing(repeats=options.repeats, out=options.out)
     from moe_rl.experiments.bench_training import bench_training
 
     return bench_training(repeats=options.repeats, out=options.out)
@@ -236,11 +273,10 @@ _STUDY_KEPT = "finished runs are kept, the same command goes on from here"
 
 COMMANDS = {
     "reproduce": Command(Reproduce, reproduce, kept=_STUDY_KEPT),
-    "train": Command(
-        Train, train, has_config=True, kept="the lines written stay; the same command starts anew"
-    ),
+    "train": Command(Train, train, has_config=True, kept="the same command starts anew"),
     "map": Command(Map, map_, kept=_STUDY_KEPT),
     "calibrate": Command(Calibrate, calibrate, has_config=True),
+    "replay-crash": Command(ReplayCrash, replay_crash),
     "report": Command(Report, report),
     "check-replay": Command(CheckReplay, check_replay),
     "churn": Command(Churn, churn),
@@ -282,10 +318,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("MOE_RL_TRACEBACK"):
             raise
         return _bad_input(describe_os_error(error))
-    except FloatingPointError as error:
+    except (FloatingPointError, PeerFailed) as error:
         if os.environ.get("MOE_RL_TRACEBACK"):
             raise
-        print(f"moe-rl: {error}", file=sys.stderr)
+        _complain(str(error))
         return FAILED
     except (MemoryError, RuntimeError) as error:
         if os.environ.get("MOE_RL_TRACEBACK") or not is_out_of_memory(error):
@@ -335,8 +371,13 @@ def _format_warning(message: Any, category: type[Warning], *where: Any, **line: 
 
 
 def _bad_input(message: str) -> int:
-    print(f"moe-rl: {message}", file=sys.stderr)
+    _complain(message)
     return BAD_INPUT
+
+
+def _complain(message: str) -> None:
+    rank = "" if _main_rank() else f" (rank {os.environ['RANK']})"
+    print(f"moe-rl{rank}: {message}", file=sys.stderr)
 
 
 def _usage() -> str:

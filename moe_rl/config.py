@@ -213,6 +213,8 @@ class RunConfig:
     """Record the routing and ratio metrics."""
     attribution_every: int = 1
     """Split the log-ratio variance on the last update of every n-th rollout; 0: never."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop with a crash bundle, or skip the update."""
     checkpoint_every: int = 0
     """Checkpoint every n optimiser updates, to go on from with --resume; 0: never."""
     save_every: int = 0

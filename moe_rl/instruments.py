@@ -3,8 +3,13 @@
 Routing that belongs to response token t is the routing where that token is predicted, one position
 before it; prompt-only and unread last positions never count. Definitions: docs/metrics.md.
 Everything here runs without gradients and reads the device once per call.
+
+Where several processes train together each gives its own sequences and a `gather`, which joins the
+rows of all of them: metrics are those of the whole batch. What is heavy, the router logits, is
+reduced to numbers a token before it travels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,42 +21,55 @@ from moe_rl.response_pass import PassOutput
 from moe_rl.rollout.batch import RolloutBatch, response_positions
 from moe_rl.routing import statistics
 
+Gather = Callable[[Tensor], Tensor]
+
+
+def alone(rows: Tensor) -> Tensor:
+    """The rows of one process, where there is no other."""
+    return rows
+
 
 @torch.no_grad()
-def rollout_metrics(batch: RolloutBatch, old: PassOutput) -> dict[str, Any]:
+def rollout_metrics(
+    batch: RolloutBatch, old: PassOutput, *, gather: Gather = alone
+) -> dict[str, Any]:
     """What the old policy's routing looks like on a rollout: spread, margin, load.
 
     Args:
         batch: the rollout.
         old: its pass by the old policy, with router logits; entropy is left out if absent.
+        gather: joins the rows of all processes.
     """
     assert old.routed_experts is not None and old.router_logits is not None
     mask, logits = batch.response_mask, old.router_logits
     routes = response_positions(old.routed_experts, batch.prompt_ids.shape[1])
-    load = statistics.load(routes, logits.shape[-1], mask)
+    load = statistics.load(gather(routes), logits.shape[-1], gather(mask))
     router = router_statistics(logits, routes, mask)
     layers = {
-        **{f"routing/{name}": statistics.per_layer(values) for name, values in router.items()},
+        **{f"routing/{name}": statistics.per_layer(gather(v)) for name, v in router.items()},
         "routing/load_cv": statistics.load_cv(load),
         "routing/max_vio": statistics.max_vio(load),
         "routing/dead_experts": statistics.dead_experts(load),
     }
     metrics = _by_layer(layers)
     if old.entropy is not None:
-        metrics["entropy"] = old.entropy[mask].mean().item()
+        metrics["entropy"] = gather(old.entropy[mask]).mean().item()
     return metrics
 
 
 @torch.no_grad()
-def mismatch_metrics(batch: RolloutBatch, old: PassOutput) -> dict[str, Any]:
+def mismatch_metrics(
+    batch: RolloutBatch, old: PassOutput, *, gather: Gather = alone
+) -> dict[str, Any]:
     """How far the rollout engine and the trainer are apart on equal weights."""
     assert old.routed_experts is not None and batch.routed_experts is not None
     mask, prompt_length = batch.response_mask, batch.prompt_ids.shape[1]
     engine = response_positions(batch.routed_experts, prompt_length)
     trainer = response_positions(old.routed_experts, prompt_length)
+    churn = gather(statistics.churn(engine, trainer, mask))
     return {
-        **mismatch_statistics(old.logprobs, batch.rollout_logprobs, mask),
-        **_prefixed("mismatch", _disagreement(statistics.churn(engine, trainer, mask))),
+        **mismatch_statistics(gather(old.logprobs), gather(batch.rollout_logprobs), gather(mask)),
+        **_prefixed("mismatch", _disagreement(churn)),
     }
 
 
@@ -69,6 +87,7 @@ def update_metrics(
     other_logprobs: Tensor | None = None,
     replayed: bool = False,
     per_position: bool = False,
+    gather: Gather = alone,
 ) -> dict[str, Any]:
     """Every metric of one optimiser update, from its forward pass, before the weights move.
 
@@ -84,30 +103,33 @@ def update_metrics(
             log-ratio variance into routing part and weight part.
         replayed: whether `output` was replayed (and `other_logprobs` is the live one).
         per_position: add churn by response position.
+        gather: joins the rows of all processes.
     """
     assert output.routed_experts is not None
     old = response_positions(old_routes, prompt_length)
     new = response_positions(output.routed_experts, prompt_length)
-    churn = statistics.churn(old, new, mask)
+    churn = gather(statistics.churn(old, new, mask))
+    all_mask, all_logprobs = gather(mask), gather(output.logprobs)
+    all_old_logprobs = gather(old_logprobs)
     metrics: dict[str, Any] = {
-        **clip_shares(clipped_low, clipped_high, mask),
-        **ratio_statistics(output.logprobs, old_logprobs, mask),
+        **clip_shares(gather(clipped_low), gather(clipped_high), all_mask),
+        **ratio_statistics(all_logprobs, all_old_logprobs, all_mask),
         **_prefixed("routing", _disagreement(churn)),
     }
     if output.router_logits is not None:
         top_k = old.shape[-1]
-        margins = statistics.margin(output.router_logits, top_k, mask)
+        margins = gather(statistics.margin(output.router_logits, top_k, mask))
         metrics |= _by_layer({"routing/margin": statistics.per_layer(margins)})
         if old_scores is not None:
             shift = statistics.shift(old_scores, output.router_logits, old, mask)
-            metrics["routing/shift"] = shift.nanmean().item()
+            metrics["routing/shift"] = gather(shift).nanmean().item()
     if per_position:
         metrics["routing/churn_per_position"] = churn.nanmean(dim=(0, 2)).tolist()
     if other_logprobs is not None:
-        live, replay = output.logprobs, other_logprobs
+        live, replay = all_logprobs, gather(other_logprobs)
         if replayed:
             live, replay = replay, live
-        metrics |= split_log_ratio(live, replay, old_logprobs, mask)
+        metrics |= split_log_ratio(live, replay, all_old_logprobs, all_mask)
     return metrics
 
 

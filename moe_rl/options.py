@@ -59,6 +59,8 @@ class Train:
     """Run folder. Default: runs/SETTING-ARM-seedN."""
     resume: bool = False
     """Go on from the run folder's newest whole checkpoint (see checkpoint_every)."""
+    parallelism: Literal["ddp", "fsdp"] = "ddp"
+    """How processes of torchrun share the policy: whole copies, or parts of every layer."""
     cold_start_cache: Path = _CACHE
     """Folder of cold starts."""
     dry_run: bool = False
@@ -101,6 +103,14 @@ class Calibrate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReplayCrash:
+    """Make an update again that met a number that is not finite; exit code 1 if it is now."""
+
+    bundle: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE")]
+    """Folder that the run left: RUN/crash/STEP-UPDATE."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Redraw a study's report, figures and tables from its files."""
 
@@ -117,9 +127,10 @@ class Doctor:
 class Bench:
     """Measure speed against peers in one interleaved run."""
 
-    what: tyro.conf.Positional[Literal["training", "logprobs"]] = "training"
+    what: tyro.conf.Positional[Literal["training", "logprobs", "routing"]] = "training"
     """training: rollout steps per second against TRL's GRPOTrainer, and the cost of instruments;
-    logprobs: time, memory and error of token log-probabilities."""
+    logprobs: time, memory and error of token log-probabilities; routing: the cost of record and
+    replay."""
     repeats: int = 5
     """Interleaved measurements of each side."""
     out: Path | None = None

@@ -138,6 +138,7 @@ def build_policy(
     seed: int = 0,
     temperature: float = 1.0,
     fuse: bool = True,
+    sharded: bool = False,
 ) -> Policy:
     """A policy from `config`: built small with seeded weights, or loaded from `config.checkpoint`.
 
@@ -147,6 +148,7 @@ def build_policy(
         seed: seed of the initial weights of a built model.
         temperature: log-probs and samples are taken at this temperature.
         fuse: on a CPU, swap in the fused layers; False leaves transformers' own.
+        sharded: FSDP2 will cut up the model: only what acts through its modules' forwards is used.
 
     Raises:
         ConfigError: no such folder, no MoE, no tokenizer, an unusable device or experts backend.
@@ -165,9 +167,9 @@ def build_policy(
         raise ConfigError(
             f"{config.checkpoint}: models that softcap their logits are not supported"
         )
-    choice = choose_experts(device, config.experts_implementation)
+    choice = choose_experts(device, config.experts_implementation, sharded=sharded)
     model.set_experts_implementation(choice.name)
-    if fuse and choose_layers(device, dtype).name == FUSED:
+    if fuse and not sharded and choose_layers(device, dtype).name == FUSED:
         use_fused_layers(model)
     return Policy(model=model, tokenizer=tokenizer, experts=choice.name, temperature=temperature)
 

@@ -66,6 +66,14 @@ class PassOutput:
             parts[field.name] = None if values[0] is None else torch.cat(values)
         return cls(**parts)  # type: ignore[arg-type]
 
+    def select(self, sequences: slice) -> "PassOutput":
+        """The output for some of the sequences."""
+        parts: dict[str, Tensor | None] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            parts[field.name] = None if value is None else value[sequences]
+        return PassOutput(**parts)  # type: ignore[arg-type]
+
 
 def response_pass(
     policy: Policy, batch: RolloutBatch, options: Pass, layout: Layout | None = None

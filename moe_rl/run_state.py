@@ -10,6 +10,7 @@ Randomness has no state: every draw is a function of (run seed, step, prompt, sa
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moe_rl.experience import Experience
+from moe_rl.learner import Learner
+from moe_rl.parallel import Share, like, whole_tensor
 from moe_rl.policy import Policy
 from moe_rl.rollout.batch import RolloutBatch
 
@@ -31,7 +35,7 @@ class BegunStep:
     """A rollout step of which some updates are made."""
 
     update: int
-    """Updates made, at least 1."""
+    """Updates made."""
     experience: Experience
     metrics: dict[str, Any]
     """Of the rollout."""
@@ -51,32 +55,57 @@ class Progress:
     """The same when the step under way began."""
     begun: BegunStep | None = None
 
+    @property
+    def update(self) -> int:
+        """Updates made of the step under way."""
+        return 0 if self.begun is None else self.begun.update
 
-def save_state(
-    path: Path,
-    progress: Progress,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    log_sizes: dict[str, int],
-) -> None:
-    """Write all of it into the folder `path`."""
-    policy.model.save_pretrained(path / POLICY)
-    policy.tokenizer.save_pretrained(path / POLICY)
-    save_file(_optimizer_tensors(policy.model, optimizer), path / _OPTIMIZER)
-    begun = progress.begun
+
+Fill = Callable[[Path], None]
+"""Writes into the folder it is given."""
+
+
+def collect_policy(policy: Policy) -> Fill:
+    """What writes the policy in Hugging Face format; all ranks call this, one writes."""
+    model, whole = policy.model, None
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        whole = {name: whole_tensor(value) for name, value in model.state_dict().items()}
+
+    def fill(path: Path) -> None:
+        model.save_pretrained(path, state_dict=whole)
+        policy.tokenizer.save_pretrained(path)
+
+    return fill
+
+
+def collect_state(progress: Progress, learner: Learner, log_sizes: dict[str, int]) -> Fill:
+    """What writes all of a run's state into a folder; all ranks call this, one writes.
+
+    The state says nothing of how many ranks there are: it can be read on any number of them.
+    """
+    policy, begun = collect_policy(learner.policy), progress.begun
+    optimizer = _optimizer_tensors(learner.policy.model, learner.optimizer)
+    rollout = None if begun is None else _rollout_tensors(begun.experience, learner)
     values = {
         "step": progress.step,
-        "update": 0 if begun is None else begun.update,
+        "update": progress.update,
+        "begun": begun is not None,
         "metrics": {} if begun is None else begun.metrics,
         "rewards": progress.rewards,
         "seconds": progress.seconds,
         "seconds_before": progress.seconds_before,
         "log_sizes": log_sizes,
     }
-    # Not by `jsonable`: a metric that is NaN or infinite must come back as it was.
-    (path / _PROGRESS).write_text(json.dumps(values), encoding="utf-8")
-    if begun is not None:
-        save_file(_experience_tensors(begun.experience), path / _ROLLOUT)
+
+    def fill(path: Path) -> None:
+        policy(path / POLICY)
+        save_file(optimizer, path / _OPTIMIZER)
+        # Not by `jsonable`: a metric that is NaN or infinite must come back as it was.
+        (path / _PROGRESS).write_text(json.dumps(values), encoding="utf-8")
+        if rollout is not None:
+            save_file(rollout, path / _ROLLOUT)
+
+    return fill
 
 
 def load_log_sizes(path: Path) -> dict[str, int]:
@@ -85,21 +114,22 @@ def load_log_sizes(path: Path) -> dict[str, int]:
     return sizes
 
 
-def load_state(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> Progress:
+def load_state(path: Path, learner: Learner) -> Progress:
     """Put the optimiser where it was, and return where the run stands.
 
     Args:
         path: folder of a whole checkpoint.
-        policy: the policy, loaded from `path / POLICY`.
-        optimizer: of its parameters, new.
+        learner: new, its policy loaded from `path / POLICY`.
     """
-    _restore_optimizer(load_file(path / _OPTIMIZER), policy.model, optimizer)
+    policy = learner.policy
+    _restore_optimizer(load_file(path / _OPTIMIZER), policy.model, learner.optimizer)
     values = _read_progress(path)
     begun = None
-    if values["update"]:
+    if values["begun"]:
         tensors = load_file(path / _ROLLOUT, device=str(policy.device))
+        rows = {name: _own_rows(tensor, learner.share) for name, tensor in tensors.items()}
         begun = BegunStep(
-            update=values["update"], experience=_experience(tensors), metrics=values["metrics"]
+            update=values["update"], experience=_experience(rows), metrics=values["metrics"]
         )
     return Progress(
         step=values["step"],
@@ -117,7 +147,7 @@ def _read_progress(path: Path) -> dict[str, Any]:
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{name}/{key}": value.contiguous()
+        f"{name}/{key}": whole_tensor(value).contiguous()
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -126,28 +156,33 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def _restore_optimizer(
     tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
+    parameters = dict(model.named_parameters())
     states: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit("/", 1)
-        states.setdefault(name, {})[key] = tensor
+        states.setdefault(name, {})[key] = like(tensor, parameters[name])
     index = {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
-    state = {
-        index[id(parameter)]: states[name]
-        for name, parameter in model.named_parameters()
-        if name in states
-    }
+    state = {index[id(parameters[name])]: values for name, values in states.items()}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def _experience_tensors(experience: Experience) -> dict[str, Tensor]:
+def _rollout_tensors(experience: Experience, learner: Learner) -> dict[str, Tensor]:
+    """The rollout of all ranks, prompt by prompt."""
     tensors = {}
+    order = learner.share.order()
     for prefix, part in (("", experience), ("batch.", experience.batch)):
         for entry in dataclasses.fields(part):
             value = getattr(part, entry.name)
             if isinstance(value, Tensor):
-                # Replay and record may be one tensor; a file holds each by itself.
-                tensors[prefix + entry.name] = value.detach().clone().contiguous()
+                by_prompt = learner.ranks.gather(value).unflatten(0, (len(order), -1))
+                # Replay and record may be one tensor; indexing gives a file each its own.
+                tensors[prefix + entry.name] = by_prompt[order].flatten(0, 1).contiguous()
     return tensors
+
+
+def _own_rows(tensor: Tensor, share: Share) -> Tensor:
+    """A rank's part of a tensor with as many rows a prompt for each prompt of the rollout."""
+    return tensor.unflatten(0, (share.num_prompts, -1))[share.rank :: share.size].flatten(0, 1)
 
 
 def _experience(tensors: dict[str, Tensor]) -> Experience:

@@ -161,6 +161,33 @@ class RunLog:
         self._lock.close()
 
 
+class NoLog:
+    """Writes nothing: the log of a process that another one logs for.
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def sizes(self) -> dict[str, int]:
+        """No file."""
+        return {}
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _lock(folder: Path) -> IO[str]:
     """Hold the folder for this process; the system lets go when the process ends, however it ends.
 

@@ -5,6 +5,7 @@ order and on any rank. Built on NumPy's Philox, a counter-based generator (Salmo
 """
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,7 +28,7 @@ def generator(
 
 
 def uniforms(
-    seed: int, purpose: str, *, step: int, prompts: range, group_size: int, count: int
+    seed: int, purpose: str, *, step: int, prompts: Sequence[int], group_size: int, count: int
 ) -> np.ndarray:
     """Uniforms in [0, 1) for every sequence: float64 [len(prompts) * group_size, count]."""
     rows = [

@@ -7,6 +7,7 @@ from pathlib import Path
 from moe_rl.cold_start import ensure_cold_start
 from moe_rl.config import RunConfig
 from moe_rl.losses import resolve_clip
+from moe_rl.parallel import Ranks
 from moe_rl.policy import Policy, build_policy
 from moe_rl.tasks import make_task
 
@@ -15,23 +16,46 @@ def starting_policy(
     config: RunConfig,
     cold_start_cache: Path,
     on_cold_start: Callable[[int, float], None] | None = None,
+    *,
+    ranks: Ranks | None = None,
+    sharded: bool = False,
 ) -> Policy:
-    """The policy every arm and seed starts from: cold-started, or as built or loaded."""
+    """The policy every arm and seed starts from: cold-started, or as built or loaded.
+
+    Args:
+        config: the run.
+        cold_start_cache: folder of all cold starts.
+        on_cold_start: called with (supervised step, loss).
+        ranks: processes that train together, all of which call this; alone by default. The main one
+            makes the cold start: transformers lets no other save a model.
+        sharded: see `build_policy`.
+
+    Raises:
+        ConfigError: the policy cannot be built.
+        PeerFailed: the main rank could not make the cold start.
+    """
+    ranks = ranks or Ranks()
     task = make_task(config.task.task, **config.task.options())
     if config.sft_steps:
-        return saved_policy(
-            config, ensure_cold_start(config, task, cold_start_cache, on_cold_start)
-        )
+        with ranks.together():
+            if ranks.main:
+                ensure_cold_start(config, task, cold_start_cache, on_cold_start)
+        folder = ensure_cold_start(config, task, cold_start_cache, on_cold_start)
+        return saved_policy(config, folder, sharded=sharded)
     return build_policy(
-        config.model, task.alphabet, seed=config.cold_start.sft_seed, temperature=config.temperature
+        config.model,
+        task.alphabet,
+        seed=config.cold_start.sft_seed,
+        temperature=config.temperature,
+        sharded=sharded,
     )
 
 
-def saved_policy(config: RunConfig, folder: Path) -> Policy:
+def saved_policy(config: RunConfig, folder: Path, *, sharded: bool = False) -> Policy:
     """The policy of a run as a folder has it: its cold start, or one of its checkpoints."""
     task = make_task(config.task.task, **config.task.options())
     model = dataclasses.replace(config.model, checkpoint=str(folder))
-    return build_policy(model, task.alphabet, temperature=config.temperature)
+    return build_policy(model, task.alphabet, temperature=config.temperature, sharded=sharded)
 
 
 def clip_range(config: RunConfig) -> tuple[float, float]:

@@ -180,7 +180,7 @@ def test_an_update_favours_the_responses_that_did_better(
     trainer = Trainer(config, starting_policy(config, cold), RunLog(tmp_path / "run", config))
     experience, _ = trainer.experience(0)
     mask = experience.batch.response_mask
-    trainer.update(experience, slice(0, 16), step=0, update=0)
+    trainer.learner.update(experience, step=0, update=0)
     with torch.no_grad():
         logprobs = response_pass(trainer.policy, experience.batch, Pass()).logprobs
     gain = torch.where(mask, logprobs - experience.old_logprobs, 0.0).sum(1) / mask.sum(1)
@@ -264,13 +264,13 @@ def test_an_update_along_a_non_finite_gradient_is_skipped(tmp_path: Path, cold: 
     config = tiny(updates_per_rollout=1)
     trainer = Trainer(config, starting_policy(config, cold), RunLog(tmp_path / "run", config))
     experience, _ = trainer.experience(0)
-    before = [p.clone() for p in trainer.parameters]
+    before = [p.clone() for p in trainer.learner.parameters]
     far = experience.old_logprobs - 1e4  # ratios overflow; those of bad responses are not clipped
     broken = dataclasses.replace(experience, old_logprobs=far)
-    values = trainer.update(broken, slice(0, 4), step=0, update=0)
+    values = trainer.learner.update(broken, step=0, update=0)
     assert values["skipped"] == 1
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
-    assert trainer.update(experience, slice(0, 4), step=0, update=0)["skipped"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.learner.parameters, strict=True))
+    assert trainer.learner.update(experience, step=0, update=0)["skipped"] == 0
 
 
 def test_a_loaded_checkpoint_is_trained_as_it_is(tmp_path: Path, cold: Path) -> None:

@@ -8,22 +8,28 @@ from moe_rl.experts.cpu_sorted import NAME as CPU_SORTED
 from moe_rl.experts.megablocks import GROUPED, SPARSE
 from moe_rl.kernels import Choice
 
+# torch never frees a tensor that numpy has looked into.
+_NOT_SHARDED = "numpy multiplies by the weights, and FSDP2 could not free them"
+
 
 def valid_experts() -> list[str]:
     """Names `choose_experts` takes: `auto`, `eager`, and all that transformers has registered."""
     return ["auto", "eager", *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys())]
 
 
-def choose_experts(device: torch.device | str, requested: str = "auto") -> Choice:
+def choose_experts(
+    device: torch.device | str, requested: str = "auto", *, sharded: bool = False
+) -> Choice:
     """The experts backend for a device.
 
     Args:
         device: where the experts run.
         requested: `auto`, or one of `valid_experts()`, which is then taken as it is.
+        sharded: whether FSDP2 will gather the weights for each pass and free them again.
 
     Raises:
-        ValueError: an unknown name, the message lists the valid ones; or Megablocks where it
-            cannot run, the message says what is missing.
+        ValueError: an unknown name, the message lists the valid ones; or a backend that cannot run
+            here, the message says why.
     """
     names = valid_experts()
     if requested not in names:
@@ -33,9 +39,13 @@ def choose_experts(device: torch.device | str, requested: str = "auto") -> Choic
     why_not = megablocks_package.problem(device)
     if requested in (GROUPED, SPARSE) and why_not is not None:
         raise ValueError(f"experts backend {requested!r} cannot run here: {why_not}")
+    if requested == CPU_SORTED and sharded:
+        raise ValueError(f"experts backend {requested!r} cannot run here: {_NOT_SHARDED}")
     if requested != "auto":
         return Choice(requested, "asked for by name")
     kind = torch.device(device).type
+    if kind == "cpu" and sharded:
+        return Choice("grouped_mm", f"transformers' own; not {CPU_SORTED}: {_NOT_SHARDED}")
     if kind == "cpu":
         return Choice(
             CPU_SORTED,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,31 @@ class RolloutBatch:
             rows = prompts if field.name in per_prompt else sequences
             parts[field.name] = None if value is None else value[rows]
         return RolloutBatch(**parts)  # type: ignore[arg-type]
+
+    def padded(self, prompt_length: int, response_length: int, *, pad_id: int) -> "RolloutBatch":
+        """The same rollout with prompts and responses padded to at least their longest.
+
+        Args:
+            prompt_length, response_length: at least Sp and T.
+            pad_id: token that fills up.
+        """
+        left = prompt_length - self.prompt_ids.shape[1]
+        right = response_length - self.response_ids.shape[1]
+        if left == right == 0:
+            return self
+        routes, logits = self.routed_experts, self.router_logits
+        return RolloutBatch(
+            prompt_ids=pad(self.prompt_ids, (left, 0), value=pad_id),
+            prompt_mask=pad(self.prompt_mask, (left, 0), value=False),
+            response_ids=pad(self.response_ids, (0, right), value=pad_id),
+            response_mask=pad(self.response_mask, (0, right), value=False),
+            rollout_logprobs=pad(self.rollout_logprobs, (0, right)),
+            routed_experts=None
+            if routes is None
+            else pad(routes, (0, 0, 0, 0, left, right), value=-1),
+            router_logits=None if logits is None else pad(logits, (0, 0, 0, 0, 0, right)),
+            truncated=self.truncated,
+        )
 
 
 def response_positions(sequence_values: Tensor, prompt_length: int) -> Tensor:

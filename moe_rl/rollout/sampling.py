@@ -20,6 +20,7 @@ def sample_responses(
     seed: int,
     purpose: str,
     step: int = 0,
+    prompts: Sequence[int] | None = None,
     group_size: int = 1,
     noise: RouterNoise | None = None,
     scores: bool = False,
@@ -28,14 +29,17 @@ def sample_responses(
 
     Which tokens are drawn is a pure function of the weights, the prompts and (seed, purpose, step,
     number of the prompt, number of the sample). `noise` and `scores` are those of `generate`.
+
+    Args:
+        prompts: numbers of the problems in a rollout of which these are a part. Default: from 0 on.
     """
     draws = uniforms(
         seed,
         purpose,
         step=step,
-        prompts=range(len(problems)),
+        prompts=range(len(problems)) if prompts is None else prompts,
         group_size=group_size,
         count=task.max_response_tokens,
     )
-    prompts = [problem.prompt for problem in problems]
-    return generate(policy, prompts, torch.from_numpy(draws), noise=noise, scores=scores)
+    texts = [problem.prompt for problem in problems]
+    return generate(policy, texts, torch.from_numpy(draws), noise=noise, scores=scores)

@@ -1,0 +1,113 @@
+"""Processes that train together: which one this is, and the few things they tell each other.
+
+torchrun starts them and says so in the environment. Alone there is one rank, and every exchange
+gives back what it was given. Tensors travel as bytes: exact in any dtype, and nothing is pickled.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+from moe_rl.stopping import PeerFailed
+
+# A rank may wait while another trains a cold start.
+_PATIENCE = datetime.timedelta(hours=6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among those that train together; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this one writes the run folder and talks to the user."""
+        return self.rank == 0
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks, one rank after the other; a rank may have any number of them.
+
+        Args:
+            rows: [n, ...], alike on all ranks but for n.
+        """
+        if self.size == 1:
+            return rows
+        counts = self._numbers(len(rows), rows.device)
+        shape, width = rows.shape[1:], rows[:0].new_empty(rows.shape[1:]).nbytes
+        data = torch.zeros(max(counts) * width, dtype=torch.uint8, device=rows.device)
+        data[: len(rows) * width] = rows.detach().contiguous().flatten().view(torch.uint8)
+        found = [torch.empty_like(data) for _ in counts]
+        distributed.all_gather(found, data)
+        parts = [
+            part[: count * width].view(rows.dtype).view(count, *shape)
+            for part, count in zip(found, counts, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        return max(self._numbers(value, _device())) if self.size > 1 else value
+
+    def total(self, value: float) -> float:
+        """The sum of the ranks' values, equal on all of them."""
+        if self.size == 1:
+            return value
+        return sum(
+            self.gather(torch.tensor([value], dtype=torch.float64, device=_device())).tolist()
+        )
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that fails on all ranks if it fails on one.
+
+        Raises:
+            PeerFailed: where the block itself did not fail.
+        """
+        failure = None
+        try:
+            yield
+        except (ValueError, OSError, FloatingPointError) as error:
+            failure = error
+        if self.largest(int(failure is not None)):
+            raise failure or PeerFailed("another process has failed; its own message says why")
+
+    def _numbers(self, value: int, device: torch.device) -> list[int]:
+        own = torch.tensor([value], device=device)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        distributed.all_gather(found, own)
+        return [int(number) for number in torch.cat(found).tolist()]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def join() -> Iterator[Ranks]:
+    """The ranks that torchrun started, for the length of a block; one rank where it did not.
+
+    Each takes the GPU of its local rank, where there is one. A group of processes that is there
+    already is used, and left as it is.
+    """
+    if distributed.is_initialized():
+        yield Ranks(rank=distributed.get_rank(), size=distributed.get_world_size())
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks()
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        yield Ranks(rank=distributed.get_rank(), size=distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,63 @@
+"""Which prompts of a rollout a rank samples and trains on.
+
+Prompt n goes to rank n modulo the number of ranks: every update's prompts, which are neighbours,
+are spread over all ranks, at most one more on one than on another. What a rank holds of an update
+is again a range of neighbours in its own batch.
+"""
+
+from dataclasses import dataclass
+
+from moe_rl.config import ConfigError, RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One rank's prompts of a rollout of P prompts, which m updates take in order."""
+
+    rank: int
+    size: int
+    num_prompts: int
+    updates: int
+
+    @classmethod
+    def of(cls, config: RunConfig, rank: int, size: int) -> "Share":
+        """The share of a rank of a run.
+
+        Raises:
+            ConfigError: there are more ranks than prompts.
+        """
+        if config.prompts_per_rollout < size:
+            raise ConfigError(
+                f"prompts_per_rollout={config.prompts_per_rollout} on {size} processes: each needs "
+                f"a prompt; use at most {config.prompts_per_rollout} processes"
+            )
+        return cls(
+            rank=rank,
+            size=size,
+            num_prompts=config.prompts_per_rollout,
+            updates=config.updates_per_rollout,
+        )
+
+    @property
+    def prompts(self) -> range:
+        """Numbers of the rank's prompts in the rollout."""
+        return range(self.rank, self.num_prompts, self.size)
+
+    def of_update(self, update: int) -> slice:
+        """Where the prompts of an update lie in the rank's own batch; may be empty."""
+        each = self.num_prompts // self.updates
+        return slice(self._before(update * each), self._before((update + 1) * each))
+
+    def _before(self, prompt: int) -> int:
+        """How many of the rank's prompts have a lower number."""
+        return len(range(self.rank, prompt, self.size))
+
+    def most_of_update(self, update: int) -> int:
+        """Prompts of an update on the rank that holds the most."""
+        each = self.num_prompts // self.updates
+        return -(-each // self.size)
+
+    def order(self) -> list[int]:
+        """Where each prompt of the rollout lies when the ranks' batches are joined."""
+        joined = [n for rank in range(self.size) for n in range(rank, self.num_prompts, self.size)]
+        return sorted(range(self.num_prompts), key=joined.__getitem__)

@@ -1,0 +1,56 @@
+"""Starts a few processes that train together, as torchrun does but without its import time."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+WORKERS = Path(__file__).with_name("workers.py")
+_SECONDS = 240
+
+
+def start(arguments: list[str], size: int, **options: object) -> list[subprocess.Popen[str]]:
+    """`python ARGUMENTS` on `size` ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(size):
+        place = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                env=os.environ | place,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                **options,  # type: ignore[call-overload]
+            )
+        )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of each rank."""
+    try:
+        ended = [process.communicate(timeout=_SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        (process.returncode, out, err) for process, (out, err) in zip(processes, ended, strict=True)
+    ]
+
+
+def run_worker(name: str, size: int, folder: Path, *arguments: str) -> None:
+    """A function of workers.py on `size` ranks; what it finds lies in `folder`."""
+    for code, out, err in finish(start([str(WORKERS), name, str(folder), *arguments], size)):
+        assert code == 0, f"{out}\n{err}"
