@@ -26,7 +26,8 @@ from moe_rl.sealed import Damaged, read_manifest, verify
 from moe_rl.start import saved_policy
 from moe_rl.trainer import Trainer
 
-_SHOWN = 5  # gradients and metrics named
+_SHOWN = 5  # gradients named
+_DEPTH = 4  # model.layers.0.self_attn; the fused layers allow no hooks on what they read further in
 _METRICS = ("loss", "grad_norm", "ratio/token_log_max", "ratio/token_var", "ratio/sequence_log_max")
 
 
@@ -135,7 +136,7 @@ def _first_module(model: nn.Module) -> Iterator[list[str]]:
     handles = [
         module.register_forward_hook(lambda _m, _i, output, name=name: look(name, output))
         for name, module in model.named_modules()
-        if name
+        if 0 < len(name.split(".")) <= _DEPTH
     ]
     try:
         yield found
