@@ -8,6 +8,7 @@ rounds. Memory is the peak beyond inputs, outputs and gradients. The error is th
 tokens against float64, in nats.
 """
 
+import contextlib
 import platform
 import statistics
 import time
@@ -228,11 +229,20 @@ def _product_rate(shape: Shape, dtype: torch.dtype, device: torch.device) -> flo
 def _machine(device: torch.device) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "cpu"
 
 
 def table(case: dict[str, Any]) -> str:

@@ -6,10 +6,10 @@ from typing import Any
 from moe_rl.experiments.logprob_peers import OURS
 
 _COLUMNS = (
-    ("median_forward", "forward, s", 1.0),
-    ("median_both", "forward + backward, s", 1.0),
-    ("both_peak_bytes", "peak memory, MiB", 2.0**-20),
-    ("max_error_nats", "max error, nats", 1.0),
+    ("median_forward", "forward, s", 1.0, "{:.3g}"),
+    ("median_both", "forward + backward, s", 1.0, "{:.3g}"),
+    ("both_peak_bytes", "peak memory, MiB", 2.0**-20, "{:.0f}"),
+    ("rms_error_nats", "root mean square error, nats", 1.0, "{:.1e}"),
 )
 _OURS_COLOUR, _PEER_COLOUR = "#c2410c", "#64748b"
 
@@ -20,6 +20,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     cases = result["cases"]
     figure, axes = plt.subplots(
@@ -29,18 +30,20 @@ def draw(result: dict[str, Any], path: Path) -> None:
         squeeze=False,
         layout="constrained",
     )
-    for axis, (_, title, _) in zip(axes[0], _COLUMNS, strict=True):
+    for axis, (_, title, *_) in zip(axes[0], _COLUMNS, strict=True):
         axis.set_title(title, fontsize=10)
     for row, case in zip(axes, cases, strict=True):
         names = list(case["contestants"])[::-1]
         colours = [_OURS_COLOUR if name == OURS else _PEER_COLOUR for name in names]
-        for axis, (key, _, unit) in zip(row, _COLUMNS, strict=True):
+        for axis, (key, _, unit, form) in zip(row, _COLUMNS, strict=True):
             values = [(case["contestants"][name][key] or 0) * unit for name in names]
             floor = min((value for value in values if value > 0), default=1.0) / 3
             bars = axis.barh(names, [max(value, floor) for value in values], color=colours)
             axis.set_xscale("log")
             axis.set_xlim(floor, max(*values, floor) * 6)
-            axis.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
+            # Decades alone: between them the labels of a narrow axis run into each other.
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=8)
             axis.tick_params(labelsize=8)
             axis.spines[["top", "right"]].set_visible(False)
             if axis is not row[0]:

@@ -30,6 +30,7 @@ from moe_rl.options import (
     ReplayCrash,
     Report,
     Reproduce,
+    Soak,
     StudyOptions,
     Train,
     cores,
@@ -204,7 +205,7 @@ def doctor(_: Doctor) -> int:
 
 
 def bench(options: Bench) -> int:
-    """`moe-rl bench training`, `moe-rl bench logprobs`, `moe-rl bench routing`."""
+    """`moe-rl bench training`, and the other races."""
     if options.what == "logprobs":
         from moe_rl.experiments.bench_logprobs import bench_logprobs
 
@@ -222,9 +223,27 @@ def bench(options: Bench) -> int:
         from moe_rl.experiments.bench_routing import bench_routing
 
         return bench_routing(repeats=options.repeats, out=options.out)
+    if options.what == "ranks":
+        from moe_rl.experiments.bench_ranks import bench_ranks
+
+        return bench_ranks(repeats=options.repeats, out=options.out)
     from moe_rl.experiments.bench_training import bench_training
 
     return bench_training(repeats=options.repeats, out=options.out)
+
+
+def soak(options: Soak) -> int:
+    """`moe-rl soak`."""
+    from moe_rl.experiments.soak import soak
+
+    return soak(
+        minutes=options.minutes,
+        shortest=options.shortest,
+        longest=options.longest,
+        seed=options.seed,
+        out=options.out,
+        cold_start_cache=options.cold_start_cache,
+    )
 
 
 def check_replay(options: CheckReplay) -> int:
@@ -282,6 +301,7 @@ COMMANDS = {
     "churn": Command(Churn, churn),
     "doctor": Command(Doctor, doctor),
     "bench": Command(Bench, bench),
+    "soak": Command(Soak, soak),
 }
 
 

@@ -127,10 +127,10 @@ class Doctor:
 class Bench:
     """Measure speed against peers in one interleaved run."""
 
-    what: tyro.conf.Positional[Literal["training", "logprobs", "routing"]] = "training"
+    what: tyro.conf.Positional[Literal["training", "logprobs", "routing", "ranks"]] = "training"
     """training: rollout steps per second against TRL's GRPOTrainer, and the cost of instruments;
     logprobs: time, memory and error of token log-probabilities; routing: the cost of record and
-    replay."""
+    replay; ranks: what a second process gains."""
     repeats: int = 5
     """Interleaved measurements of each side."""
     out: Path | None = None
@@ -141,6 +141,24 @@ class Bench:
     """logprobs: float32, bfloat16, float16. Default: the first two, bfloat16 on a GPU."""
     threads: int | None = None
     """logprobs: torch threads on a CPU. Default: all cores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Soak:
+    """Kill a run again and again, and compare it with one that nothing disturbs."""
+
+    minutes: float = 30.0
+    """About how long the killed run lasts."""
+    shortest: float = 60.0
+    """Least seconds from a start to the next SIGKILL."""
+    longest: float = 90.0
+    """Most seconds from a start to the next SIGKILL."""
+    seed: int = 0
+    """Of the runs, and of the times between the kills."""
+    out: Path = Path("runs/soak")
+    """Folder of both runs and of soak.log."""
+    cold_start_cache: Path = _CACHE
+    """Folder of cold starts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,11 +38,11 @@ def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
 
 def wait_for_lines(folder: Path, count: int) -> None:
     """Until the run has made so many updates."""
-    deadline = time.monotonic() + _SECONDS
+    log, deadline = folder / "updates.jsonl", time.monotonic() + _SECONDS
     while time.monotonic() < deadline:
-        if (folder / "updates.jsonl").is_file():
-            if len((folder / "updates.jsonl").read_bytes().splitlines()) >= count:
-                return
+        lines = log.read_bytes().splitlines() if log.is_file() else []
+        if len(lines) >= count:
+            return
         time.sleep(0.02)
     raise AssertionError(f"{folder}: no {count} updates in {_SECONDS} s")
 
