@@ -4,6 +4,7 @@ docs/kernels.md lists them with their sources; each name here says what must not
 """
 
 import math
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -264,12 +265,22 @@ def test_a_frozen_head_costs_no_weight_gradient(
     assert hidden.grad is not None and p.weight.grad is None
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_calls_stay_in_float32(backend: str) -> None:
+INDUCTOR = pytest.param(
+    *("chunked", "inductor"),
+    marks=pytest.mark.skipif(
+        shutil.which("g++") is None and DEVICE == "cpu", reason="Inductor needs a C++ compiler"
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("backend", "compiler"), [*((backend, "aot_eager") for backend in BACKENDS), INDUCTOR]
+)
+def test_compiled_calls_stay_in_float32(backend: str, compiler: str) -> None:
     """Liger #1362: Inductor turned Python floats into float64. One graph, without a break."""
     p = problem(5, 8, 300)
 
-    @torch.compile(backend="aot_eager", fullgraph=True)
+    @torch.compile(backend=compiler, fullgraph=True)
     def compiled(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         return token_logprobs(
             *(hidden, weight, p.targets),
