@@ -184,7 +184,7 @@ FAMILIES: dict[str, Family] = {
         _DEEPSEEK, num_hidden_layers=3, layers_block_type=["attention", "moe", "moe"]
     ),
     "olmoe": _family(_SWITCHED),
-    "openai_privacy_filter": _family(None),  # a token classifier; divides the weights by K
+    "openai_privacy_filter": _family(Formula(score="softmax", normalise=True, averaged=True)),
     "qwen2_moe": _family(_SWITCHED),
     "qwen3_5_moe_text": _family(_NORMED, **HYBRID),
     "qwen3_moe": _family(_SWITCHED, norm_topk_prob=True),

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 class Formula:
     """Gate weights `w [..., K]` of experts `ids [..., K]` from raw router logits `[..., E]`.
 
-        r = score(temper * logits) over all E;  w = r[ids];  w /= sum(w) if normalised;  w *= scale
+        r = score(temper * logits) over all E;  w = r[ids];  w /= sum(w) if normalised;  w *= scale;
+        w /= K if averaged
 
     A softmax over the K chosen logits alone (GPT-OSS, Granite) is a normalised softmax.
     """
@@ -22,6 +23,8 @@ class Formula:
     """Whether the K weights are divided by their sum; a string names the config's switch."""
     scale: float | str = 1.0
     """Factor at the end; a string names the config's field."""
+    averaged: bool = False
+    """Whether the K weights are divided by K."""
     temper: float | str = 1.0
     """Factor of the logits; a string names the config's field."""
 
@@ -35,7 +38,8 @@ class Formula:
         weights = scores.gather(-1, ids)
         if _number(self.normalise, config):
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        return weights * _number(self.scale, config)
+        weights = weights * _number(self.scale, config)
+        return weights / ids.shape[-1] if self.averaged else weights
 
 
 def _number(value: float | str, config: Any) -> float:

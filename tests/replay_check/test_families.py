@@ -30,7 +30,6 @@ NOT_APPLICABLE = {
     ("inkling2_text", "bf16"): "does not run in bfloat16",
     ("jetmoe", "checkpointing"): "supports no gradient checkpointing",
     ("minimax", "cache"): "without replay its cache",
-    ("openai_privacy_filter", "weights"): "no formula",
     ("openai_privacy_filter", "cache"): "no cache",
 }
 
