@@ -36,7 +36,7 @@ from moe_rl.options import (
     cores,
 )
 from moe_rl.stopping import PeerFailed, Stopped
-from moe_rl.usage import describe_os_error, is_out_of_memory, parse
+from moe_rl.usage import describe_os_error, is_lost_peer, is_out_of_memory, parse
 
 FAILED = 1
 BAD_INPUT = 2
@@ -344,7 +344,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return FAILED
     except (MemoryError, RuntimeError) as error:
-        if os.environ.get("MOE_RL_TRACEBACK") or not is_out_of_memory(error):
+        if os.environ.get("MOE_RL_TRACEBACK"):
+            raise
+        if "RANK" in os.environ and is_lost_peer(error):
+            _complain(f"a process it trained with is gone ({str(error).splitlines()[0]:.120})")
+            return FAILED
+        if not is_out_of_memory(error):
             raise
         return _bad_input(
             f"this does not fit into memory ({str(error).splitlines()[0]:.120}); take smaller sizes"

@@ -105,10 +105,10 @@ class Trainer:
             self.log.step(metrics)
             if config.save_every and (step + 1) % config.save_every == 0:
                 self.save(f"policy_{step + 1:05d}")
-            self.progress = Progress(step=step + 1, rewards=rewards)
-            self._between_updates(None)
             if on_step is not None:
                 on_step(metrics)
+            self.progress = Progress(step=step + 1, rewards=rewards)
+            self._between_updates(None)
         if config.save_every and config.steps % config.save_every:
             self.save(f"policy_{config.steps:05d}")
         summary = self._summary(rewards)
@@ -347,7 +347,7 @@ def train(
     clip_range(config)  # refused here, before a cold start is trained
     with join() as ranks:
         prepare_process(config.num_threads)
-        Share.of(config, ranks.rank, ranks.size)  # more processes than prompts are refused here
+        _check_processes(config, ranks)
         check_run_folder(folder, config)
         identity = json.dumps(config.to_dict(), sort_keys=True)
         checkpoints = Checkpoints(folder / "checkpoints", identity=identity)
@@ -374,6 +374,17 @@ def train(
             if checkpoint is not None:
                 trainer.go_on_from(checkpoint)
             return trainer.run(on_step if ranks.main else None)
+
+
+def _check_processes(config: RunConfig, ranks: Ranks) -> None:
+    """Refuse what cannot work on several processes, before any work."""
+    Share.of(config, ranks.rank, ranks.size)
+    device = config.model.device
+    if ranks.size > 1 and ":" in device:
+        raise ConfigError(
+            f"device={device!r} on {ranks.size} processes: all would share it; use "
+            f"{device.partition(':')[0]}, and each takes the one of its local rank"
+        )
 
 
 def _refuse_to_start_over(found: str) -> None:

@@ -98,3 +98,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or bool(
         re.search(r"can't allocate|alloc_cpu|out of memory|Storage size calculation", text)
     )
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a process of a group is gone: torch says so in a RuntimeError's text only."""
+    return bool(re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)", str(error)))

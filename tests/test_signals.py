@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -151,3 +152,28 @@ def test_a_signal_to_one_rank_stops_both(whole: Path) -> None:
     )
     assert resumed.stdout.count("final reward") == 1
     assert (folder / f"policy_{_STEPS:05d}" / "model.safetensors").is_file()
+
+
+@pytest.mark.distributed
+def test_a_rank_that_is_killed_ends_the_other_with_one_line(whole: Path) -> None:
+    folder = whole.parent / "lost"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        start(
+            command(folder),
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        for rank in range(2)
+    ]
+    wait_for_lines(folder, 6)
+    ranks[1].kill()
+    ranks[1].communicate()
+    _, errors = ranks[0].communicate(timeout=_SECONDS)
+    assert ranks[0].returncode == 1
+    assert "moe-rl: a process it trained with is gone" in errors and "Traceback" not in errors
