@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from moe_rl.analysis.arms import arm_key
+from moe_rl.json_text import parse_json
 
 SCHEMA = 1
 KEYS = ["setting", "arm", "seed"]
@@ -168,13 +169,15 @@ def _run_folders(root: Path, is_study: bool) -> Iterator[Path]:
 def _read_json(file: Path) -> dict[str, Any]:
     """One JSON object with our schema number."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = parse_json(file.read_text(encoding="utf-8"), unique_keys=False)
     except FileNotFoundError as error:
         raise AnalysisError(f"{file}: missing, so this is not a run folder; {_HOW}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise AnalysisError(f"{file}: cannot be read ({error})") from error
     except json.JSONDecodeError as error:
         raise AnalysisError(f"{file}:{error.lineno}: not JSON ({error.msg}); {_HOW}") from error
+    except ValueError as error:
+        raise AnalysisError(f"{file}: {error}; {_HOW}") from error
     if not isinstance(value, dict) or "schema" not in value:
         raise AnalysisError(f'{file}: not a file of moe-rl (it has no "schema"); {_HOW}')
     if value["schema"] != SCHEMA:
@@ -252,7 +255,7 @@ def _jsonl_rows(file: Path, needs: list[str], notes: list[str]) -> list[dict[str
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            value = json.loads(line)
+            value = parse_json(line, unique_keys=False)
             if not isinstance(value, dict) or not set(needs) <= value.keys():
                 raise ValueError(f"no {' and '.join(needs)} in it")
             if not all(isinstance(value[name], int) for name in needs):

@@ -1,11 +1,11 @@
 """A study: the runs it is made of, and study.json, which says what its folder holds."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_rl.config import SCHEMA, ConfigError, RunConfig
+from moe_rl.json_text import parse_json
 from moe_rl.runlog import write_json
 
 
@@ -54,7 +54,7 @@ class Study:
 
 def _check_same_study(file: Path, values: dict[str, Any]) -> None:
     try:
-        theirs = json.loads(file.read_text(encoding="utf-8"))
+        theirs = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); give a new folder") from error
     for key in ("name", "mode", "settings", "arms", "seeds", "runs"):

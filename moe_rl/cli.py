@@ -36,7 +36,7 @@ from moe_rl.options import (
     cores,
 )
 from moe_rl.stopping import PeerFailed, Stopped
-from moe_rl.usage import describe_os_error, is_lost_peer, is_out_of_memory, parse
+from moe_rl.usage import describe_os_error, is_lost_peer, is_out_of_memory, one_line, parse
 
 FAILED = 1
 BAD_INPUT = 2
@@ -402,7 +402,7 @@ def _bad_input(message: str) -> int:
 
 def _complain(message: str) -> None:
     rank = "" if _main_rank() else f" (rank {os.environ['RANK']})"
-    print(f"moe-rl{rank}: {message}", file=sys.stderr)
+    print(f"moe-rl{rank}: {one_line(message)}", file=sys.stderr)
 
 
 def _usage() -> str:

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from moe_rl.json_text import parse_json, shown
+
 Algorithm = Literal["grpo", "gspo", "gspo_token"]
 RoutingReplay = Literal["disabled", "R2", "R3"]
 Family = Literal["qwen3_moe", "olmoe", "mixtral", "deepseek_v3", "gpt_oss"]
@@ -26,8 +28,14 @@ SCHEMA = 1
 # Seeds are words of a counter-based generator and arguments of torch's: both take 63 bits.
 _SEEDS = 2**63
 _MAX_NOISE = 1000.0
-# Enough to be right about 30% of the time.
-_SFT_STEPS = {"running_sum": 400, "countdown": 600}
+# Enough to be right about 30% of the time; for a dataset a guess.
+_SFT_STEPS = {"running_sum": 400, "countdown": 600, "dataset": 400}
+# Bytes of a config: ours have 3000, and some paths have no end (/dev/zero).
+_LONGEST = 2**20
+# Ids of experts are recorded as int16.
+_MAX_EXPERTS = 2**15 - 1
+# Thousands of layers would be built one by one until memory is full.
+_MAX_LAYERS = 1024
 
 
 class ConfigError(ValueError):
@@ -70,7 +78,15 @@ class ModelConfig:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "expert_size"):
             value = getattr(self, name)
             _require(value >= 1, f"{name}={value}: must be at least 1")
-        _require(self.num_experts >= 1, f"num_experts={self.num_experts}: must be at least 1")
+        _require(
+            self.num_layers <= _MAX_LAYERS,
+            f"num_layers={self.num_layers}: at most {_MAX_LAYERS}",
+        )
+        _require(
+            1 <= self.num_experts <= _MAX_EXPERTS,
+            f"num_experts={self.num_experts}: must be from 1 to {_MAX_EXPERTS}, as ids are "
+            "recorded in 16 bits",
+        )
         _require(
             1 <= self.experts_per_token <= self.num_experts,
             f"experts_per_token={self.experts_per_token} with num_experts={self.num_experts}: "
@@ -225,7 +241,7 @@ class RunConfig:
             label = getattr(self, name)
             _require(
                 label is None or re.fullmatch(r"[\w+-][\w.+-]*", label) is not None,
-                f"{name}={label!r}: names a folder; use a word of letters, digits and _ + - . "
+                f"{name}={label!r:.80}: names a folder; use a word of letters, digits and _ + - . "
                 "without / or a leading dot",
             )
         minimum = {
@@ -368,45 +384,34 @@ def _from_dict(cls: Any, values: Any, prefix: str) -> Any:
         if key not in names:
             nearest = difflib.get_close_matches(str(key), names, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ConfigError(f"{prefix}{key}: unknown setting{hint}")
+            raise ConfigError(f"{prefix}{shown(str(key))}: unknown setting{hint}")
         hint_type = hints[key]
         if dataclasses.is_dataclass(hint_type):
             arguments[key] = _from_dict(hint_type, value, prefix=f"{prefix}{key}.")
             continue
         if not _matches(value, hint_type):
             wanted = getattr(hint_type, "__name__", str(hint_type)).replace("typing.", "")
-            raise ConfigError(f"{prefix}{key}={value!r}: expected {wanted}")
+            raise ConfigError(f"{prefix}{key}={value!r:.80}: expected {wanted}")
         try:
-            arguments[key] = float(value) if hint_type is float else value
+            arguments[key] = float(value) if _is_float(hint_type, value) else value
         except OverflowError as error:
             raise ConfigError(f"{prefix}{key}: {len(str(value))} digits are too many") from error
     return cls(**arguments)
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ConfigError(f"{twice}: given twice in one JSON object; keep one of them")
-    return values
+def _is_float(annotation: Any, value: Any) -> bool:
+    """Whether a JSON number is to be a float: of a field that takes floats, absent or not."""
+    return value is not None and (annotation is float or float in typing.get_args(annotation))
 
 
 def load_config(path: str) -> RunConfig:
     """Read a config, or the config.json of a run folder.
 
     Raises:
-        ConfigError: unreadable file, malformed JSON (with its line), unknown key or wrong type.
+        ConfigError: unreadable file, malformed JSON (with its line), unknown key or wrong type; the
+            message begins with the path.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file, object_pairs_hook=_without_duplicates)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
-    except RecursionError as error:
-        raise ConfigError(f"{path}: nested too deep for a config") from error
+    values = _read_json(path)
     if isinstance(values, Mapping) and "config" in values and "schema" in values:
         if values["schema"] != SCHEMA:
             raise ConfigError(
@@ -414,7 +419,33 @@ def load_config(path: str) -> RunConfig:
                 "version of moe-rl that wrote it"
             )
         values = values["config"]
-    return RunConfig.from_dict(values)
+    try:
+        return RunConfig.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except RecursionError as error:  # what is just not too deep to be read may be to be shown
+        raise ConfigError(f"{path}: nested too deep") from error
+
+
+def _read_json(path: str) -> Any:
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_LONGEST + 1)
+        if len(raw) > _LONGEST:
+            raise ConfigError(f"{path}: longer than any config ({_LONGEST} bytes)")
+        return parse_json(raw.decode("utf-8"))
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: cannot be read (no UTF-8 text, from byte {error.start})"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def tiny() -> RunConfig:

@@ -76,6 +76,8 @@ def _one_line(box: str) -> str:
 # What is wrong, and the way out.
 _OS_ERRORS = {
     errno.ENOSPC: "the disk is full; what was written stays",
+    errno.EDQUOT: "your quota of the disk is full; what was written stays",
+    errno.EFBIG: "larger than files may be here (ulimit -f); what was written stays",
     errno.ENOTDIR: "a part of this path is a file; choose another",
     errno.EEXIST: "a file is in the way; choose another path",
     errno.EISDIR: "a folder, where a file is expected",
@@ -83,7 +85,16 @@ _OS_ERRORS = {
     errno.EACCES: "permission denied; choose a path that you may use",
     errno.EROFS: "a read-only file system; choose another path",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ELOOP: "symbolic links that lead in a circle; choose another path",
 }
+
+
+def one_line(message: str) -> str:
+    """A message with what does not print spelled out: names of files may hold any character."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in message
+    )
 
 
 def describe_os_error(error: OSError) -> str:
