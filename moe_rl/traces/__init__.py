@@ -1,6 +1,8 @@
 """Traces: routes that other systems recorded, read into the record `[B, S, L, K]`.
 
 files.py     trace files: npz, npy, safetensors, JSON, Megatron-LM's JSONL
+arrays.py    arrays of npy and npz files, read without pickle or evaluation
+limits.py    what a trace may grow to in memory
 foreign.py   the layouts of vLLM and SGLang, and fitting a record to a model
 """
 

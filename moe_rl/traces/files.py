@@ -6,26 +6,30 @@
     read_trace("trace_dir/router_trace_rank0.jsonl")           Megatron-LM's router trace
     read_trace("trace_dir")                                    of all its ranks, as further rows
 
-Nothing is unpickled: numpy refuses object arrays unless asked, and is not asked.
+Nothing is unpickled, no header is evaluated, and nothing much larger than its file is allocated.
 """
 
 import json
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_rl.json_text import parse_json
+from moe_rl.traces.arrays import npy_array, npz_arrays
 from moe_rl.traces.foreign import decode_base64, from_sglang, from_vllm, npy_bytes, stack_rows
+from moe_rl.traces.limits import check_is_file, check_size
 
 KEY = "routed_experts"
 PROMPT_KEY = "prompt_routed_experts"
 MEGATRON_FILES = "router_trace_rank*.jsonl"
+_INTEGERS = {f"{sign}{bits}" for sign in "IU" for bits in (8, 16, 32, 64)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,21 +66,26 @@ def read_trace(
     try:
         if path.is_dir():
             return _megatron_folder(path, batch_size)
-        if path.suffix in (".npz", ".npy"):
-            return _numpy(path)
+        check_is_file(path)
+        if path.suffix == ".npz":
+            return _npz(path.read_bytes())
+        if path.suffix == ".npy":
+            return Trace(routed_experts=_four_axes(npy_array(path.read_bytes())), source="numpy")
         if path.suffix == ".safetensors":
             return Trace(routed_experts=_four_axes(_safetensors(path)), source="moe-rl")
         if path.suffix == ".json":
-            return _response(_json(path.read_text(encoding="utf-8")), num_layers, top_k)
+            return _response(path.read_bytes(), num_layers, top_k)
         if path.suffix == ".jsonl":
-            rows = _megatron(path.read_text(encoding="utf-8").splitlines(), batch_size)
+            rows = _megatron(_lines(path), batch_size)
             return Trace(routed_experts=stack_rows(rows), source="Megatron-LM")
+        raise ValueError(
+            "a trace is a file .npz, .npy, .safetensors, .json (vLLM, SGLang) or .jsonl "
+            "(Megatron-LM), or the folder of a Megatron-LM trace."
+        )
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: {error}") from error
-    raise ValueError(
-        f"{path}: a trace is a file .npz, .npy, .safetensors, .json (vLLM, SGLang) or .jsonl "
-        "(Megatron-LM), or the folder of a Megatron-LM trace."
-    )
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deep.") from error
 
 
 def write_trace(path: Path | str, routed_experts: Tensor) -> None:
@@ -84,52 +93,46 @@ def write_trace(path: Path | str, routed_experts: Tensor) -> None:
     save_file({KEY: routed_experts.detach().cpu().contiguous()}, str(path))
 
 
-def _four_axes(array: np.ndarray | Tensor) -> Tensor:
-    values = array.numpy() if isinstance(array, Tensor) else array
-    if values.dtype.kind not in "iu":
-        raise ValueError(f"{KEY}: {values.dtype}, not integer ids.")
+def _four_axes(values: np.ndarray) -> Tensor:
     if values.ndim == 3:
         values = values[None]
-    if values.ndim != 4:
+    # An empty array may have more rows than memory has room for views of them.
+    if values.ndim != 4 or values.size == 0:
         raise ValueError(f"{KEY}: shape {list(values.shape)}, not [S, L, K] or [B, S, L, K].")
     return stack_rows(list(values))
 
 
-def _numpy(path: Path) -> Trace:
+def _npz(raw: bytes) -> Trace:
+    arrays, names = npz_arrays(raw, (KEY, PROMPT_KEY))
+    if KEY not in arrays:
+        raise ValueError(f"holds {names}, and no array {KEY!r}.")
+    if PROMPT_KEY not in arrays:
+        return Trace(routed_experts=_four_axes(arrays[KEY]), source="numpy")
+    row = from_vllm(arrays[KEY], arrays[PROMPT_KEY])
+    return Trace(routed_experts=_four_axes(row), source="vLLM 0.21")
+
+
+def _safetensors(path: Path) -> np.ndarray:
+    with safe_open(path, framework="numpy") as opened:
+        names = sorted(opened.keys())
+        if KEY not in names:
+            raise ValueError(f"holds {names[:8]}, and no tensor {KEY!r}.")
+        kind = opened.get_slice(KEY).get_dtype()
+        if kind not in _INTEGERS:
+            raise ValueError(f"{KEY}: {kind}, not integer ids.")
+        values: np.ndarray = opened.get_tensor(KEY)
+    return values
+
+
+def _response(raw: bytes, num_layers: int | None, top_k: int | None) -> Trace:
     try:
-        loaded: Any = np.load(path)
-        if isinstance(loaded, np.ndarray):
-            return Trace(routed_experts=_four_axes(loaded), source="numpy")
-        with loaded as arrays:
-            if KEY not in arrays:
-                raise ValueError(f"holds {sorted(arrays)}, and no array {KEY!r}.")
-            if PROMPT_KEY in arrays:
-                row = from_vllm(arrays[KEY], arrays[PROMPT_KEY])
-                return Trace(routed_experts=_four_axes(row), source="vLLM 0.21")
-            return Trace(routed_experts=_four_axes(arrays[KEY]), source="numpy")
-    except (zipfile.BadZipFile, EOFError, KeyError) as error:
-        raise ValueError(f"not a whole numpy file ({error}).") from error
-
-
-def _safetensors(path: Path) -> Tensor:
-    tensors = load_file(path)
-    if KEY not in tensors:
-        raise ValueError(f"holds {sorted(tensors)}, and no tensor {KEY!r}.")
-    return tensors[KEY]
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        content = parse_json(raw.decode("utf-8"), unique_keys=False)
+    except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error}).") from error
-
-
-def _response(content: Any, num_layers: int | None, top_k: int | None) -> Trace:
     found = list(_completions(content))
     if not found:
         raise ValueError(f"no response in it has {KEY!r}. Was the server started with the option?")
-    rows, source = [], "vLLM"
+    rows, source, total = [], "vLLM", 0
     for generated, prompt in found:
         row, kind = _routes(generated, num_layers, top_k)
         source = kind or source
@@ -137,6 +140,8 @@ def _response(content: Any, num_layers: int | None, top_k: int | None) -> Trace:
             row = from_vllm(row, _routes(prompt, num_layers, top_k)[0])
             source = "vLLM 0.21"
         rows.append(row)
+        total += row.nbytes  # every completion repeats its prompt
+        check_size(total, len(raw), f"{len(rows)} completions with their prompt's routes")
     return Trace(routed_experts=stack_rows(rows), source=source)
 
 
@@ -168,12 +173,37 @@ def _routes(value: Any, num_layers: int | None, top_k: int | None) -> tuple[np.n
             )
         return from_sglang(value, num_layers=num_layers, top_k=top_k), "SGLang"
     try:
+        return _integers(value), ""
+    except ValueError as error:
+        raise ValueError(f"{KEY}: {error}") from error
+
+
+def _integers(value: Any) -> np.ndarray:
+    """Nested lists of whole numbers as an array.
+
+    Checked before numpy sees them: it would give a thousand texts the room of the longest.
+    """
+    level, kinds = [value], {type(value)}
+    while kinds == {list}:
+        level = list(chain.from_iterable(level))
+        kinds = set(map(type, level))
+    if kinds != {int}:
+        if list in kinds:
+            raise ValueError("lists of uneven depth make no [S, L, K].")
+        names = ", ".join(sorted(kind.__name__ for kind in kinds)) or "no"
+        raise ValueError(f"{names} values, not integer ids.")
+    try:
         array = np.array(value)
     except ValueError as error:
-        raise ValueError(f"{KEY}: lists of uneven length make no [S, L, K].") from error
+        raise ValueError("lists of uneven length make no [S, L, K].") from error
     if array.dtype.kind not in "iu":
-        raise ValueError(f"{KEY}: {array.dtype} values, not integer ids.")
-    return array, ""
+        raise ValueError(f"{array.dtype} values, not integer ids.")
+    return array
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines as JSON ends them: other line ends of Unicode may stand inside a text."""
+    return path.read_bytes().decode("utf-8").split("\n")
 
 
 def _megatron_folder(folder: Path, batch_size: int) -> Trace:
@@ -182,7 +212,8 @@ def _megatron_folder(folder: Path, batch_size: int) -> Trace:
         raise ValueError(f"a folder without {MEGATRON_FILES}.")
     rows: list[np.ndarray] = []
     for file in files:
-        rows += _megatron(file.read_text(encoding="utf-8").splitlines(), batch_size)
+        check_is_file(file)
+        rows += _megatron(_lines(file), batch_size)
     return Trace(routed_experts=stack_rows(rows), source="Megatron-LM")
 
 
@@ -226,8 +257,8 @@ def _split_batch(tokens: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
 
 def _json_line(line: str, number: int) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        record = parse_json(line, unique_keys=False)
+    except ValueError as error:
         raise ValueError(f"line {number}: not JSON ({error}).") from error
     if not isinstance(record, dict):
         raise ValueError(f"line {number}: not an object.")
@@ -241,14 +272,14 @@ def _add_line(layers: dict[int, list[np.ndarray]], record: dict[str, Any], numbe
     if not isinstance(layer, int) or not isinstance(indices, list):
         raise ValueError(f"line {number}: no 'layer' and 'top_indices' of a router trace.")
     try:
-        ids = np.array(indices)
+        ids = _integers(indices)
     except ValueError as error:
-        raise ValueError(f"line {number}: 'top_indices' of uneven length.") from error
+        raise ValueError(f"line {number}: 'top_indices': {error}") from error
     expected = (record.get("num_tokens"), record.get("topk"))
-    if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.shape != expected:
+    if ids.ndim != 2 or ids.shape != expected:
         raise ValueError(
             f"line {number}: 'top_indices' is {ids.dtype} {list(ids.shape)}, the line says "
-            f"num_tokens, topk = {list(expected)}."
+            f"num_tokens, topk = {list(expected)!r:.60}."
         )
     layers.setdefault(layer, []).append(ids)
 

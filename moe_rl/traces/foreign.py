@@ -14,7 +14,7 @@ The last token is sampled and never fed, so no engine has a route for it: its ro
 
 import base64
 import binascii
-import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,9 +24,11 @@ from transformers import PreTrainedModel
 
 from moe_rl.routing.routed_experts import NO_RECORD
 from moe_rl.routing.taps import find_routers
+from moe_rl.traces.arrays import NPY_MAGIC, npy_array
+from moe_rl.traces.limits import check_size
 
 LARGEST_ID = torch.iinfo(torch.int16).max
-NPY_MAGIC = b"\x93NUMPY"
+_BYTES = 2  # of an id in a record
 
 
 def stack_rows(rows: Sequence[np.ndarray]) -> Tensor:
@@ -34,7 +36,8 @@ def stack_rows(rows: Sequence[np.ndarray]) -> Tensor:
 
     Raises:
         ValueError: no rows; a row is not an integer array of three axes; rows differ in L or K;
-            or an id does not fit int16.
+            an id does not fit int16; or one row is so much longer than the others that filling
+            them up would take far more memory than they have.
     """
     if not rows:
         raise ValueError("routed_experts: no sequences. Pass the routes of at least one.")
@@ -56,6 +59,8 @@ def stack_rows(rows: Sequence[np.ndarray]) -> Tensor:
                 "type they were written in?"
             )
     longest = max(row.shape[0] for row in rows)
+    room = len(rows) * longest * math.prod(rows[0].shape[1:]) * _BYTES
+    check_size(room, sum(row.size for row in rows) * _BYTES, "rows filled up to the longest")
     out = torch.full((len(rows), longest, *rows[0].shape[1:]), NO_RECORD, dtype=torch.int16)
     for index, row in enumerate(rows):
         out[index, : row.shape[0]] = torch.from_numpy(row.astype(np.int16))
@@ -111,7 +116,7 @@ def npy_bytes(raw: bytes) -> np.ndarray | None:
     """The array of an npy file in memory, None where the bytes are no npy file."""
     if not raw.startswith(NPY_MAGIC):
         return None
-    return np.load(io.BytesIO(raw))  # numpy refuses object arrays unless asked
+    return npy_array(raw)
 
 
 def fit_to_model(
