@@ -9,21 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Cache,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, Cache, PreTrainedTokenizerBase
 
 from moe_rl.config import ConfigError, ModelConfig
 from moe_rl.experts import choose_experts
 from moe_rl.families import family_config
 from moe_rl.fused_layers import FUSED, choose_layers, new_cache, use_fused_layers
+from moe_rl.loading import load_model, load_tokenizer
 from moe_rl.routing import find_routers
 from moe_rl.tokenizer import character_tokenizer
 
@@ -127,10 +120,6 @@ class Policy:
         return self.model.get_output_embeddings()(hidden).float() / self.temperature
 
 
-# Small checkpoints load at once; the library's bars would break our one line a step.
-transformers.utils.logging.disable_progress_bar()
-
-
 def build_policy(
     config: ModelConfig,
     alphabet: str,
@@ -193,32 +182,24 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _load(folder: str, alphabet: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise ConfigError(
-            f"checkpoint={folder!r}: no config.json there; give the folder of a Hugging Face model"
-        )
+    path, name = Path(folder), f"checkpoint={folder!r}"
+    model = load_model(path, name, tokenizer=True)
+    tokenizer = load_tokenizer(path, name)
     try:
-        AutoConfig.from_pretrained(path, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, local_files_only=True, use_safetensors=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ConfigError(f"checkpoint={folder!r}: cannot be loaded ({reason})") from error
-    find_routers(model)
+        find_routers(model)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
     words = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > words:
         raise ConfigError(
-            f"checkpoint={folder!r}: its tokenizer has {len(tokenizer)} words, its model embeds "
+            f"{name}: its tokenizer has {len(tokenizer)} words, its model embeds "
             f"{words}: they do not belong together"
         )
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"checkpoint={folder!r}: its tokenizer has no end-of-sequence token")
+        raise ConfigError(f"{name}: its tokenizer has no end-of-sequence token")
     if tokenizer.decode(tokenizer.encode(alphabet, add_special_tokens=False)) != alphabet:
         raise ConfigError(
-            f"checkpoint={folder!r}: its tokenizer cannot spell the task's characters {alphabet!r}"
+            f"{name}: its tokenizer cannot spell the task's characters {alphabet!r:.80}"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from moe_rl.config import ConfigError
+from moe_rl.loading import load_model
 from moe_rl.replay_check.check import LAWS, Finding, check_replay
 from moe_rl.replay_check.check_trace import check_trace
 from moe_rl.replay_check.families import (
@@ -61,7 +61,7 @@ def refusals() -> Iterator[tuple[str, str]]:
 
 def check_model(folder: Path, *, seed: int) -> int:
     """Check the model of a Hugging Face folder, print a row, return the exit code."""
-    model = _load(folder)
+    model = load_model(folder, str(folder), tokenizer=False, attn_implementation="eager")
     config: Any = model.config
     family = family_of(config.model_type)
     findings = check_replay(model, formula=family.formula if family else None, seed=seed)
@@ -130,14 +130,3 @@ def _conclude(failures: int, total: int, what: str) -> int:
     version = transformers.__version__
     print(f"{total - failures} of {total} {what} pass on transformers {version}")
     return 1 if failures else 0
-
-
-def _load(folder: Path) -> nn.Module:
-    try:
-        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, attn_implementation="eager"
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ConfigError(f"{folder}: cannot be loaded ({reason})") from error
-    return model
