@@ -4,20 +4,24 @@ A run is complete when its summary.json is there. Lines are written whole and fl
 run loses at most the line being written. Everything the report shows is drawn from these files.
 """
 
+import contextlib
 import fcntl
 import json
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from moe_rl.config import SCHEMA, ConfigError, RunConfig, load_config
+from moe_rl.json_text import parse_json
 
 LOCK = "lock"
 OUTPUT = "output.txt"
 """What a run of a study prints."""
 _LOGS = ("steps.jsonl", "updates.jsonl")
+_PARTIAL = ".partial"
 
 
 def jsonable(value: Any) -> Any:
@@ -33,7 +37,7 @@ def jsonable(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` so that `path` is either the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".partial")
+    temporary = path.with_name(path.name + _PARTIAL)
     temporary.write_text(json.dumps(jsonable(value), indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
@@ -41,7 +45,7 @@ def write_json(path: Path, value: Any) -> None:
 def is_complete(folder: Path) -> bool:
     """Whether the run in `folder` has ended: its summary is there, whole, and says so."""
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = parse_json((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(summary, dict) and summary.get("complete") is True
@@ -53,18 +57,28 @@ def check_can_be_made(folder: Path, option: str) -> None:
     Raises:
         ConfigError: names the option, and the part of the path that is in the way.
     """
+    name = f"{option}={str(folder)!r}"
     for path in (folder, *folder.absolute().parents):
         if not os.path.lexists(path):
             continue
         where = "" if path == folder else f" ({path})"
         if not path.is_dir():
+            raise ConfigError(f"{name}: a file is in the way{where}; give a folder")
+        try:
+            longest = os.pathconf(path, "PC_NAME_MAX")
+            # Tried out, as a system has more reasons to refuse than permissions tell.
+            os.rmdir(tempfile.mkdtemp(dir=path, suffix=_PARTIAL))
+        except OSError as error:
             raise ConfigError(
-                f"{option}={str(folder)!r}: a file is in the way{where}; give a folder"
-            )
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise ConfigError(
-                f"{option}={str(folder)!r}: you may not write there{where}; give another folder"
-            )
+                f"{name}: nothing can be written there{where}, {error.strerror}; give another "
+                "folder"
+            ) from error
+        for part in folder.parts:
+            if len(os.fsencode(part)) > longest:
+                raise ConfigError(
+                    f"{name:.80}...: a name of {len(os.fsencode(part))} bytes, at most {longest} "
+                    "are possible there; give a shorter one"
+                )
         return
 
 
@@ -98,7 +112,7 @@ def check_run_folder(folder: Path, config: RunConfig) -> None:
 
 def _is_ours(name: str) -> bool:
     """Whether a run that stopped before its config was whole can have left such a file."""
-    return name in (LOCK, OUTPUT, *_LOGS) or name.endswith(".partial")
+    return name in (LOCK, OUTPUT, *_LOGS) or name.endswith(_PARTIAL)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -199,8 +213,30 @@ def _lock(folder: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise ConfigError(f"out={str(folder)!r}: another process is writing this run") from error
+        raise _in_use(folder) from error
     return file
+
+
+def check_unlocked(folder: Path) -> None:
+    """Refuse a folder that another process holds, without holding it.
+
+    Not part of `check_run_folder`: processes that train together check after one of them has begun.
+
+    Raises:
+        ConfigError: another process writes this run.
+    """
+    with contextlib.suppress(FileNotFoundError), (folder / LOCK).open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _in_use(folder) from error
+
+
+def _in_use(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"out={str(folder)!r}: another process is writing this run; wait for it, or give another "
+        "folder"
+    )
 
 
 def _open(path: Path, sizes: Mapping[str, int] | None) -> IO[str]:

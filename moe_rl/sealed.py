@@ -16,6 +16,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_rl.disk import WritesTo
+from moe_rl.json_text import parse_json
+
 MANIFEST = "manifest.json"
 SCRATCH = ".partial-"
 
@@ -39,7 +42,8 @@ def write_sealed(path: Path, fill: Callable[[Path], None], about: Mapping[str, A
     parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))
     try:
-        fill(scratch)
+        with WritesTo(scratch):
+            fill(scratch)
         files = {str(file.relative_to(scratch)): _sealed(file) for file in _files(scratch)}
         write_flushed(scratch / MANIFEST, json.dumps({**about, "files": files}, indent=2) + "\n")
         _flush_folders(scratch)
@@ -58,7 +62,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         Damaged: no manifest.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Damaged(f"{path / MANIFEST}: cannot be read ({error})") from error
     if not isinstance(manifest, dict):
