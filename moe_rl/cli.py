@@ -114,19 +114,25 @@ def _report(root: Path) -> None:
 
 def train(options: Train) -> int:
     """`moe-rl train`."""
+    from moe_rl.inputs import check_checkpoint, resolved
+    from moe_rl.runlog import check_run_folder, check_unlocked, is_complete
+
+    # What needs no torch comes first: it is found at once.
+    config = resolved(options.run)
+    if not options.resume:  # which goes on from a checkpoint of its own
+        check_checkpoint(config)
+    folder = options.out or Path("runs") / _run_name(config)
+    if not options.dry_run:
+        check_run_folder(folder, config)
+        check_unlocked(folder)
+        if is_complete(folder):
+            _say(f"{folder}: this run is complete already")
+            return 0
     from moe_rl.start import clip_range
 
-    config = options.run.named()
     clip_range(config)  # refused here, before a cold start is trained
     if options.dry_run:
         print(json.dumps(config.to_dict(), indent=2))
-        return 0
-    from moe_rl.runlog import check_run_folder, is_complete
-
-    folder = options.out or Path("runs") / _run_name(config)
-    check_run_folder(folder, config)
-    if is_complete(folder):
-        _say(f"{folder}: this run is complete already")
         return 0
     try:
         summary = _train(options, config, folder)

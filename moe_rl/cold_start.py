@@ -21,6 +21,9 @@ from torch import Tensor
 from transformers import Qwen3MoeForCausalLM
 
 from moe_rl.config import RunConfig
+from moe_rl.disk import WritesTo
+from moe_rl.fit import check_fit
+from moe_rl.inputs import pinned
 from moe_rl.policy import Policy, build_policy, resolve_device
 from moe_rl.process import process_of
 from moe_rl.rollout.sampling import sample_responses
@@ -66,11 +69,13 @@ def ensure_cold_start(
     if is_whole(folder):
         return folder
     check_can_be_made(cache, "cold_start_cache")
+    with process_of(_THREADS):
+        policy = build_policy(config.model, task.alphabet, seed=config.cold_start.sft_seed)
+    check_fit(policy, task)
     cache.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
     try:
         with process_of(_THREADS):
-            policy = build_policy(config.model, task.alphabet, seed=config.cold_start.sft_seed)
             loss = train_on_demonstrations(policy, task, config, progress)
             if not math.isfinite(loss) and config.sft_steps:
                 raise FloatingPointError(
@@ -78,8 +83,9 @@ def ensure_cold_start(
                     f"{config.cold_start.sft_learning_rate:g}, take a smaller one"
                 )
             report = {"loss": loss, "reward": evaluate(policy, task, config), **_made_of(config)}
-        policy.model.save_pretrained(scratch)
-        policy.tokenizer.save_pretrained(scratch)
+        with WritesTo(scratch):
+            policy.model.save_pretrained(scratch)
+            policy.tokenizer.save_pretrained(scratch)
         write_json(scratch / _REPORT, report | {"files": _sums(scratch)})
         if folder.exists() and not is_whole(folder):
             shutil.rmtree(folder)  # damaged, or half-made by something else than this function
@@ -137,9 +143,11 @@ def _content_of(checkpoint: str | None) -> list[tuple[str, int, int]]:
 
 
 def _made_of(config: RunConfig) -> dict[str, Any]:
+    # A dataset is what it holds, wherever it lies; options left out decide nothing.
+    task = dataclasses.asdict(pinned(config.task)) | {"dataset": None}
     return {
         "model": dataclasses.asdict(config.model),
-        "task": dataclasses.asdict(config.task),
+        "task": {name: value for name, value in task.items() if value is not None},
         "cold_start": dataclasses.asdict(config.cold_start) | {"sft_steps": config.sft_steps},
     }
 

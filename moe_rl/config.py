@@ -101,24 +101,53 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """The verifiable-reward task. Options of the other task are ignored."""
+    """The verifiable-reward task. digits and numbers count for their own task only."""
 
-    task: Literal["running_sum", "countdown"] = "running_sum"
-    """running_sum: n digits, answer their running sums modulo 10. countdown: reach a target."""
+    task: Literal["running_sum", "countdown", "dataset"] = "running_sum"
+    """running_sum: n digits, answer their running sums modulo 10. countdown: reach a target.
+    dataset: prompts and answers of a file."""
     digits: int = 16
     """running_sum: digits in a prompt, 1 to 64."""
     numbers: int = 3
     """countdown: numbers to combine, 2 to 4."""
+    dataset: str | None = None
+    """dataset: file of one {"prompt": text, "answer": text} a line."""
+    dataset_sha256: str | None = None
+    """dataset: what the file must hold, as 64 hexadecimal digits. Default: what it holds now."""
+    response_tokens: int | None = None
+    """dataset: tokens a response may have. Default: one more than the longest answer's letters."""
 
     def __post_init__(self) -> None:
         _require(1 <= self.digits <= 64, f"digits={self.digits}: must be from 1 to 64")
         _require(2 <= self.numbers <= 4, f"numbers={self.numbers}: must be from 2 to 4")
+        _require(
+            self.task != "dataset" or self.dataset is not None,
+            "task=dataset: no file to read; give one as dataset",
+        )
+        for name in ("dataset", "dataset_sha256", "response_tokens"):
+            value = getattr(self, name)
+            _require(
+                self.task == "dataset" or value is None,
+                f"{name}={value!r:.80} with task={self.task}: belongs to task=dataset; choose that",
+            )
+        _require(
+            self.dataset_sha256 is None
+            or re.fullmatch("[0-9a-f]{64}", self.dataset_sha256) is not None,
+            f"dataset_sha256={self.dataset_sha256!r:.80}: must be 64 hexadecimal digits",
+        )
+        _require(
+            self.response_tokens is None or self.response_tokens >= 1,
+            f"response_tokens={self.response_tokens}: must be at least 1",
+        )
 
     def options(self) -> dict[str, Any]:
         """The named task's own options."""
-        return {"running_sum": {"digits": self.digits}, "countdown": {"numbers": self.numbers}}[
-            self.task
-        ]
+        names = {
+            "running_sum": ("digits",),
+            "countdown": ("numbers",),
+            "dataset": ("dataset", "dataset_sha256", "response_tokens"),
+        }[self.task]
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moe_rl.cold_start import ensure_cold_start
 from moe_rl.config import RunConfig
+from moe_rl.fit import check_fit
 from moe_rl.losses import resolve_clip
 from moe_rl.parallel import Ranks
 from moe_rl.policy import Policy, build_policy
@@ -31,7 +32,7 @@ def starting_policy(
         sharded: see `build_policy`.
 
     Raises:
-        ConfigError: the policy cannot be built.
+        ConfigError: the policy cannot be built, or cannot hold the task's prompts and responses.
         PeerFailed: the main rank could not make the cold start.
     """
     ranks = ranks or Ranks()
@@ -42,13 +43,15 @@ def starting_policy(
                 ensure_cold_start(config, task, cold_start_cache, on_cold_start)
         folder = ensure_cold_start(config, task, cold_start_cache, on_cold_start)
         return saved_policy(config, folder, sharded=sharded)
-    return build_policy(
+    policy = build_policy(
         config.model,
         task.alphabet,
         seed=config.cold_start.sft_seed,
         temperature=config.temperature,
         sharded=sharded,
     )
+    check_fit(policy, task)
+    return policy
 
 
 def saved_policy(config: RunConfig, folder: Path, *, sharded: bool = False) -> Policy:

@@ -15,8 +15,14 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
 
     vocabulary = {PAD: 0, EOS: 1, **{c: i + 2 for i, c in enumerate(sorted(set(alphabet)))}}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"."), behavior="isolated")
+    # Not `.`, which leaves out line ends: two of them would be one piece, and unknown.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left"
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        padding_side="left",
+        # Else " ." is read back as ".": a right answer would count as wrong.
+        clean_up_tokenization_spaces=False,
     )

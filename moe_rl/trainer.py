@@ -22,7 +22,9 @@ from moe_rl.advantages import group_advantages
 from moe_rl.checkpoints import Checkpoint, Checkpoints
 from moe_rl.config import ConfigError, RunConfig
 from moe_rl.crash import Crash, NonFinite
+from moe_rl.disk import WritesTo
 from moe_rl.experience import Experience
+from moe_rl.inputs import resolved
 from moe_rl.learner import Learner
 from moe_rl.parallel import Parallelism, Ranks, Share, join
 from moe_rl.policy import Policy
@@ -278,7 +280,8 @@ class Trainer:
         fill = collect_policy(self.policy)
         with self.ranks.together():
             if self.ranks.main:
-                fill(self.log.folder / name)
+                with WritesTo(self.log.folder / name):
+                    fill(self.log.folder / name)
 
     def _summary(self, rewards: list[float]) -> dict[str, Any]:
         tail = rewards[-max(1, len(rewards) // 8) :]
@@ -351,7 +354,7 @@ def train(
         NonFinite, Stopped: see `Trainer.run`.
         PeerFailed: another process has failed.
     """
-    config = config.named()
+    config = resolved(config)
     clip_range(config)  # refused here, before a cold start is trained
     with join() as ranks:
         prepare_process(config.num_threads)

@@ -315,7 +315,7 @@ def test_impossible_draws_are_refused(task: Task) -> None:
 def test_tasks_are_found_by_name_with_their_options() -> None:
     assert make_task("running_sum", digits=3) == RunningSum(digits=3)
     assert make_task("countdown", numbers=4, max_number=9) == Countdown(numbers=4, max_number=9)
-    assert all(make_task(name).name == name for name in TASKS)
+    assert all(make_task(name).name == name for name in TASKS if name != "dataset")
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,30 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
-from moe_rl.tasks.base import Problem, Task
+from moe_rl.tasks.base import Listed, Problem, Task
 from moe_rl.tasks.countdown import Countdown
+from moe_rl.tasks.dataset import Dataset
 from moe_rl.tasks.running_sum import RunningSum
 
-__all__ = ["TASKS", "Countdown", "Problem", "RunningSum", "Task", "make_task"]
+__all__ = [
+    "TASKS",
+    "Countdown",
+    "Dataset",
+    "Listed",
+    "Problem",
+    "RunningSum",
+    "Task",
+    "make_task",
+]
 
-TASKS: dict[str, type[RunningSum] | type[Countdown]] = {
-    task.name: task for task in (RunningSum, Countdown)
+TASKS: dict[str, type[RunningSum] | type[Countdown] | type[Dataset]] = {
+    task.name: task for task in (RunningSum, Countdown, Dataset)
 }
 
 
-def make_task(name: str, **options: int) -> Task:
+def make_task(name: str, **options: Any) -> Task:
     """The task `name` with `options`, which are the fields of its class.
 
     Raises:

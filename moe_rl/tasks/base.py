@@ -25,6 +25,17 @@ class Problem:
     """Values that `Task.reward` takes as keyword lists, one entry a completion."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """A problem that stands in a file."""
+
+    where: str
+    """File and line."""
+    prompt: str
+    answer: str
+    """A completion that is right."""
+
+
 class Task(ABC):
     """A seeded, offline task with a verifiable reward.
 
@@ -49,6 +60,10 @@ class Task(ABC):
     @abstractmethod
     def max_response_tokens(self) -> int:
         """Tokens of the longest completion that can be right, end of sequence included."""
+
+    def listed(self) -> Sequence[Listed]:
+        """Every problem of a task that reads them from a file; none where they are drawn."""
+        return ()
 
     @abstractmethod
     def prompts(self, rng: np.random.Generator, count: int) -> list[Problem]:
