@@ -1,0 +1,331 @@
+"""Integrations: routing replay and the instruments inside TRL's GRPOTrainer.
+
+    from moe_rl.integrations.trl import RoutingReplayGRPOTrainer
+
+    trainer = RoutingReplayGRPOTrainer(model, rewards, args, dataset, routing_replay="R2")
+
+or `class MyTrainer(RoutingReplayMixin, MyGRPOTrainer)`. What TRL does stays TRL's: the mixin opens
+a routing context around the forwards that TRL makes, and lets the record travel in TRL's batch,
+which TRL shuffles and splits row by row. docs/integrations.md has an example, the metrics, limits.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moe_rl.config import RoutingReplay
+from moe_rl.integrations.engine_routes import FIELD, PROMPT_FIELD, join_prompts, lay_out
+from moe_rl.integrations.trl_metrics import MicroBatch, global_routing, routing_sums, update_metrics
+from moe_rl.integrations.trl_support import (
+    require_options,
+    require_same_tokens,
+    require_support,
+    require_tested_trl,
+)
+from moe_rl.rollout.batch import response_positions
+from moe_rl.routing import record_routing, replay_routing
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer as _Trainer
+else:  # the package imports without TRL; whoever mixes this in brings the trainer
+    _Trainer = object
+
+# Keys that the mixin adds to TRL's batch; each has a row a sequence.
+REPLAY = "routed_experts"
+LIVE = "live_routed_experts"
+OLD_LOGPROBS = "old_pass_logprobs"
+
+
+@dataclass(kw_only=True)
+class _Rollout:
+    """What one method of TRL sees of a rollout and another needs."""
+
+    lengths: list[tuple[int, int]]
+    engine_routes: list[np.ndarray]
+    replay: Tensor | None = None
+    live: Tensor | None = None
+    old_logprobs: Tensor | None = None
+
+
+class RoutingReplayMixin(_Trainer):
+    """Routing replay for GRPOTrainer; stands before it among the bases of a class.
+
+    Training batches only: evaluation is TRL's. The reference model always routes live.
+
+    Args:
+        routing_replay: "disabled"; "R2", the choices of the old policy, recorded in its pass over
+            the rollout (made here where TRL makes none); "R3", those of the rollout engine, which
+            `rollout_func` returns as `routed_experts`, one entry a completion: ids
+            `[S or S - 1, L, K]` of prompt and response without padding. In R3 the old policy's
+            log-probs are taken under the same routes.
+        routing_diagnostics: log `routing/*` and `ratio/*` of every update that has an old policy's
+            pass, over the whole batch of all processes.
+        attribution_every: n: every n-th update also logs the split of Var(log w) into
+            `ratio/routing_part` and `ratio/weight_part`, for one more forward without gradients.
+            With n updates a rollout that is the last of each. 0: never.
+
+    Raises:
+        ImportError: TRL is not installed, or not of the tested range.
+        ValueError: an unknown mode; a model without routers, or one that replay refuses; R3
+            without `rollout_func`; a processor of images; an adapter of virtual tokens.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        routing_replay: RoutingReplay = "disabled",
+        routing_diagnostics: bool = True,
+        attribution_every: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        require_tested_trl()
+        require_options(routing_replay, routing_diagnostics, attribution_every)
+        self.routing_replay = routing_replay
+        self.routing_diagnostics = routing_diagnostics
+        self.attribution_every = attribution_every
+        self._rollout_under_way: _Rollout | None = None
+        self._inputs_under_way: dict[str, Any] | None = None
+        self._micro_batches: list[MicroBatch] = []
+        super().__init__(*args, **kwargs)
+        if routing_replay != "disabled" or routing_diagnostics:
+            require_support(self)
+
+    def _routing_is_on(self) -> bool:
+        on = self.routing_replay != "disabled" or self.routing_diagnostics
+        return on and bool(self.model.training)
+
+    # The rollout.
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        generated = super()._generate(prompts)
+        prompt_ids, completion_ids, extra_fields = generated[0], generated[1], generated[5]
+        # TRL would hand them to the reward functions, and to nobody else.
+        routes, prompt_routes = extra_fields.pop(FIELD, None), extra_fields.pop(PROMPT_FIELD, None)
+        if not self._routing_is_on():
+            return generated
+        pairs = zip(prompt_ids, completion_ids, strict=True)
+        rollout = _Rollout(
+            lengths=[(len(prompt), len(response)) for prompt, response in pairs], engine_routes=[]
+        )
+        if self.routing_replay == "R3":
+            if routes is None:
+                raise ValueError(
+                    f"rollout_func: no {FIELD!r} in what it returned, which routing_replay=R3 "
+                    "replays. Return one entry a completion, ids [S or S - 1, L, K]."
+                )
+            rollout.engine_routes = join_prompts(routes, prompt_routes)
+        # Only now: forwards that a rollout_func makes are its own.
+        self._rollout_under_way = rollout
+        return generated
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        try:
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            if self._rollout_under_way is not None:
+                output |= self._fields(self._rollout_under_way, output)
+        finally:
+            self._rollout_under_way = None
+        if self.routing_replay == "R3" and LIVE in output:
+            self._log_mismatch(output)
+        return output
+
+    def _fields(self, rollout: _Rollout, output: dict[str, Any]) -> dict[str, Tensor]:
+        """What travels in TRL's batch."""
+        tokens, attention, kept = _whole_sequences(output)
+        needed = self.routing_replay == "R2" or (
+            self.routing_replay == "R3" and self.routing_diagnostics
+        )
+        if rollout.live is None and needed:  # TRL makes no pass where a step is on-policy
+            with self._without_gradients():
+                rows = self.args.per_device_train_batch_size
+                self._get_per_token_logps_and_entropies(
+                    self.model, tokens, attention, kept, batch_size=rows
+                )
+        fields = {}
+        if self.routing_replay == "R2":
+            fields[REPLAY] = rollout.live
+        elif self.routing_diagnostics:
+            fields[LIVE] = rollout.live
+        if self.routing_replay == "R3":
+            fields[REPLAY] = self._engine_record(rollout, tokens, kept)
+        if "old_per_token_logps" not in output and self.routing_diagnostics:
+            fields[OLD_LOGPROBS] = rollout.old_logprobs
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def _engine_record(self, rollout: _Rollout, tokens: Tensor, response_length: int) -> Tensor:
+        if rollout.replay is None:
+            record = lay_out(
+                rollout.engine_routes,
+                rollout.lengths,
+                prompt_length=tokens.shape[1] - response_length,
+                length=tokens.shape[1],
+                model=self.model,
+            )
+            rollout.replay = record.to(tokens.device)
+        return rollout.replay
+
+    def _log_mismatch(self, batch: dict[str, Any]) -> None:
+        sums = _routing_sums(batch, batch[REPLAY], batch[LIVE])
+        self._log_metrics(global_routing(self.accelerator, [sums], "mismatch"))
+
+    # Forwards.
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        forward = (model, input_ids, attention_mask, logits_to_keep, *args)
+        rollout, inputs = self._rollout_under_way, self._inputs_under_way
+        if rollout is not None and rollout.live is None and not self._is_reference(model):
+            return self._old_policy_pass(rollout, forward, kwargs)
+        if inputs is not None:
+            return self._update_pass(inputs, forward, kwargs)
+        return self._plain_pass(forward, kwargs)
+
+    def _plain_pass(self, forward: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super()._get_per_token_logps_and_entropies(*forward, **kwargs)
+
+    def _is_reference(self, model: nn.Module) -> bool:
+        """Is this TRL's pass of the reference model, and not that of the old policy?"""
+        from accelerate.utils import is_peft_model
+
+        if model is self.ref_model:
+            return True
+        if not is_peft_model(model):
+            return False
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        # The reference of an adapter is the model without it, or with its first state, "ref".
+        layer = next((m for m in model.modules() if isinstance(m, BaseTunerLayer)), None)
+        return layer is not None and (layer.disable_adapters or "ref" in layer.active_adapters)
+
+    def _old_policy_pass(
+        self, rollout: _Rollout, forward: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        model, tokens, _, response_length = forward[:4]
+        replay = None
+        if self.routing_replay == "R3":
+            replay = self._engine_record(rollout, tokens, response_length)
+        found, rollout.live = self._routed_pass(replay, (model, *forward[1:]), kwargs)
+        rollout.old_logprobs = found[0]
+        return found
+
+    def _routed_pass(
+        self, replay: Tensor | None, forward: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Tensor]:
+        """A pass that replays a record if there is one, and the live choices in it."""
+        if replay is None:
+            with record_routing(forward[0]) as recorded:
+                found = self._plain_pass(forward, kwargs)
+            return found, recorded.routed_experts
+        # Backward comes after the block: a replayed forward is recomputed with its own routes.
+        with replay_routing(forward[0], replay, validate=False) as replayed:
+            found = self._plain_pass(forward, kwargs)
+        return found, replayed.live_routed_experts
+
+    def _update_pass(
+        self, inputs: dict[str, Any], forward: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        replay = inputs.get(REPLAY)
+        old = inputs.get(LIVE, replay)
+        if old is None:  # no pass of an old policy: there is nothing to replay or to compare with
+            return self._plain_pass(forward, kwargs)
+        require_same_tokens(old, forward[1])
+        # Before the forward in the loss: between it and its backward the model is left alone.
+        other = self._other_logprobs(old, replay, forward) if self._splits_now() else None
+        found, new = self._routed_pass(replay, forward, kwargs)
+        if self.routing_diagnostics:
+            part = MicroBatch(
+                logprobs=found[0].detach(),
+                old_logprobs=inputs.get("old_per_token_logps", inputs.get(OLD_LOGPROBS)),
+                mask=_response_mask(inputs),
+                routing=_routing_sums(inputs, old, new),
+                other_logprobs=other,
+                replayed=replay is not None,
+            )
+            self._micro_batches.append(part)
+        return found
+
+    def _other_logprobs(
+        self, old: Tensor, replay: Tensor | None, forward: tuple[Any, ...]
+    ) -> Tensor:
+        """Log-probs [b, T] of the current weights: live if the loss replays, else replayed."""
+        context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if replay is None:
+            context = replay_routing(self.model, old, validate=False)
+        with self._without_gradients(), context:
+            logprobs: Tensor = self._plain_pass((self.model, *forward[1:4]), {})[0]
+        return logprobs
+
+    @contextlib.contextmanager
+    def _without_gradients(self) -> Iterator[None]:
+        from trl.models.utils import disable_gradient_checkpointing
+
+        options = self.args.gradient_checkpointing_kwargs
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, options):
+            yield
+
+    # An update.
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        self._inputs_under_way = inputs if self._routing_is_on() else None
+        try:
+            loss: Tensor = super()._compute_loss(model, inputs)
+        finally:
+            self._inputs_under_way = None
+        if self._micro_batches and self.accelerator.sync_gradients:
+            self._log_metrics(update_metrics(self.accelerator, self._micro_batches))
+            self._micro_batches.clear()
+        return loss
+
+    def _splits_now(self) -> bool:
+        every = self.attribution_every
+        return every > 0 and (self.state.global_step + 1) % every == 0
+
+    def _log_metrics(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(value)
+
+
+def _routing_sums(batch: dict[str, Any], before: Tensor, now: Tensor) -> Tensor:
+    prompt_length = batch["prompt_ids"].shape[1]
+    old, new = (response_positions(routes, prompt_length) for routes in (before, now))
+    return routing_sums(old, new, _response_mask(batch))
+
+
+def _response_mask(batch: dict[str, Any]) -> Tensor:
+    """bool [b, T]: the tokens that TRL's loss counts."""
+    mask: Tensor = batch["completion_mask"]
+    if "tool_mask" in batch:
+        mask = mask * batch["tool_mask"]
+    return mask.bool()
+
+
+def _whole_sequences(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
+    """Token ids and attention mask [B, S], and the number of response positions."""
+    tokens = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    return tokens, attention, batch["completion_ids"].shape[1]
+
+
+def __getattr__(name: str) -> Any:
+    """RoutingReplayGRPOTrainer, made when it is asked for: only then TRL is imported."""
+    if name != "RoutingReplayGRPOTrainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require_tested_trl()
+    from trl import GRPOTrainer
+
+    text = {"__doc__": RoutingReplayMixin.__doc__, "__module__": __name__}
+    made = type(name, (RoutingReplayMixin, GRPOTrainer), text)
+    globals()[name] = made
+    return made

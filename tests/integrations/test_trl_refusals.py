@@ -1,0 +1,173 @@
+"""What the TRL integration refuses, and what it says then."""
+
+import ast
+import importlib.metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PromptTuningConfig
+from tiny_trl import Spy, build, own_engine, tiny_model
+
+from moe_rl.integrations.trl_support import require_same_tokens, require_support, require_tested_trl
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("mode", ["R2", "R3", "disabled"])
+def test_a_model_without_routers_is_refused(tmp_path: Path, mode: Any) -> None:
+    dense = tiny_model("qwen3")
+    with pytest.raises(ValueError, match="has no top-k router"):
+        build(tmp_path, model=dense, routing_replay=mode, rollout_func=own_engine)
+
+
+def test_a_model_without_routers_trains_with_everything_off(tmp_path: Path) -> None:
+    dense = tiny_model("qwen3")
+    settings = {"max_steps": 1, "router_aux_loss_coef": None}
+    build(tmp_path, model=dense, args=settings, routing_diagnostics=False).train()
+
+
+def test_a_family_whose_replay_is_refused_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("phimoe", num_local_experts=8)
+    with pytest.raises(ValueError, match="sparsemixer"):
+        build(tmp_path, model=model, routing_replay="R2")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"routing_replay": "R4"}, "routing_replay: 'R4'; expected one of disabled, R2, R3"),
+        ({"attribution_every": -1}, "attribution_every: -1; expected 0"),
+        ({"attribution_every": 2, "routing_diagnostics": False}, "only with routing_diagnostics"),
+        ({"routing_replay": "R3"}, "Pass a rollout_func that returns 'routed_experts'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, **options)
+
+
+def broken(change: Any) -> Any:
+    """The trainer's own engine with one thing wrong in what it returns."""
+
+    def engine(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        out = own_engine(prompts, trainer)
+        change(out)
+        return out
+
+    return engine
+
+
+def drop_routes(out: dict[str, Any]) -> None:
+    del out["routed_experts"]
+
+
+def lose_one(out: dict[str, Any]) -> None:
+    out["routed_experts"].pop()
+
+
+def forget_one(out: dict[str, Any]) -> None:
+    out["routed_experts"][3] = None
+
+
+def cut_one(out: dict[str, Any]) -> None:
+    out["routed_experts"][2] = out["routed_experts"][2][:-2]
+
+
+def drop_a_layer(out: dict[str, Any]) -> None:
+    out["routed_experts"] = [routes[:, :1] for routes in out["routed_experts"]]
+
+
+def of_another_model(out: dict[str, Any]) -> None:
+    out["routed_experts"] = [routes + 8 for routes in out["routed_experts"]]
+
+
+def record_nothing(out: dict[str, Any]) -> None:
+    out["routed_experts"] = [torch.zeros_like(routes) for routes in out["routed_experts"]]
+
+
+@pytest.mark.parametrize("diagnostics", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop_routes, "rollout_func: no 'routed_experts' in what it returned"),
+        (lose_one, "routes of 7 sequences for 8 completions"),
+        (forget_one, "sequence 3 has none. Turn the engine's record on"),
+        (cut_one, "sequence 2 has .* prompt and .* response tokens"),
+        (drop_a_layer, "1 layers, but the model has 2 MoE layers"),
+        (of_another_model, "but the model has 8 experts"),
+        (record_nothing, "every recorded id is 0"),
+    ],
+)
+def test_routes_that_do_not_fit_are_refused(
+    tmp_path: Path, change: Any, message: str, diagnostics: bool
+) -> None:
+    trainer = build(
+        tmp_path,
+        args={"num_iterations": 1, "max_steps": 1},
+        routing_replay="R3",
+        rollout_func=broken(change),
+        routing_diagnostics=diagnostics,
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_a_batch_that_was_changed_after_the_rollout_is_refused(tmp_path: Path) -> None:
+    class Packing(Spy):
+        def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+            cut = {name: inputs[name][:, :-1] for name in ("completion_ids", "completion_mask")}
+            return super()._compute_loss(model, {**inputs, **cut})
+
+    trainer = build(tmp_path, kind=Packing, routing_replay="R2")
+    with pytest.raises(ValueError, match="Something changed the batch after the rollout"):
+        trainer.train()
+    require_same_tokens(torch.zeros(2, 5, 1, 1), torch.zeros(2, 5))
+
+
+def test_images_are_refused() -> None:
+    trainer = SimpleNamespace(model=tiny_model(), _is_vlm=True, routing_replay="R2")
+    with pytest.raises(ValueError, match="a processor of images"):
+        require_support(trainer)
+
+
+def test_virtual_tokens_are_refused(tmp_path: Path) -> None:
+    adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="virtual tokens"):
+        build(tmp_path, peft_config=adapter, routing_replay="R2")
+
+
+@pytest.mark.parametrize("version", ["1.15.0", "1.17.0", "2.0.0.dev0", "0.29.1"])
+def test_an_untested_trl_is_refused_with_the_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    with pytest.raises(ImportError, match=rf"TRL {version} is outside .*trl>=1.16,<1.17"):
+        build(tmp_path, routing_replay="R2")
+
+
+def test_without_trl_the_way_to_get_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(ImportError, match=r"TRL is not installed: pip install 'moe-rl\[trl\]'"):
+        require_tested_trl()
+
+
+def test_nothing_else_in_the_package_imports_the_integrations() -> None:
+    rooms = ("moe_rl", "kernels", "analysis", "experiments")
+    own = ROOT / "moe_rl" / "integrations"
+    paths = [path for room in rooms for path in (ROOT / room).rglob("*.py")]
+    for path in paths:
+        if path.is_relative_to(own):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            assert not [name for name in names if "moe_rl.integrations" in name], path
