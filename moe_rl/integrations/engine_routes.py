@@ -31,7 +31,7 @@ def vllm_routes(outputs: Sequence[Any]) -> list[np.ndarray]:
     Raises:
         ValueError: a completion without routes.
     """
-    rows = []
+    rows: list[np.ndarray] = []
     for output in outputs:
         prompt = getattr(output, PROMPT_FIELD, None)
         for completion in output.outputs:

@@ -247,7 +247,7 @@ class RoutingReplayMixin(_Trainer):
         if self.routing_diagnostics:
             part = MicroBatch(
                 logprobs=found[0].detach(),
-                old_logprobs=inputs.get("old_per_token_logps", inputs.get(OLD_LOGPROBS)),
+                old_logprobs=_old_logprobs(inputs),
                 mask=_response_mask(inputs),
                 routing=_routing_sums(inputs, old, new),
                 other_logprobs=other,
@@ -309,6 +309,13 @@ def _response_mask(batch: dict[str, Any]) -> Tensor:
     if "tool_mask" in batch:
         mask = mask * batch["tool_mask"]
     return mask.bool()
+
+
+def _old_logprobs(batch: dict[str, Any]) -> Tensor:
+    """[b, T]: TRL's, or those of the pass that the mixin made in its place."""
+    name = "old_per_token_logps" if "old_per_token_logps" in batch else OLD_LOGPROBS
+    found: Tensor = batch[name]
+    return found
 
 
 def _whole_sequences(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
