@@ -4,6 +4,8 @@ Found before a cold start or a rollout: behind its context a model says somethin
 it was made for.
 """
 
+from collections.abc import Sequence
+
 from moe_rl.config import ConfigError
 from moe_rl.policy import Policy
 from moe_rl.tasks import Listed, Task
@@ -32,9 +34,7 @@ def check_fit(policy: Policy, task: Task) -> None:
         )
 
 
-def _check_rows(
-    policy: Policy, rows: list[Listed] | tuple[Listed, ...], response: int, context: int | None
-) -> None:
+def _check_rows(policy: Policy, rows: Sequence[Listed], response: int, context: int | None) -> None:
     prompts = _encode(policy, [row.prompt for row in rows])
     answers = _encode(policy, [row.answer for row in rows])
     spelled = policy.tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -13,6 +13,7 @@ from faults.folders import RUN_FOLDERS, STUDIES
 from faults.models import MODELS
 from faults.options import CONFIGS, OPTIONS
 from faults.runs import RUNS
+from faults.states import STATES
 from faults.table import Fault, moe_rl, pattern, rows, try_out
 from faults.traces import TRACES
 from faults.warm import Warm
@@ -21,6 +22,7 @@ TABLES: dict[str, dict[str, Fault]] = {
     "Options": OPTIONS,
     "Config files": CONFIGS,
     "Run folders": RUN_FOLDERS,
+    "Checkpoints and crash bundles": STATES,
     "Studies and reports": STUDIES,
     "Model folders": MODELS,
     "Datasets": DATASETS,
