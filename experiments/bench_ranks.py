@@ -57,9 +57,8 @@ def bench_ranks(*, repeats: int, out: Path | None) -> int:
     }
     for size, values in seconds.items():
         print(f"{size} process(es), one thread each: {statistics.median(values):.3f} s a step")
-    print(
-        f"two processes are {result['gain']:.2f} times as fast ({min(gains):.2f} to {max(gains):.2f})"
-    )
+    spread = f"{min(gains):.2f} to {max(gains):.2f}"
+    print(f"two processes are {result['gain']:.2f} times as fast ({spread})")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, result)
