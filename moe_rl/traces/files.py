@@ -133,12 +133,14 @@ def _response(raw: bytes, num_layers: int | None, top_k: int | None) -> Trace:
     if not found:
         raise ValueError(f"no response in it has {KEY!r}. Was the server started with the option?")
     rows, source, total = [], "vLLM", 0
+    shared, shared_routes = None, np.empty(0)  # the completions of a prompt follow each other
     for generated, prompt in found:
         row, kind = _routes(generated, num_layers, top_k)
         source = kind or source
         if prompt is not None:
-            row = from_vllm(row, _routes(prompt, num_layers, top_k)[0])
-            source = "vLLM 0.21"
+            if prompt is not shared:
+                shared, shared_routes = prompt, _routes(prompt, num_layers, top_k)[0]
+            row, source = from_vllm(row, shared_routes), "vLLM 0.21"
         rows.append(row)
         total += row.nbytes  # every completion repeats its prompt
         check_size(total, len(raw), f"{len(rows)} completions with their prompt's routes")

@@ -250,15 +250,15 @@ def one_long_text(path: Path) -> None:
 
 
 def one_long_row(path: Path) -> None:
-    """One row of 50,000 tokens among 50,000 of one token: filled up, 5 GB."""
-    rows = [[[[1]]]] * 50_000 + [[[[1]]] * 50_000]
+    """One row of 20,000 tokens among 20,000 of one token: filled up, 800 MB."""
+    rows = [[[[1]]]] * 20_000 + [[[[1]]] * 20_000]
     path.write_text(json.dumps([{"routed_experts": row} for row in rows]))
 
 
 def one_long_prompt(path: Path) -> None:
-    """A prompt of 20,000 tokens that 20,000 completions share: 3 GB."""
-    choices = [{"routed_experts": [[[1]]]}] * 20_000
-    prompt = {"prompt_routed_experts": [[[1]]] * 20_000}
+    """A prompt of 10,000 tokens that 10,000 completions share: 800 MB."""
+    choices = [{"routed_experts": [[[1]]]}] * 10_000
+    prompt = {"prompt_routed_experts": [[[1]]] * 10_000}
     path.write_text(json.dumps(prompt | {"choices": choices}))
 
 
@@ -292,7 +292,7 @@ def test_memory_stays_within_a_multiple_of_the_file(
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < max(2 * ALWAYS, EXPANSION * size), f"{peak} bytes for a file of {size}"
+    assert peak < 2 * max(ALWAYS, EXPANSION * size), f"{peak} bytes for a file of {size}"
 
 
 def test_a_trace_that_packs_well_is_still_read(tmp_path: Path) -> None:
