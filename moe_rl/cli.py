@@ -36,6 +36,7 @@ from moe_rl.options import (
     cores,
 )
 from moe_rl.stopping import PeerFailed, Stopped
+from moe_rl.trackers import Tracker, make_trackers
 from moe_rl.usage import describe_os_error, is_lost_peer, is_out_of_memory, one_line, parse
 
 FAILED = 1
@@ -115,19 +116,20 @@ def _report(root: Path) -> None:
 def train(options: Train) -> int:
     """`moe-rl train`."""
     from moe_rl.inputs import check_checkpoint, resolved
-    from moe_rl.runlog import check_run_folder, check_unlocked, is_complete
+    from moe_rl.runlog import check_run_folder, check_unlocked, is_complete, run_name
 
     # What needs no torch comes first: it is found at once.
     config = resolved(options.run)
     if not options.resume:  # which goes on from a checkpoint of its own
         check_checkpoint(config)
-    folder = options.out or Path("runs") / _run_name(config)
+    folder = options.out or Path("runs") / run_name(config)
     if not options.dry_run:
         check_run_folder(folder, config)
         check_unlocked(folder)
         if is_complete(folder):
             _say(f"{folder}: this run is complete already")
             return 0
+    trackers = [] if options.dry_run else make_trackers(options.tracker)
     from moe_rl.start import clip_range
 
     clip_range(config)  # refused here, before a cold start is trained
@@ -135,7 +137,7 @@ def train(options: Train) -> int:
         print(json.dumps(config.to_dict(), indent=2))
         return 0
     try:
-        summary = _train(options, config, folder)
+        summary = _train(options, config, folder, trackers)
     except Stopped as stopped:
         _complain(f"{stopped}; the same command with --resume goes on from it")
         return 128 + stopped.number
@@ -143,7 +145,9 @@ def train(options: Train) -> int:
     return 0
 
 
-def _train(options: Train, config: RunConfig, folder: Path) -> dict[str, Any]:
+def _train(
+    options: Train, config: RunConfig, folder: Path, trackers: Sequence[Tracker]
+) -> dict[str, Any]:
     from moe_rl.progress import cold_start_progress, run_progress
     from moe_rl.trainer import train as train_run
 
@@ -155,6 +159,7 @@ def _train(options: Train, config: RunConfig, folder: Path) -> dict[str, Any]:
             cold_start_cache=options.cold_start_cache,
             resume=options.resume,
             parallelism=options.parallelism,
+            trackers=trackers,
             on_step=on_step,
             on_cold_start=stack.enter_context(cold_start_progress()),
             on_damage=_complain if _main_rank() else lambda _: None,
@@ -178,11 +183,6 @@ def replay_crash(options: ReplayCrash) -> int:
     result = replay_crash(options.bundle)
     print(result.describe())
     return 0 if result.found else FAILED
-
-
-def _run_name(config: RunConfig) -> str:
-    replay = "" if config.routing_replay == "disabled" else f"-{config.routing_replay}"
-    return f"{config.setting}-{config.arm}{replay}-seed{config.seed}"
 
 
 def calibrate(options: Calibrate) -> int:

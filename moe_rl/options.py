@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from moe_rl.config import Family, RunConfig
+from moe_rl.trackers import TrackerName
 
 _CACHE = Path("runs/cold_start")
 
@@ -57,6 +58,8 @@ class Train:
     """JSON config (or a run folder's config.json) to start from instead of a preset."""
     out: Path | None = None
     """Run folder. Default: runs/SETTING-ARM-seedN."""
+    tracker: tuple[TrackerName, ...] = ()
+    """Where to show the run beside its files: tensorboard, wandb (offline), trackio."""
     resume: bool = False
     """Go on from the run folder's newest whole checkpoint (see checkpoint_every)."""
     parallelism: Literal["ddp", "fsdp"] = "ddp"

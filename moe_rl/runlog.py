@@ -10,18 +10,27 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from moe_rl.config import SCHEMA, ConfigError, RunConfig, load_config
 from moe_rl.json_text import parse_json
+from moe_rl.trackers import Axis, Resume, TrackedRun, Tracker
+from moe_rl.trackers.fan_out import FanOut
 
 LOCK = "lock"
 OUTPUT = "output.txt"
 """What a run of a study prints."""
-_LOGS = ("steps.jsonl", "updates.jsonl")
+_LOG_OF: dict[Axis, str] = {"step": "steps.jsonl", "update": "updates.jsonl"}
+_LOGS = tuple(_LOG_OF.values())
 _PARTIAL = ".partial"
+
+
+def run_name(config: RunConfig) -> str:
+    """What a run is called where nobody names it: SETTING-ARM-seedN, with its kind of replay."""
+    replay = "" if config.routing_replay == "disabled" else f"-{config.routing_replay}"
+    return f"{config.setting}-{config.named().arm}{replay}-seed{config.seed}"
 
 
 def jsonable(value: Any) -> Any:
@@ -129,7 +138,8 @@ class RunLog:
     """Writes one run folder.
 
     Opening it starts the run anew: lines of an interrupted attempt at the same run are replaced.
-    With `sizes`, from a checkpoint, it goes on behind the lines that were there then.
+    With `sizes`, from a checkpoint, it goes on behind the lines that were there then. Each line
+    goes to `trackers` too; one that fails is dropped with a warning.
 
     Raises:
         ConfigError: the folder holds something else, another process writes the run, or a log has
@@ -137,7 +147,11 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, config: RunConfig, sizes: Mapping[str, int] | None = None
+        self,
+        folder: Path,
+        config: RunConfig,
+        sizes: Mapping[str, int] | None = None,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         check_run_folder(folder, config)
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,15 +160,22 @@ class RunLog:
         # A run is complete by its summary: one that starts anew has none.
         (folder / "summary.json").unlink(missing_ok=True)
         write_json(folder / "config.json", {"schema": SCHEMA, "config": config.to_dict()})
+        resume = None if sizes is None else _resume(folder, sizes)
         self._steps, self._updates = (_open(folder / name, sizes) for name in _LOGS)
+        tracked = TrackedRun(
+            name=run_name(config), config=config.to_dict(), folder=folder, resume=resume
+        )
+        self._trackers = FanOut(trackers, tracked, config.updates_per_rollout)
 
     def step(self, values: Mapping[str, Any]) -> None:
         """Append one line to steps.jsonl."""
         _append(self._steps, values)
+        self._trackers.step(values)
 
     def update(self, values: Mapping[str, Any]) -> None:
         """Append one line to updates.jsonl."""
         _append(self._updates, values)
+        self._trackers.update(values)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each log, all of them on the disk."""
@@ -165,11 +186,16 @@ class RunLog:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, which marks the run as complete."""
-        self.close()
+        self._close_files()
         write_json(self.folder / "summary.json", {"schema": SCHEMA, "complete": True, **summary})
+        self._trackers.finish(summary)
 
     def close(self) -> None:
         """Close the files; the run stays incomplete unless `finish` was called."""
+        self._close_files()
+        self._trackers.finish(None)
+
+    def _close_files(self) -> None:
         self._steps.close()
         self._updates.close()
         self._lock.close()
@@ -236,6 +262,18 @@ def _in_use(folder: Path) -> ConfigError:
     return ConfigError(
         f"out={str(folder)!r}: another process is writing this run; wait for it, or give another "
         "folder"
+    )
+
+
+def _resume(folder: Path, sizes: Mapping[str, int]) -> Resume:
+    """Where the logs go on, by the lines of a checkpoint and those that are there."""
+    contents = {
+        axis: (folder / name).read_bytes() if (folder / name).is_file() else b""
+        for axis, name in _LOG_OF.items()
+    }
+    return Resume(
+        first={axis: text[: sizes[_LOG_OF[axis]]].count(b"\n") for axis, text in contents.items()},
+        shown={axis: text.count(b"\n") for axis, text in contents.items()},
     )
 
 

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,6 +47,7 @@ from moe_rl.start import clip_range, saved_policy, starting_policy
 from moe_rl.stopping import Stopped, StopRequest, listen
 from moe_rl.stopwatch import Stopwatch
 from moe_rl.tasks import make_task
+from moe_rl.trackers import Tracker
 
 StepCallback = Callable[[dict[str, Any]], None]
 
@@ -327,6 +328,7 @@ def train(
     cold_start_cache: Path,
     resume: bool = False,
     parallelism: Parallelism = "ddp",
+    trackers: Sequence[Tracker] = (),
     on_step: StepCallback | None = None,
     on_cold_start: Callable[[int, float], None] | None = None,
     on_damage: Callable[[str], None] = warnings.warn,
@@ -343,6 +345,7 @@ def train(
             none. The rest of the run is bitwise that of one which was never interrupted, on equally
             many processes.
         parallelism: how processes share the policy.
+        trackers: show the lines of the logs, of the main rank; see moe_rl/trackers.
         on_step: called with the metrics of each rollout step.
         on_cold_start: called with (supervised step, loss).
         on_damage: told about each checkpoint that had to be passed over.
@@ -377,7 +380,7 @@ def train(
         with ranks.together():
             if ranks.main:
                 sizes = None if checkpoint is None else load_log_sizes(checkpoint.path)
-                log = RunLog(folder, config, sizes=sizes)
+                log = RunLog(folder, config, sizes, trackers)
         with contextlib.closing(log), listen() as stop:
             trainer = Trainer(
                 config, policy, log, checkpoints, ranks=ranks, parallelism=parallelism, stop=stop
