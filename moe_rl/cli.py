@@ -115,7 +115,7 @@ def _report(root: Path) -> None:
 
 def train(options: Train) -> int:
     """`moe-rl train`."""
-    from moe_rl.inputs import check_checkpoint, resolved
+    from moe_rl.inputs import check_checkpoint, check_engine, resolved
     from moe_rl.runlog import check_run_folder, check_unlocked, is_complete, run_name
 
     # What needs no torch comes first: it is found at once.
@@ -129,6 +129,7 @@ def train(options: Train) -> int:
         if is_complete(folder):
             _say(f"{folder}: this run is complete already")
             return 0
+        check_engine(config)
     trackers = [] if options.dry_run else make_trackers(options.tracker)
     from moe_rl.start import clip_range
 

@@ -20,6 +20,7 @@ from moe_rl.json_text import parse_json, shown
 Algorithm = Literal["grpo", "gspo", "gspo_token"]
 RoutingReplay = Literal["disabled", "R2", "R3"]
 Family = Literal["qwen3_moe", "olmoe", "mixtral", "deepseek_v3", "gpt_oss"]
+EngineName = Literal["cached", "vllm"]
 
 
 SCHEMA = 1
@@ -28,6 +29,8 @@ SCHEMA = 1
 # Seeds are words of a counter-based generator and arguments of torch's: both take 63 bits.
 _SEEDS = 2**63
 _MAX_NOISE = 1000.0
+# vLLM raises a smaller one to it (_MAX_TEMP in its sampling_params.py).
+_LEAST_VLLM_TEMPERATURE = 0.01
 # Enough to be right about 30% of the time; for a dataset a guess.
 _SFT_STEPS = {"running_sum": 400, "countdown": 600, "dataset": 400}
 # Bytes of a config: ours have 3000, and some paths have no end (/dev/zero).
@@ -211,6 +214,8 @@ class RunConfig:
     """R2 replays the expert choices of the old policy, R3 those of the rollout engine."""
     old_logprobs: Literal["trainer", "rollout"] = "trainer"
     """Who computes the old log-probs: a trainer pass before the updates, or the rollout engine."""
+    engine: EngineName = "cached"
+    """Who samples: the policy itself with a key-value cache, or vLLM (the extra vllm)."""
     router_noise: float = 0.0
     """Standard deviation of Gaussian noise on router logits at the expert choice (logit units)."""
     freeze_router: bool = False
@@ -337,6 +342,25 @@ class RunConfig:
             not (self.routing_replay == "R2" and self.old_logprobs == "rollout"),
             "routing_replay=R2 with old_logprobs=rollout: R2 replays the choices of the trainer's "
             "own old pass, and no such pass is made; use R3, or old_logprobs=trainer",
+        )
+        if self.engine == "vllm":
+            self._check_vllm()
+
+    def _check_vllm(self) -> None:
+        _require(
+            self.router_noise == 0.0,
+            f"engine=vllm with router_noise={self.router_noise}: the noise is put into our own "
+            "routers, vLLM brings its own differences; use router_noise=0, or engine=cached",
+        )
+        _require(
+            not (self.old_logprobs == "rollout" and self.instruments),
+            "engine=vllm with old_logprobs=rollout: the instruments read router logits, which vLLM "
+            "does not return; use old_logprobs=trainer, or instruments=False",
+        )
+        _require(
+            self.temperature >= _LEAST_VLLM_TEMPERATURE,
+            f"engine=vllm with temperature={self.temperature}: vLLM samples at "
+            f"{_LEAST_VLLM_TEMPERATURE} below that; use a larger one",
         )
 
     @property

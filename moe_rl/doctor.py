@@ -13,9 +13,10 @@ from moe_rl.kernels import choose_backend
 from moe_rl.kernels.product import product_reason
 from moe_rl.kernels.routing_stats import choose_routing_backend
 from moe_rl.policy import resolve_device
+from moe_rl.rollout.engine import choose_engine
 
 _PACKAGES = ("torch", "transformers", "triton", "numpy", "pandas", "matplotlib")
-_OPTIONAL = ("trl", "liger-kernel", "vllm", "kernels")
+_OPTIONAL = ("trl", "liger-kernel", "vllm", "kernels", "tensorboard", "wandb", "trackio")
 
 
 def describe() -> str:
@@ -34,10 +35,7 @@ def describe() -> str:
         ("megablocks", megablocks_package.describe(device)),
         *_log_probs(device),
         ("routing statistics", ": ".join(choose_routing_backend("auto", device))),
-        (
-            "rollout engine",
-            "cached: the policy itself with a key-value cache, prompts read once per group",
-        ),
+        ("rollout engine", ": ".join(choose_engine("cached"))),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from moe_rl.config import RunConfig, TaskConfig
+from moe_rl.extras import import_extra
 from moe_rl.model_folder import check_model_folder
 from moe_rl.tasks.dataset import Dataset
 
@@ -40,3 +41,13 @@ def check_checkpoint(config: RunConfig) -> None:
     folder = config.model.checkpoint
     if folder is not None:
         check_model_folder(Path(folder), f"checkpoint={folder!r}")
+
+
+def check_engine(config: RunConfig) -> None:
+    """Refuse a rollout engine whose package is not installed.
+
+    Raises:
+        ConfigError: names the extra that brings it.
+    """
+    if config.engine == "vllm":
+        import_extra("vllm", extra="vllm", option="engine='vllm'")

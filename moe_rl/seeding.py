@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 _COUNTER_BLOCK = 2**64  # Draws at one address before the lowest counter word spills over.
+# With a sample added, still inside the 63 bits that engines take.
+_ENGINE_SEEDS = 2**62
 
 
 def generator(
@@ -37,3 +39,12 @@ def uniforms(
         for sample in range(group_size)
     ]
     return np.stack(rows)
+
+
+def request_seed(seed: int, purpose: str, *, step: int, prompt: int) -> int:
+    """The seed of one prompt's samples for an engine with randomness of its own, in [0, 2^62).
+
+    Sample g of the prompt takes the seed + g: prompts are too far apart to meet.
+    """
+    drawn = generator(seed, f"{purpose}/engine", step=step, prompt=prompt).integers(_ENGINE_SEEDS)
+    return int(drawn)

@@ -24,12 +24,13 @@ from moe_rl.config import ConfigError, RunConfig
 from moe_rl.crash import Crash, NonFinite
 from moe_rl.disk import WritesTo
 from moe_rl.experience import Experience
-from moe_rl.inputs import resolved
+from moe_rl.inputs import check_engine, resolved
 from moe_rl.learner import Learner
 from moe_rl.parallel import Parallelism, Ranks, Share, join
 from moe_rl.policy import Policy
 from moe_rl.process import prepare_process
 from moe_rl.rollout.batch import RolloutBatch
+from moe_rl.rollout.engine import make_engine
 from moe_rl.rollout.sampling import sample_responses
 from moe_rl.rollout.score import score
 from moe_rl.run_state import (
@@ -80,6 +81,7 @@ class Trainer:
         self.ranks, self.stop = ranks or Ranks(), stop or StopRequest()
         self.progress = Progress()
         self.task = make_task(config.task.task, **config.task.options())
+        self.engine = make_engine(config.engine, policy)
         self.clock = Stopwatch(policy.device)
         self.learner = Learner(config, policy, self.clock, self.ranks, parallelism)
 
@@ -194,6 +196,7 @@ class Trainer:
                 group_size=config.group_size,
                 noise=self.learner.noise(step, "rollout", slice(0, len(prompts))),
                 scores=config.instruments and config.old_logprobs == "rollout",
+                engine=self.engine,
             )
 
         failure = ""
@@ -359,6 +362,7 @@ def train(
     """
     config = resolved(config)
     clip_range(config)  # refused here, before a cold start is trained
+    check_engine(config)  # the same
     with join() as ranks:
         prepare_process(config.num_threads)
         _check_processes(config, ranks)
@@ -398,6 +402,11 @@ def _check_processes(config: RunConfig, ranks: Ranks) -> None:
         raise ConfigError(
             f"device={device!r} on {ranks.size} processes: all would share it; use "
             f"{device.partition(':')[0]}, and each takes the one of its local rank"
+        )
+    if ranks.size > 1 and config.engine == "vllm":
+        raise ConfigError(
+            f"engine='vllm' on {ranks.size} processes: each would build an engine of its own on "
+            "the same GPU; use one process, or engine='cached'"
         )
 
 

@@ -120,6 +120,8 @@ def test_every_dependency_is_pinned_inside_its_range() -> None:
     project = PYPROJECT["project"]
     extras = [line for extra in project["optional-dependencies"].values() for line in extra]
     for requirement in map(Requirement, project["dependencies"] + extras):
+        if requirement.name == "vllm":  # never installed here: it pins a torch of its own
+            continue
         assert requirement.name in pins, f"constraints.txt has no {requirement.name}"
         assert pins[requirement.name] in requirement.specifier, requirement
 

@@ -2,13 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from moe_rl.policy import Policy
 from moe_rl.rollout.batch import RolloutBatch
-from moe_rl.rollout.cached import generate
+from moe_rl.rollout.engine import CachedEngine, Engine, Request
 from moe_rl.rollout.noise import RouterNoise
-from moe_rl.seeding import uniforms
 from moe_rl.tasks import Problem, Task
 
 
@@ -24,22 +21,27 @@ def sample_responses(
     group_size: int = 1,
     noise: RouterNoise | None = None,
     scores: bool = False,
+    engine: Engine | None = None,
 ) -> RolloutBatch:
     """Sample `group_size` responses to each problem.
 
-    Which tokens are drawn is a pure function of the weights, the prompts and (seed, purpose, step,
-    number of the prompt, number of the sample). `noise` and `scores` are those of `generate`.
+    With the default engine, which tokens are drawn is a pure function of the weights, the prompts
+    and (seed, purpose, step, number of the prompt, number of the sample). `noise` and `scores` are
+    those of `generate`.
 
     Args:
         prompts: numbers of the problems in a rollout of which these are a part. Default: from 0 on.
+        engine: of the same policy, in place of the policy itself.
     """
-    draws = uniforms(
-        seed,
-        purpose,
+    request = Request(
+        prompts=[problem.prompt for problem in problems],
+        numbers=range(len(problems)) if prompts is None else prompts,
+        seed=seed,
+        purpose=purpose,
         step=step,
-        prompts=range(len(problems)) if prompts is None else prompts,
         group_size=group_size,
-        count=task.max_response_tokens,
+        max_tokens=task.max_response_tokens,
+        noise=noise,
+        scores=scores,
     )
-    texts = [problem.prompt for problem in problems]
-    return generate(policy, texts, torch.from_numpy(draws), noise=noise, scores=scores)
+    return (engine or CachedEngine(policy)).sample(request)

@@ -27,6 +27,16 @@ def circle(folder: Path) -> None:
     (folder / "loop").symlink_to("loop")
 
 
+def not_installed(package: str):
+    """A file that Python finds first, and that says what it says where the package is not."""
+
+    def given(folder: Path) -> None:
+        text = f'raise ModuleNotFoundError("No module named {package!r}")\n'
+        (folder / f"{package}.py").write_text(text)
+
+    return given
+
+
 OPTIONS = {
     "no such command": Fault(("trian",)),
     "no such option": Fault(("train", "--algoritm", "gspo")),
@@ -35,6 +45,15 @@ OPTIONS = {
     "a value out of range": Fault(("train", "--group-size", "1")),
     "values that exclude each other": Fault(
         ("train", "--routing-replay", "R2", "--old-logprobs", "rollout")
+    ),
+    "noise in an engine of others": Fault(
+        ("train", "--engine", "vllm", "--router-noise", "0.1"),
+    ),
+    "an engine that is not installed": Fault(
+        ("train", "--preset", "tiny", "--engine", "vllm"), not_installed("vllm")
+    ),
+    "a tracker that is not installed": Fault(
+        ("train", "--preset", "tiny", "--tracker", "wandb"), not_installed("wandb")
     ),
     "layers without end": Fault(("train", "--num-layers", "1000000000")),
     "more experts than ids": Fault(("train", "--num-experts", "100000")),

@@ -1,0 +1,117 @@
+"""vLLM as the rollout engine: a copy of the weights, refreshed before each rollout.
+
+The weights go the way that vLLM documents for reinforcement learning and that is the same in every
+release since 0.11: safetensors in the folder the engine was built from, `reload_weights` on its
+workers, and an empty prefix cache, as its keys and values belong to the old weights. A safetensors
+folder costs a write and a read a rollout, and needs no process group that both sides share.
+
+Sampling: a seed a prompt from the address (run seed, purpose, step, prompt); vLLM gives sample g of
+a prompt the seed + g. Which tokens follow is vLLM's doing, and depends on its version and kernels.
+
+Only the contract of the fields is under test here, against a stand-in; no real vLLM has been run.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from moe_rl.extras import import_extra
+from moe_rl.policy import Policy
+from moe_rl.rollout.batch import RolloutBatch
+from moe_rl.rollout.engine import Request
+from moe_rl.rollout.vllm_outputs import read_outputs
+from moe_rl.seeding import request_seed
+
+# The trainer, its gradients and AdamW's moments live on the same GPU: vLLM's default of 0.9 of the
+# memory would leave them none.
+GPU_SHARE = 0.3
+
+OPTIONS: dict[str, Any] = {
+    "enable_return_routed_experts": True,
+    # Log-probs of the distribution that is sampled from: the default is that before temperature.
+    "logprobs_mode": "processed_logprobs",
+    # No stop tokens and no sampling defaults but ours, whatever a checkpoint brings along.
+    "generation_config": "vllm",
+    # Ids go in and come out.
+    "skip_tokenizer_init": True,
+    "gpu_memory_utilization": GPU_SHARE,
+}
+
+
+class VllmEngine:
+    """A `vllm.LLM` in step with a policy; built at the first rollout.
+
+    Args:
+        policy: whose weights are copied before each rollout.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._vllm: Any = import_extra("vllm", extra="vllm", option="engine='vllm'")
+        self._folder = tempfile.TemporaryDirectory(prefix="moe-rl-vllm-")
+        self._llm: Any = None
+
+    def sample(self, request: Request) -> RolloutBatch:
+        """See `Engine`."""
+        if request.noise is not None or request.scores:
+            raise ValueError(
+                "engine='vllm': it takes no router noise and gives no router logits; use "
+                "router_noise=0 and old_logprobs=trainer, or engine='cached'"
+            )
+        self._send_weights()
+        ids, mask = self.policy.encode_prompts(list(request.prompts))
+        rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": row} for row in rows],
+            [self._sampling(request, number) for number in request.numbers],
+            use_tqdm=False,
+        )
+        return read_outputs(
+            outputs,
+            policy=self.policy,
+            prompt_ids=ids,
+            prompt_mask=mask,
+            group_size=request.group_size,
+            max_tokens=request.max_tokens,
+        )
+
+    def _sampling(self, request: Request, number: int) -> Any:
+        return self._vllm.SamplingParams(
+            n=request.group_size,
+            temperature=self.policy.temperature,
+            max_tokens=request.max_tokens,
+            seed=request_seed(request.seed, request.purpose, step=request.step, prompt=number),
+            logprobs=0,  # of the sampled token alone
+            # Without a tokenizer vLLM knows no end of sequence.
+            stop_token_ids=[self.policy.eos_id],
+            detokenize=False,
+        )
+
+    def _send_weights(self) -> None:
+        """Have vLLM sample with the policy's weights as they are now."""
+        served = self._write_weights()
+        if self._llm is None:
+            dtype = str(self.policy.model.dtype).removeprefix("torch.")
+            self._llm = self._vllm.LLM(model=str(served), dtype=dtype, **OPTIONS)
+            return
+        self._llm.collective_rpc("reload_weights")
+        if self._llm.reset_prefix_cache() is False:
+            raise ValueError(
+                "vLLM kept its prefix cache, which belongs to the weights before; requests of "
+                "others are under way in this engine"
+            )
+
+    def _write_weights(self) -> Path:
+        root = Path(self._folder.name)
+        fresh, served = root / "fresh", root / "served"
+        served.mkdir(exist_ok=True)
+        self.policy.model.save_pretrained(fresh)
+        self.policy.tokenizer.save_pretrained(fresh)
+        # By rename: vLLM may have the files of before mapped into its memory.
+        for file in fresh.iterdir():
+            os.replace(file, served / file.name)
+        return served
