@@ -3,10 +3,12 @@
 #   make reproduce            a fresh machine with Python 3.11+ and make is enough
 #   make reproduce ARGS=--full
 #   make test ARGS="-m 'not slow' tests/kernels"
+#   make test JOBS=0 ARGS="--pdb tests/test_trainer.py"
 #   make report RUN=runs/collapse
 #
 # PYTHON       interpreter that makes the environment          (python3)
 # VENV         where the environment is                        (.venv)
+# JOBS         processes that share the test suite            (as many as cores)
 # TORCH_INDEX  one more package index, for a build of PyTorch without CUDA (a tenth of the
 #              download): TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
@@ -15,6 +17,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 RESULTS ?= results/gpu
 ARGS ?=
+JOBS ?= auto
 RUN ?=
 
 BIN := $(VENV)/bin
@@ -45,7 +48,7 @@ report: $(INSTALLED) ## redraw the report of a finished study from its files: RU
 	@$(BIN)/moe-rl report "$(RUN)" $(ARGS)
 
 test: $(INSTALLED_TEST) $(INSTALLED_MEGABLOCKS) ## run the test suite
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: $(INSTALLED_TEST) ## format, lint and types, changing nothing
 	@$(BIN)/ruff format --check --output-format concise . || \
