@@ -44,7 +44,8 @@ class TrackioTracker:
             config=dict(run.config),
             resume="allow" if place.goes_on else "never",
             embed=False,
-            auto_log_gpu=False,
+            auto_log_gpu=False,  # of a run that shares the machine they say little
+            auto_log_cpu=False,
         )
 
     def log(self, axis: Axis, x: int, values: Mapping[str, float]) -> None:
