@@ -104,7 +104,7 @@ def test_bad_input_gets_a_message_and_exit_code_2(
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--learning-rate", "rollout step 1: the policy's logits"),
+        ("--learning-rate", "not finite; the run has diverged at"),
         ("--sft-learning-rate", "cold start"),
     ],
 )

@@ -7,6 +7,7 @@ gives back what it was given. Tensors travel as bytes: exact in any dtype, and n
 import contextlib
 import datetime
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from moe_rl.stopping import PeerFailed
 
 # A rank may wait while another trains a cold start.
 _PATIENCE = datetime.timedelta(hours=6)
+_SETTLING = 0.5  # seconds; a thread's wait for the GIL takes milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,4 +112,7 @@ def join() -> Iterator[Ranks]:
     try:
         yield Ranks(rank=distributed.get_rank(), size=distributed.get_world_size())
     finally:
+        # gloo's thread takes the GIL to let go of the last exchange's tensors. Whoever ends the
+        # group, here or with a wrapped model that holds it, waits for that thread with the GIL.
+        time.sleep(_SETTLING)
         distributed.destroy_process_group()
