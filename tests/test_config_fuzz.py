@@ -5,12 +5,13 @@ The error names the file, and the key that is at fault.
 
 import copy
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_rl.config import PRESETS, SCHEMA, ConfigError, RunConfig, load_config, preset
@@ -108,14 +109,33 @@ def test_a_damaged_file_is_a_config_or_refused_by_name(
     load(file)
 
 
-@settings(max_examples=200)
-@given(depth=st.integers(1, 1200), ending=st.booleans())
-@example(depth=980, ending=True)
-def test_nesting_of_any_depth_is_refused_by_name(depth: int, ending: bool, file: Path) -> None:
-    file.write_text('{"steps": ' + "[" * depth + ("]" * depth + "}" if ending else ""))
-    found = load(file)
-    assert isinstance(found, str)
-    assert "steps=[" in found or "nested too deep" in found or "not JSON" in found
+EXTREMES = [10**400, -(10**400), 1e308, -1e308, 5e-324, math.nan, math.inf, -0.0, 2**63, -1, ""]
+
+
+@pytest.mark.parametrize("value", [*EXTREMES, "\ud800", "a\nb", True, None, [], {}], ids=repr)
+def test_an_extreme_value_anywhere_is_taken_or_named(value: Any, file: Path) -> None:
+    for place in range(len(list(places(preset("tiny").to_dict())))):
+        values = preset("tiny").to_dict()
+        owner, key = list(places(values))[place]
+        owner[key] = value
+        file.write_text(json.dumps(values))
+        found = load(file)
+        assert isinstance(found, RunConfig) or key in found, found
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_nesting_of_any_depth_is_refused_by_name(closed: bool, file: Path) -> None:
+    """Around Python's limit too, where what could be read can no longer be shown.
+
+    Not by hypothesis, which raises the limit for its tests.
+    """
+    said = set()
+    for depth in (1, 10, *range(800, 1000), 100_000):
+        file.write_text('{"steps": ' + "[" * depth + ("]" * depth + "}" if closed else ""))
+        found = load(file)
+        assert isinstance(found, str)
+        said.add(next(words for words in ("steps=[", "too deep", "not JSON") if words in found))
+    assert said == {"steps=[" if closed else "not JSON", "too deep"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
