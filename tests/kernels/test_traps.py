@@ -318,3 +318,21 @@ def test_a_gpu_repeats_itself_to_the_bit() -> None:
     for _ in range(5):
         again = solve(p, "triton")
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+def test_bias_and_temperature_may_have_any_layout(backend: str, layout: str) -> None:
+    """A kernel that takes them for dense reads the wrong numbers, or past their end."""
+    p = problem(5, 8, 300)
+    bias = torch.randn(600, device=DEVICE)[::2]
+    if layout == "expanded":
+        bias = torch.ones(1, device=DEVICE).expand(300)
+    temperature = (torch.rand(10, device=DEVICE) + 0.5)[::2]
+    if layout == "expanded":
+        temperature = torch.tensor(0.7, device=DEVICE)
+    settings = {"bias": bias, "temperature": temperature, "entropy": True, "return_lse": True}
+    found = token_logprobs(p.hidden, p.weight, p.targets, backend=backend, **settings)
+    expected = token_logprobs(p.hidden, p.weight, p.targets, backend="reference", **settings)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
