@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from moe_rl.config import ConfigError
 from moe_rl.routing.statistics import churn, per_layer, router_disagreement, token_disagreement
 from moe_rl.traces.files import read_trace, same_tokens
 
@@ -88,8 +89,18 @@ def _cells(values: np.ndarray) -> str:
     return " ".join("      -" if np.isnan(value) else f"{value:7.2%}" for value in values)
 
 
+_PLOTS = (".png", ".svg", ".pdf")
+
+
 def churn_report(a: Path, b: Path, *, plot: Path | None, **layout: Any) -> int:
-    """Read, compare, print; and plot where asked. Returns the exit code."""
+    """Read, compare, print; and plot where asked. Returns the exit code.
+
+    Raises:
+        ConfigError: a plot of another kind.
+        ValueError: a trace that cannot be read, or two of different tokens.
+    """
+    if plot is not None and plot.suffix not in _PLOTS:
+        raise ConfigError(f"plot={str(plot)!r}: give a name that ends in {', '.join(_PLOTS)}")
     traces = [read_trace(path, **layout).routed_experts for path in (a, b)]
     result = compare(*same_tokens(*traces))
     print(describe(result))

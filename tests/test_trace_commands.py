@@ -69,6 +69,14 @@ def test_a_model_folder_is_checked_and_a_broken_trace_fails(tmp_path: Path, moe_
     assert "last token" in bad.stdout and "FAIL" in bad.stdout and "-1, or expert 0" in bad.stdout
 
 
+def test_a_plot_of_another_kind_is_refused_before_anything_is_read(
+    tmp_path: Path, moe_rl: Run
+) -> None:
+    done = moe_rl("churn", "a.npz", "b.npz", "--plot", "x.bmp")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "plot='x.bmp': give a name that ends in .png, .svg, .pdf" in done.stderr
+
+
 def test_churn_prints_and_plots(tmp_path: Path, moe_rl: Run) -> None:
     a, b = routes(), routes()
     b[:, 20:, 1] = (b[:, 20:, 1] + 4) % 8
