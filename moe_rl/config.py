@@ -468,16 +468,14 @@ def load_config(path: str) -> RunConfig:
     if isinstance(values, Mapping) and "config" in values and "schema" in values:
         if values["schema"] != SCHEMA:
             raise ConfigError(
-                f"{path}: schema {values['schema']!r}, this version reads schema {SCHEMA}; use the "
-                "version of moe-rl that wrote it"
+                f"{path}: schema {values['schema']!r:.40}, this version reads schema {SCHEMA}; "
+                "use the version of moe-rl that wrote it"
             )
         values = values["config"]
     try:
         return RunConfig.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except RecursionError as error:  # what is just not too deep to be read may be to be shown
-        raise ConfigError(f"{path}: nested too deep") from error
 
 
 def _read_json(path: str) -> Any:

@@ -311,7 +311,7 @@ def _rollout_metrics(rewards: Tensor, mask: Tensor) -> dict[str, Any]:
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std().item(),
-        # Not by their standard deviation, which is rounded: that of three times 0.7 is not 0.
+        # Not by their standard deviation, which is rounded: that of three times 0.9 is not 0.
         "zero_std_groups": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
         "response_length": mask.sum(1).float().mean().item(),
     }

@@ -125,10 +125,7 @@ def test_an_extreme_value_anywhere_is_taken_or_named(value: Any, file: Path) -> 
 
 @pytest.mark.parametrize("closed", [True, False])
 def test_nesting_of_any_depth_is_refused_by_name(closed: bool, file: Path) -> None:
-    """Around Python's limit too, where what could be read can no longer be shown.
-
-    Not by hypothesis, which raises the limit for its tests.
-    """
+    """Around Python's limit too; not by hypothesis, which raises it for its tests."""
     said = set()
     for depth in (1, 10, *range(800, 1000), 100_000):
         file.write_text('{"steps": ' + "[" * depth + ("]" * depth + "}" if closed else ""))

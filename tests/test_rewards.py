@@ -17,7 +17,7 @@ from moe_rl.rollout.sampling import sample_responses
 from moe_rl.rollout.score import score
 from moe_rl.runlog import RunLog
 from moe_rl.tasks import RunningSum
-from moe_rl.trainer import Trainer
+from moe_rl.trainer import Trainer, _rollout_metrics
 
 
 class Judge(RunningSum):
@@ -98,7 +98,7 @@ def test_another_number_of_rewards_is_refused(policy: Policy, tmp_path: Path) ->
 @pytest.mark.parametrize("algorithm", ["grpo", "gspo", "gspo_token"])
 def test_equal_rewards_are_no_signal(algorithm: str, policy: Policy, tmp_path: Path) -> None:
     """Loss and gradient are 0, and a first update leaves every weight as it is."""
-    made = trainer(policy, tmp_path, 0.7, algorithm=algorithm)
+    made = trainer(policy, tmp_path, 0.7, algorithm=algorithm, group_size=8)
     before = [p.clone() for p in policy.model.parameters()]
     made.run()
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
@@ -107,6 +107,18 @@ def test_equal_rewards_are_no_signal(algorithm: str, policy: Policy, tmp_path: P
     assert all(u["loss"] == 0.0 and u["grad_norm"] == 0.0 and not u["skipped"] for u in updates)
     steps = lines(tmp_path, "steps.jsonl")
     assert all(s["zero_std_groups"] == 1.0 and s["reward_std"] < 1e-6 for s in steps)
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.3, 0.7, 0.9])
+def test_equal_rewards_are_counted_as_equal_though_their_deviation_is_rounded(
+    reward: float,
+) -> None:
+    groups = [torch.full((1, size), reward) for size in range(2, 17)]
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    assert any(group.std(dim=1) > 0 for group in groups), "the test needs one that is rounded"
+    assert all(_rollout_metrics(group, mask)["zero_std_groups"] == 1.0 for group in groups)
+    unequal = torch.tensor([[reward, reward], [reward, 0.0]])
+    assert _rollout_metrics(unequal, mask)["zero_std_groups"] == 0.5
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
