@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moe_rl.config import ConfigError
+from moe_rl.experiments.bench_result import check_repeats
 from moe_rl.experiments.logprob_memory import peak_bytes
 from moe_rl.experiments.logprob_peers import OURS, Contestant, contestants
 from moe_rl.kernels import choose_backend
@@ -70,8 +71,7 @@ def bench_logprobs(
     Raises:
         ConfigError: a bad option.
     """
-    if repeats < 1:
-        raise ConfigError(f"repeats={repeats}: must be at least 1")
+    check_repeats(repeats)
     if threads < 1:
         raise ConfigError(f"threads={threads}: must be at least 1")
     for name in dtypes:

@@ -3,7 +3,7 @@
     moe-rl bench ranks --out results/bench-ranks.json
 
 Short runs of `moe-rl train` from one cold start, on one process and on two in turn; the time of a
-run is the median of its rollout steps but the first. Ratios are of runs that follow each other.
+run is the median of its rollout steps but the first two. Ratios are of runs that follow each other.
 """
 
 import json
@@ -18,9 +18,11 @@ from typing import Any
 import torch
 
 from moe_rl.cold_start import prepare_cold_starts
-from moe_rl.config import SCHEMA, ConfigError, preset
+from moe_rl.config import ConfigError, preset
+from moe_rl.experiments.bench_result import check_repeats, write_result
+from moe_rl.experiments.runner import train_words
 from moe_rl.options import cores
-from moe_rl.runlog import write_json
+from moe_rl.runlog import write_config
 
 _STEPS = 8
 _WARM_UP = 2
@@ -33,8 +35,7 @@ def bench_ranks(*, repeats: int, out: Path | None) -> int:
     Raises:
         ConfigError: fewer than one repetition, or fewer than two cores.
     """
-    if repeats < 1:
-        raise ConfigError(f"repeats={repeats}: must be at least 1")
+    check_repeats(repeats)
     if cores() < max(_PROCESSES):
         raise ConfigError(f"bench ranks: {cores()} core here; two processes need two")
     # A learning rate that hardly moves the policy: responses keep their length.
@@ -42,7 +43,7 @@ def bench_ranks(*, repeats: int, out: Path | None) -> int:
     seconds: dict[int, list[float]] = {size: [] for size in _PROCESSES}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        write_json(root / "config.json", {"schema": SCHEMA, "config": config.to_dict()})
+        write_config(root / "config.json", config)
         prepare_cold_starts([config], root / "cold")
         for number in range(repeats):
             for size in _PROCESSES[:: 1 if number % 2 == 0 else -1]:
@@ -59,21 +60,17 @@ def bench_ranks(*, repeats: int, out: Path | None) -> int:
         print(f"{size} process(es), one thread each: {statistics.median(values):.3f} s a step")
     spread = f"{min(gains):.2f} to {max(gains):.2f}"
     print(f"two processes are {result['gain']:.2f} times as fast ({spread})")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, result)
-        print(f"written: {out}")
+    write_result(result, out)
     return 0
 
 
 def _run(root: Path, size: int, number: int) -> float:
     """Seconds of a rollout step on `size` processes."""
     folder = root / f"{size}-{number}"
-    launcher = [sys.executable, "-m"]
+    launcher = [sys.executable]
     if size > 1:
-        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={size}", "-m"]
-    command = [*launcher, "moe_rl", "train", "--config", str(root / "config.json")]
-    command += ["--out", str(folder), "--cold-start-cache", str(root / "cold")]
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    command = [*launcher, *train_words(root / "config.json", folder, root / "cold")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, capture_output=True, env=environment)
     lines = (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()

@@ -4,7 +4,7 @@
 
 A step is one update of a rollout: forward, loss, backward, clipped AdamW step. The same step is
 taken plain, while the experts' choice is recorded, and while a recorded choice is replayed, in turn
-and each first as often as the others; ratios are of medians, within one run.
+and each first as often as the others; an overhead is the median of the rounds' ratios.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from moe_rl.config import ConfigError, RunConfig, preset
+from moe_rl.config import RunConfig, preset
+from moe_rl.experiments.bench_result import check_repeats, write_result
 from moe_rl.losses import loss_function
 from moe_rl.policy import Policy, build_policy
 from moe_rl.process import prepare_process
 from moe_rl.response_pass import Pass, response_pass
 from moe_rl.rollout.batch import RolloutBatch
 from moe_rl.rollout.sampling import sample_responses
-from moe_rl.runlog import write_json
 from moe_rl.seeding import generator
 from moe_rl.start import clip_range
 from moe_rl.tasks import make_task
@@ -39,8 +39,7 @@ def bench_routing(*, repeats: int, out: Path | None) -> int:
     Raises:
         ConfigError: fewer than one repetition.
     """
-    if repeats < 1:
-        raise ConfigError(f"repeats={repeats}: must be at least 1")
+    check_repeats(repeats)
     base = preset("staleness")
     prepare_process(base.num_threads)
     cases = []
@@ -48,10 +47,7 @@ def bench_routing(*, repeats: int, out: Path | None) -> int:
         config = base if layers is None else base.replace(num_layers=layers)
         cases.append(_case(config, repeats))
         print(_line(cases[-1]), flush=True)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, {"torch": torch.__version__, "threads": base.num_threads, "cases": cases})
-        print(f"written: {out}")
+    write_result({"torch": torch.__version__, "threads": base.num_threads, "cases": cases}, out)
     return 0
 
 

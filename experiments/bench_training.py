@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_rl.config import ConfigError, RunConfig, preset
+from moe_rl.config import RunConfig, preset
+from moe_rl.experiments.bench_result import check_repeats, write_result
 from moe_rl.kernels.product import product
 from moe_rl.policy import build_policy
 from moe_rl.process import prepare_process
-from moe_rl.runlog import RunLog, write_json
+from moe_rl.runlog import RunLog
 from moe_rl.seeding import generator
 from moe_rl.start import starting_policy
 from moe_rl.tasks import Task, make_task
@@ -95,8 +96,7 @@ def matmul_peak(multiply: Callable[[Tensor, Tensor], Tensor] = torch.mm) -> floa
 
 def bench_training(*, repeats: int, out: Path | None) -> int:
     """Run the race, print the table, write JSON; returns the exit code."""
-    if repeats < 1:
-        raise ConfigError(f"repeats={repeats}: must be at least 1")
+    check_repeats(repeats)
     config = preset("staleness").replace(steps=10_000, learning_rate=1e-5, device="cpu")
     prepare_process(config.num_threads)
     task = make_task(config.task.task, **config.task.options())
@@ -110,10 +110,7 @@ def bench_training(*, repeats: int, out: Path | None) -> int:
         seconds, absent = _race(config, task, trainers, repeats, Path(scratch), cache)
     result = _summarise(config, task, seconds, peaks, absent)
     print(_table(result))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, result)
-        print(f"written: {out}")
+    write_result(result, out)
     return 0
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from moe_rl.config import SCHEMA, ConfigError, RunConfig
-from moe_rl.runlog import OUTPUT, check_can_be_made, check_run_folder, is_complete, write_json
+from moe_rl.config import ConfigError, RunConfig
+from moe_rl.runlog import OUTPUT, check_can_be_made, check_run_folder, is_complete, write_config
 
 _POLL_SECONDS = 0.5
 
@@ -39,6 +39,12 @@ def run_folder(root: Path, config: RunConfig) -> Path:
     """Where a study keeps one run: ROOT/runs/SETTING/ARM/seedN."""
     arm = config.named().arm
     return root / "runs" / config.setting / f"{arm}" / f"seed{config.seed}"
+
+
+def train_words(config: Path, folder: Path, cold_start_cache: Path) -> list[str]:
+    """Words behind `python` that begin a run, or go on with it."""
+    words = ["-m", "moe_rl", "train", "--config", str(config), "--out", str(folder)]
+    return [*words, "--cold-start-cache", str(cold_start_cache), "--resume"]
 
 
 def run_all(
@@ -129,16 +135,14 @@ class _Process:
         self.started = time.monotonic()
         check_run_folder(self.folder, config)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "config.json", {"schema": SCHEMA, "config": config.to_dict()})
+        file = self.folder / "config.json"
+        write_config(file, config)
         self._log = (self.folder / OUTPUT).open("w", encoding="utf-8")
-        command = [sys.executable, "-m", "moe_rl", "train"]
-        command += ["--config", str(self.folder / "config.json"), "--out", str(self.folder)]
-        command += ["--cold-start-cache", str(cold_start_cache), "--resume"]
         threads = str(config.num_threads)
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         # A session of its own: Ctrl-C reaches this process alone, which then stops the runs.
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, *train_words(file, self.folder, cold_start_cache)],
             stdout=self._log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -19,9 +19,11 @@ from typing import IO, Any
 import torch
 from safetensors.torch import load_file
 
+from moe_rl.checkpoints import LATEST
 from moe_rl.cold_start import prepare_cold_starts
-from moe_rl.config import SCHEMA, ConfigError, RunConfig, preset
-from moe_rl.runlog import check_can_be_made, is_complete, write_json
+from moe_rl.config import ConfigError, RunConfig, preset
+from moe_rl.experiments.runner import train_words
+from moe_rl.runlog import check_can_be_made, is_complete, write_config
 from moe_rl.seeding import generator
 
 _CHECKPOINT_EVERY = 3
@@ -85,10 +87,7 @@ class _Log:
 def _seconds_per_step(config: RunConfig, out: Path, cache: Path) -> float:
     """From a short run of the same config."""
     folder = out / "pace"
-    write_json(
-        out / "config.json",
-        {"schema": SCHEMA, "config": config.replace(steps=_PACE_STEPS).to_dict()},
-    )
+    write_config(out / "config.json", config.replace(steps=_PACE_STEPS))
     if _start(out, "pace", cache).wait() != 0:
         raise ConfigError(f"the run does not start: see {out / 'pace.txt'}")
     lines = (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()
@@ -102,10 +101,10 @@ def _race(
     between: tuple[float, float],
     log: _Log,
 ) -> int:
-    write_json(out / "config.json", {"schema": SCHEMA, "config": config.to_dict()})
+    write_config(out / "config.json", config)
     whole = _start(out, "undisturbed", cache)
     draws = generator(config.seed, "soak")
-    kills, in_vain, standing = 0, 0, ""
+    kills, in_vain, reached = 0, 0, ""
     try:
         while not is_complete(out / "killed"):
             process = _start(out, "killed", cache)
@@ -115,9 +114,9 @@ def _race(
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-                kills, before, standing = kills + 1, standing, _standing(out / "killed")
-                log.say(f"kill {kills} after {pause:.0f} s: {standing}")
-                in_vain = in_vain + 1 if standing.split(",")[0] == before.split(",")[0] else 0
+                kills, before, reached = kills + 1, reached, _latest(out / "killed")
+                log.say(f"kill {kills} after {pause:.0f} s: {_standing(out / 'killed', reached)}")
+                in_vain = in_vain + 1 if reached == before else 0
                 if in_vain == _IN_VAIN:
                     log.say("failed: the kills come faster than checkpoints, give longer times")
                     return 1
@@ -136,20 +135,24 @@ def _race(
 
 
 def _start(out: Path, name: str, cache: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "moe_rl", "train", "--config", str(out / "config.json")]
-    command += ["--out", str(out / name), "--cold-start-cache", str(cache), "--resume"]
+    command = [sys.executable, *train_words(out / "config.json", out / name, cache)]
     with (out / f"{name}.txt").open("a", encoding="utf-8") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
 
-def _standing(folder: Path) -> str:
-    """Where a killed run will go on."""
+def _latest(folder: Path) -> str:
+    """Name of the checkpoint that a killed run will go on from; empty: it has none."""
     try:
-        latest = (folder / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-        lines = len((folder / "updates.jsonl").read_bytes().splitlines())
+        return (folder / "checkpoints" / LATEST).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
+        return ""
+
+
+def _standing(folder: Path, checkpoint: str) -> str:
+    if not checkpoint:
         return "no checkpoint yet"
-    return f"checkpoint {latest}, {lines} updates logged"
+    lines = (folder / "updates.jsonl").read_bytes().splitlines()
+    return f"checkpoint {checkpoint}, {len(lines)} updates logged"
 
 
 def _compare(out: Path, steps: int, log: _Log) -> int:

@@ -20,7 +20,7 @@ import transformers
 from moe_rl.checkpoints import point_in_time
 from moe_rl.config import SCHEMA, RunConfig
 from moe_rl.run_state import Fill, Progress
-from moe_rl.runlog import write_json
+from moe_rl.runlog import write_config, write_json
 from moe_rl.sealed import write_sealed
 
 CONFIG, CRASH = "config.json", "crash.json"
@@ -56,7 +56,7 @@ class Crash:
 
         def fill_all(path: Path) -> None:
             fill(path)
-            write_json(path / CONFIG, {"schema": SCHEMA, "config": self.config.to_dict()})
+            write_config(path / CONFIG, self.config)
             about = {
                 "schema": SCHEMA,
                 "reason": self.reason,

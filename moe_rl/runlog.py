@@ -51,6 +51,11 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def write_config(path: Path, config: RunConfig) -> None:
+    """Write a config as `load_config` reads it."""
+    write_json(path, {"schema": SCHEMA, "config": config.to_dict()})
+
+
 def is_complete(folder: Path) -> bool:
     """Whether the run in `folder` has ended: its summary is there, whole, and says so."""
     try:
@@ -159,7 +164,7 @@ class RunLog:
         self._lock = _lock(folder)
         # A run is complete by its summary: one that starts anew has none.
         (folder / "summary.json").unlink(missing_ok=True)
-        write_json(folder / "config.json", {"schema": SCHEMA, "config": config.to_dict()})
+        write_config(folder / "config.json", config)
         resume = None if sizes is None else _resume(folder, sizes)
         self._steps, self._updates = (_open(folder / name, sizes) for name in _LOGS)
         tracked = TrackedRun(
