@@ -143,8 +143,10 @@ def _content_of(checkpoint: str | None) -> list[tuple[str, int, int]]:
 
 
 def _made_of(config: RunConfig) -> dict[str, Any]:
-    # A dataset is what it holds, wherever it lies; options left out decide nothing.
-    task = dataclasses.asdict(pinned(config.task)) | {"dataset": None}
+    # A dataset is what it holds, wherever it lies; options left out decide nothing. Of a run it is
+    # pinned already, and its file need not be read again.
+    known = config.task if config.task.dataset_sha256 else pinned(config.task)
+    task = dataclasses.asdict(known) | {"dataset": None}
     return {
         "model": dataclasses.asdict(config.model),
         "task": {name: value for name, value in task.items() if value is not None},

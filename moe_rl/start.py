@@ -38,10 +38,10 @@ def starting_policy(
     ranks = ranks or Ranks()
     task = make_task(config.task.task, **config.task.options())
     if config.sft_steps:
-        with ranks.together():
-            if ranks.main:
-                ensure_cold_start(config, task, cold_start_cache, on_cold_start)
-        folder = ensure_cold_start(config, task, cold_start_cache, on_cold_start)
+        for makes in (ranks.main, not ranks.main):  # what one makes, the others find
+            with ranks.together():
+                if makes:
+                    folder = ensure_cold_start(config, task, cold_start_cache, on_cold_start)
         return saved_policy(config, folder, sharded=sharded)
     policy = build_policy(
         config.model,
