@@ -150,7 +150,7 @@ def _train(
     options: Train, config: RunConfig, folder: Path, trackers: Sequence[Tracker]
 ) -> dict[str, Any]:
     from moe_rl.progress import cold_start_progress, run_progress
-    from moe_rl.trainer import train as train_run
+    from moe_rl.run import train as train_run
 
     with contextlib.ExitStack() as stack:
         on_step = stack.enter_context(run_progress(config)) if _main_rank() else None

@@ -35,6 +35,11 @@ class Forward:
     counts: bool = True
     """False: made only because another rank has one more."""
 
+    @property
+    def counted(self) -> slice:
+        """The sequences of the pass that count."""
+        return slice(None) if self.counts else slice(0, 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Passed:
@@ -177,19 +182,19 @@ class Learner:
         config, batch = self.config, experience.batch
         every, last = config.attribution_every, update == config.updates_per_rollout - 1
         attribute = bool(last and every and step % every == 0)
-        outputs = [part.output.select(self._counted(part.forward)) for part in passed]
+        outputs = [part.output.select(part.forward.counted) for part in passed]
         output = PassOutput.concatenate(outputs)
         other = None
         if attribute:
             flipped = [
                 self._forward(
                     experience, part.forward, step, f"update{update}", flip=True
-                ).logprobs[self._counted(part.forward)]
+                ).logprobs[part.forward.counted]
                 for part in passed
             ]
             other = torch.cat(flipped)
-        low = [part.loss.clipped_low[self._counted(part.forward)] for part in passed]
-        high = [part.loss.clipped_high[self._counted(part.forward)] for part in passed]
+        low = [part.loss.clipped_low[part.forward.counted] for part in passed]
+        high = [part.loss.clipped_high[part.forward.counted] for part in passed]
         rows = self._rows(self.share.of_update(update))
         return instruments.update_metrics(
             output,
@@ -244,10 +249,6 @@ class Learner:
         ]
         spare = Forward(prompts=slice(0, 1), counts=False)
         return found + [spare] * (math.ceil(most / size) - len(found))
-
-    def _counted(self, forward: Forward) -> slice:
-        """The sequences of a pass that count."""
-        return slice(None) if forward.counts else slice(0, 0)
 
     def _rows(self, prompts: slice) -> slice:
         return slice(prompts.start * self.config.group_size, prompts.stop * self.config.group_size)

@@ -5,11 +5,8 @@ decided by its config alone. Minibatches are consecutive whole groups: prompts a
 independently, so no shuffling is needed.
 """
 
-import contextlib
 import dataclasses
-import json
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,35 +17,30 @@ from torch import Tensor
 from moe_rl import instruments
 from moe_rl.advantages import group_advantages
 from moe_rl.checkpoints import Checkpoint, Checkpoints
-from moe_rl.config import ConfigError, RunConfig
+from moe_rl.config import RunConfig
 from moe_rl.crash import Crash, NonFinite
 from moe_rl.disk import WritesTo
 from moe_rl.experience import Experience
-from moe_rl.inputs import check_engine, resolved
 from moe_rl.learner import Learner
-from moe_rl.parallel import Parallelism, Ranks, Share, join
+from moe_rl.parallel import Parallelism, Ranks
 from moe_rl.policy import Policy
-from moe_rl.process import prepare_process
 from moe_rl.rollout.batch import RolloutBatch
 from moe_rl.rollout.engine import make_engine
 from moe_rl.rollout.sampling import sample_responses
 from moe_rl.rollout.score import score
 from moe_rl.run_state import (
-    POLICY,
     BegunStep,
+    Fill,
     Progress,
     collect_policy,
     collect_state,
-    load_log_sizes,
     load_state,
 )
-from moe_rl.runlog import NoLog, RunLog, check_run_folder
+from moe_rl.runlog import NoLog, RunLog
 from moe_rl.seeding import generator
-from moe_rl.start import clip_range, saved_policy, starting_policy
-from moe_rl.stopping import Stopped, StopRequest, listen
+from moe_rl.stopping import Stopped, StopRequest
 from moe_rl.stopwatch import Stopwatch
 from moe_rl.tasks import make_task
-from moe_rl.trackers import Tracker
 
 StepCallback = Callable[[dict[str, Any]], None]
 
@@ -229,8 +221,7 @@ class Trainer:
 
     def _crash(self, begun: BegunStep | None, reason: str, line: dict[str, Any]) -> NoReturn:
         """Leave behind what it takes to see it again, and end the run."""
-        progress = dataclasses.replace(self.progress, begun=begun, seconds={**self.clock.seconds})
-        fill = collect_state(progress, self.learner, self.log.sizes())
+        progress, fill = self._state(begun)
         crash = Crash(
             folder=self.log.folder,
             config=self.config,
@@ -270,14 +261,18 @@ class Trainer:
             raise Stopped(stop, path)
 
     def _checkpoint(self, checkpoints: Checkpoints, begun: BegunStep | None) -> Path:
-        progress = dataclasses.replace(self.progress, begun=begun, seconds={**self.clock.seconds})
-        fill = collect_state(progress, self.learner, self.log.sizes())
+        progress, fill = self._state(begun)
         step, update = progress.step, progress.update
         with self.ranks.together():
             if self.ranks.main:
                 score = progress.rewards[-1] if progress.rewards else 0.0
                 checkpoints.write(step, update, fill, score=score)
         return checkpoints.path(step, update)
+
+    def _state(self, begun: BegunStep | None) -> tuple[Progress, Fill]:
+        """Where the run stands, and what writes all it takes to go on; all ranks call this."""
+        progress = dataclasses.replace(self.progress, begun=begun, seconds={**self.clock.seconds})
+        return progress, collect_state(progress, self.learner, self.log.sizes())
 
     def save(self, name: str) -> None:
         """Save the policy as a Hugging Face checkpoint folder inside the run folder."""
@@ -322,95 +317,3 @@ def learning_rate(config: RunConfig, step: int) -> float:
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     decay = 1 - step / config.steps if config.learning_rate_schedule == "linear" else 1.0
     return config.learning_rate * warm * decay
-
-
-def train(
-    config: RunConfig,
-    folder: Path,
-    *,
-    cold_start_cache: Path,
-    resume: bool = False,
-    parallelism: Parallelism = "ddp",
-    trackers: Sequence[Tracker] = (),
-    on_step: StepCallback | None = None,
-    on_cold_start: Callable[[int, float], None] | None = None,
-    on_damage: Callable[[str], None] = warnings.warn,
-) -> dict[str, Any]:
-    """Run `config` into `folder`, from its cold start or from a checkpoint; returns the summary.
-
-    Where torchrun has started several processes, each calls this and they train together.
-
-    Args:
-        config: the run.
-        folder: its run folder.
-        cold_start_cache: folder of all cold starts.
-        resume: go on from the newest whole checkpoint in the folder, from the start if there is
-            none. The rest of the run is bitwise that of one which was never interrupted, on equally
-            many processes.
-        parallelism: how processes share the policy.
-        trackers: show the lines of the logs, of the main rank; see moe_rl/trackers.
-        on_step: called with the metrics of each rollout step.
-        on_cold_start: called with (supervised step, loss).
-        on_damage: told about each checkpoint that had to be passed over.
-
-    Raises:
-        ConfigError: the folder holds another run, or checkpoints of this one without `resume`; or
-            the policy cannot be built.
-        ValueError: a clip range of the other algorithm's scale.
-        NonFinite, Stopped: see `Trainer.run`.
-        PeerFailed: another process has failed.
-    """
-    config = resolved(config)
-    clip_range(config)  # refused here, before a cold start is trained
-    check_engine(config)  # the same
-    with join() as ranks:
-        prepare_process(config.num_threads)
-        _check_processes(config, ranks)
-        check_run_folder(folder, config)
-        identity = json.dumps(config.to_dict(), sort_keys=True)
-        checkpoints = Checkpoints(folder / "checkpoints", identity=identity)
-        checkpoint = checkpoints.newest(on_damage if resume else _refuse_to_start_over)
-        if checkpoint is not None and not resume:
-            _refuse_to_start_over(str(checkpoint.path))
-        # Before anything is written: a folder of a run that could not start would be in the way.
-        sharded = parallelism == "fsdp" and ranks.size > 1
-        if checkpoint is None:
-            policy = starting_policy(
-                config, cold_start_cache, on_cold_start, ranks=ranks, sharded=sharded
-            )
-        else:
-            policy = saved_policy(config, checkpoint.path / POLICY, sharded=sharded)
-        log: RunLog | NoLog = NoLog(folder)
-        with ranks.together():
-            if ranks.main:
-                sizes = None if checkpoint is None else load_log_sizes(checkpoint.path)
-                log = RunLog(folder, config, sizes, trackers)
-        with contextlib.closing(log), listen() as stop:
-            trainer = Trainer(
-                config, policy, log, checkpoints, ranks=ranks, parallelism=parallelism, stop=stop
-            )
-            if checkpoint is not None:
-                trainer.go_on_from(checkpoint)
-            return trainer.run(on_step if ranks.main else None)
-
-
-def _check_processes(config: RunConfig, ranks: Ranks) -> None:
-    """Refuse what cannot work on several processes, before any work."""
-    Share.of(config, ranks.rank, ranks.size)
-    device = config.model.device
-    if ranks.size > 1 and ":" in device:
-        raise ConfigError(
-            f"device={device!r} on {ranks.size} processes: all would share it; use "
-            f"{device.partition(':')[0]}, and each takes the one of its local rank"
-        )
-    if ranks.size > 1 and config.engine == "vllm":
-        raise ConfigError(
-            f"engine='vllm' on {ranks.size} processes: each would build an engine of its own on "
-            "the same GPU; use one process, or engine='cached'"
-        )
-
-
-def _refuse_to_start_over(found: str) -> None:
-    raise ConfigError(
-        f"{found}: a checkpoint of this run; add --resume to go on from it, or give another folder"
-    )

@@ -13,7 +13,7 @@ from moe_rl.config import ConfigError, RunConfig, preset
 from moe_rl.crash import NonFinite
 from moe_rl.learner import Learner
 from moe_rl.replay_crash import replay_crash
-from moe_rl.trainer import train
+from moe_rl.run import train
 
 
 def tiny(**changes: Any) -> RunConfig:

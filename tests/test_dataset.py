@@ -15,10 +15,10 @@ from moe_rl.config import ConfigError, ModelConfig, RunConfig, TaskConfig, prese
 from moe_rl.fit import check_fit
 from moe_rl.inputs import pinned, resolved
 from moe_rl.policy import build_policy
+from moe_rl.run import train
 from moe_rl.start import starting_policy
 from moe_rl.tasks import Dataset, make_task
 from moe_rl.tokenizer import character_tokenizer
-from moe_rl.trainer import train
 
 ROWS = [("1+1=", "2"), ("10+10=", "20"), ("say nothing", ""), ("two\nlines: ", " a .\n\nb")]
 

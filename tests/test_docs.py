@@ -13,7 +13,7 @@ from moe_rl.analysis.collapse import Outcome, stability_frontier
 from moe_rl.analysis.measures import CHAIN
 from moe_rl.analysis.stats import PairedTest
 from moe_rl.config import preset
-from moe_rl.trainer import train
+from moe_rl.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))

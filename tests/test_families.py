@@ -13,7 +13,7 @@ from moe_rl.policy import Policy, build_policy
 from moe_rl.response_pass import Pass, response_pass
 from moe_rl.rollout.batch import response_positions
 from moe_rl.routing import collect_router_logits, find_routers, record_routing
-from moe_rl.trainer import train
+from moe_rl.run import train
 
 FAMILIES = typing.get_args(Family)
 BY_FAMILY = pytest.mark.parametrize("family", FAMILIES)

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from moe_rl.config import ConfigError, RunConfig, preset
+from moe_rl.run import train
 from moe_rl.runlog import RunLog
-from moe_rl.trainer import train
 
 
 class Killed(BaseException):

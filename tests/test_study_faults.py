@@ -10,8 +10,8 @@ from pathlib import Path
 
 from moe_rl.config import RunConfig, preset
 from moe_rl.experiments.runner import run_folder
+from moe_rl.run import train
 from moe_rl.runlog import is_complete
-from moe_rl.trainer import train
 
 _SECONDS = 180
 _STEPS = 40

@@ -11,9 +11,10 @@ import torch
 
 from moe_rl.config import ConfigError, RunConfig, preset
 from moe_rl.response_pass import Pass, response_pass
+from moe_rl.run import train
 from moe_rl.runlog import RunLog, is_complete
 from moe_rl.start import starting_policy
-from moe_rl.trainer import Trainer, learning_rate, train
+from moe_rl.trainer import Trainer, learning_rate
 
 TIMES = ("seconds", "instruments_share")
 

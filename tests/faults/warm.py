@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import IO, Any
 
-IMPORTS = ("cli", "trainer", "replay_report", "churn_report", "analysis", "experiments.collapse")
+IMPORTS = ("cli", "run", "replay_report", "churn_report", "analysis", "experiments.collapse")
 SECONDS = 600
 
 

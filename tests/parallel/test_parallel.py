@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from moe_rl.config import ConfigError
 from moe_rl.parallel import Share
-from moe_rl.trainer import train
+from moe_rl.run import train
 
 
 def load(name: str) -> ModuleType:

@@ -15,10 +15,11 @@ from moe_rl.config import RunConfig, preset
 from moe_rl.learner import Learner
 from moe_rl.parallel import Ranks, join, whole_tensor
 from moe_rl.process import prepare_process
+from moe_rl.run import train
 from moe_rl.runlog import NoLog
 from moe_rl.start import starting_policy
 from moe_rl.stopping import PeerFailed
-from moe_rl.trainer import Trainer, train
+from moe_rl.trainer import Trainer
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -18,9 +18,9 @@ from moe_rl.policy import Policy
 from moe_rl.rollout.batch import RolloutBatch
 from moe_rl.rollout.engine import CachedEngine, Request, make_engine
 from moe_rl.rollout.vllm import VllmEngine
+from moe_rl.run import train
 from moe_rl.runlog import RunLog
 from moe_rl.seeding import request_seed, uniforms
-from moe_rl.trainer import train
 
 STEPS, GROUP, TOKENS = 2, 3, 6
 

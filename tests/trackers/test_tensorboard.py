@@ -14,10 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moe_rl.cli import main
 from moe_rl.config import RunConfig
+from moe_rl.run import train
 from moe_rl.runlog import RunLog
 from moe_rl.trackers import make_trackers
 from moe_rl.trackers.base import numbers
-from moe_rl.trainer import train
 
 FILES = {"step": "steps.jsonl", "update": "updates.jsonl"}
 

@@ -13,10 +13,10 @@ from recorder import Recorder
 
 from moe_rl.cli import main
 from moe_rl.config import ConfigError, RunConfig
+from moe_rl.run import train
 from moe_rl.runlog import RunLog, is_complete
 from moe_rl.trackers import TrackedRun, TrackerWarning, make_trackers
 from moe_rl.trackers.base import numbers, place_file, take_place
-from moe_rl.trainer import train
 
 NAMES = ("tensorboard", "wandb", "trackio")
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from moe_rl.config import RunConfig
+from moe_rl.run import train
 from moe_rl.runlog import RunLog
 from moe_rl.trackers import make_trackers
 from moe_rl.trackers.base import numbers
-from moe_rl.trainer import train
 
 trackio = pytest.importorskip("trackio")
 storage = pytest.importorskip("trackio.sqlite_storage")
