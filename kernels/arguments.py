@@ -77,8 +77,7 @@ def check_temperature(temperature: float | Tensor, targets: Tensor) -> float | T
             f"{list(targets.shape)}, got {temperature.dtype} {list(temperature.shape)}"
         )
     dtype = torch.promote_types(torch.float32, temperature.dtype)
-    # Contiguous: an expanded number has stride 0, and a kernel reads N numbers in a row.
-    return temperature.to(targets.device, dtype).expand(targets.shape).reshape(-1).contiguous()
+    return temperature.to(targets.device, dtype).expand(targets.shape).reshape(-1)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -27,7 +27,9 @@ def fused_logprobs(
 
     Arguments as in `token_logprobs`, with hidden `[N, H]` and targets `[N]`.
     """
-    varying = head.temperature if isinstance(head.temperature, Tensor) else None
+    # Dense: the kernels read N temperatures and V biases in a row.
+    varying = head.temperature.contiguous() if isinstance(head.temperature, Tensor) else None
+    bias = None if bias is None else bias.contiguous()
     constant = 1.0 if isinstance(head.temperature, Tensor) else head.temperature
     logprobs, spread, lse = _forward(
         *(hidden, weight, targets, bias, constant, varying),

@@ -103,8 +103,8 @@ def token_logprobs(
     `reference.py` is these lines in PyTorch; the other backends are tested against it. All
     arithmetic is in float32 (float64 as soon as one input is float64), whatever the dtype of the
     inputs and also under autocast (of `reference` the forward pass; call backward outside of it, as
-    PyTorch advises): a bfloat16 log-probability has steps of 2^-6 near -2, which is
-    more than the width of GSPO's clip range.
+    PyTorch advises): a bfloat16 log-probability has steps of 2^-6 near -2, which is more than the
+    width of GSPO's clip range.
 
     Args:
         hidden: `[..., H]`, floating point; the last hidden states, after the final norm.
@@ -113,8 +113,7 @@ def token_logprobs(
         targets: `[...]`, int64 in `[0, V)` or `ignore_index`. Other values are an error on a CPU
             (IndexError or RuntimeError) and a device-side assert or NaN on a GPU: looking at the
             values would drain its queue.
-        bias: `[V]`, floating point, or None. Without softcap an entry of -inf
-            removes a word.
+        bias: `[V]`, floating point, or None. Without softcap an entry of -inf removes a word.
         temperature: softmax temperature, positive and finite; a float, or one a token `[...]`.
         softcap: bound of the logits before the temperature (Gemma), positive; None: unbounded.
         ignore_index: tokens with this target get 0 for each output and give no gradient, whatever
@@ -154,9 +153,8 @@ def token_logprobs(
     else:
         from moe_rl.kernels.fused import fused_logprobs
 
-        dense = None if bias is None else bias.contiguous()  # a kernel reads V numbers in a row
         outputs = fused_logprobs(
-            flat, weight, flat_targets, dense, head, entropy=entropy, backend=choice.name
+            flat, weight, flat_targets, bias, head, entropy=entropy, backend=choice.name
         )
     asked = zip(outputs, (True, entropy, return_lse), strict=True)
     shaped = tuple(

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_rl.config import SCHEMA, ConfigError
+from moe_rl.config import SCHEMA, ConfigError, check_schema
 from moe_rl.sealed import (
     MANIFEST,
     SCRATCH,
@@ -144,11 +144,7 @@ class Checkpoints:
 
     def _read(self, path: Path) -> Checkpoint:
         manifest = read_manifest(path)
-        if manifest.get("schema", 0) != SCHEMA:
-            raise ConfigError(
-                f"{path / MANIFEST}: schema {manifest.get('schema')!r}, this version reads schema "
-                f"{SCHEMA}; use the version of moe-rl that wrote it"
-            )
+        check_schema(manifest.get("schema"), path / MANIFEST)
         try:
             if manifest["identity"] != self._identity:
                 raise ConfigError(

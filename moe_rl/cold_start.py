@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Qwen3MoeForCausalLM
 
 from moe_rl.config import RunConfig
-from moe_rl.disk import WritesTo
+from moe_rl.disk import writes_to
 from moe_rl.fit import check_fit
 from moe_rl.inputs import pinned
 from moe_rl.policy import Policy, build_policy, resolve_device
@@ -83,7 +83,7 @@ def ensure_cold_start(
                     f"{config.cold_start.sft_learning_rate:g}, take a smaller one"
                 )
             report = {"loss": loss, "reward": evaluate(policy, task, config), **_made_of(config)}
-        with WritesTo(scratch):
+        with writes_to(scratch):
             policy.model.save_pretrained(scratch)
             policy.tokenizer.save_pretrained(scratch)
         write_json(scratch / _REPORT, report | {"files": _sums(scratch)})

@@ -457,6 +457,19 @@ def _is_float(annotation: Any, value: Any) -> bool:
     return value is not None and (annotation is float or float in typing.get_args(annotation))
 
 
+def check_schema(found: Any, where: object) -> None:
+    """Refuse what another version of the project wrote.
+
+    Raises:
+        ConfigError: begins with `where`, the file or folder.
+    """
+    if found != SCHEMA:
+        raise ConfigError(
+            f"{where}: schema {found!r:.40}, this version reads schema {SCHEMA}; use the version "
+            "of moe-rl that wrote it"
+        )
+
+
 def load_config(path: str) -> RunConfig:
     """Read a config, or the config.json of a run folder.
 
@@ -466,11 +479,7 @@ def load_config(path: str) -> RunConfig:
     """
     values = _read_json(path)
     if isinstance(values, Mapping) and "config" in values and "schema" in values:
-        if values["schema"] != SCHEMA:
-            raise ConfigError(
-                f"{path}: schema {values['schema']!r:.40}, this version reads schema {SCHEMA}; "
-                "use the version of moe-rl that wrote it"
-            )
+        check_schema(values["schema"], path)
         values = values["config"]
     try:
         return RunConfig.from_dict(values)

@@ -1,7 +1,6 @@
 """Models and tokenizers from local Hugging Face folders; whatever is wrong is a ConfigError."""
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import transformers
@@ -18,6 +17,7 @@ from transformers import (
 from moe_rl.config import ConfigError
 from moe_rl.json_text import parse_json
 from moe_rl.model_folder import CONFIG, check_model_folder, first_line
+from moe_rl.translated import Translated
 
 # Small checkpoints load at once; the library's bars would break our one line a step.
 transformers.utils.logging.disable_progress_bar()
@@ -54,7 +54,7 @@ def load_model(folder: Path, name: str, *, tokenizer: bool, **options: Any) -> A
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its report of weights is a table of many lines
     try:
-        with _CannotBeLoaded(name):
+        with _loads(name):
             AutoConfig.from_pretrained(folder, local_files_only=True)
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -76,7 +76,7 @@ def load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: there is none, or it cannot be read.
     """
-    with _CannotBeLoaded(name):
+    with _loads(name):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -96,21 +96,13 @@ def _check_all_weights(name: str, found: dict[str, Any]) -> None:
         )
 
 
-class _CannotBeLoaded:
+def _loads(name: str) -> Translated:
     """Turns what a library says of a folder into a ConfigError."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def translate(error: BaseException) -> ConfigError | None:
         # The tokenizers' Rust raises Exception itself, of no class of its own.
-        if error is not None and (kind is Exception or isinstance(error, _UNREADABLE)):
-            raise ConfigError(f"{self.name}: cannot be loaded ({first_line(error)})") from error
+        if type(error) is Exception or isinstance(error, _UNREADABLE):
+            return ConfigError(f"{name}: cannot be loaded ({first_line(error)})")
+        return None
+
+    return Translated(translate)

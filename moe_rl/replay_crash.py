@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_rl.config import SCHEMA, ConfigError, RunConfig, load_config
+from moe_rl.config import ConfigError, RunConfig, check_schema, load_config
 from moe_rl.crash import CONFIG, CRASH
 from moe_rl.learner import Passed
 from moe_rl.parallel import clip_gradients
@@ -148,11 +148,7 @@ def _first_module(model: nn.Module) -> Iterator[list[str]]:
 def _read(bundle: Path) -> tuple[RunConfig, dict[str, Any]]:
     try:
         manifest = read_manifest(bundle)
-        if manifest.get("schema") != SCHEMA:
-            raise ConfigError(
-                f"{bundle}: schema {manifest.get('schema')!r}, this version reads schema {SCHEMA}; "
-                "use the version of moe-rl that wrote it"
-            )
+        check_schema(manifest.get("schema"), bundle)
         verify(bundle, manifest)
     except Damaged as damage:
         raise ConfigError(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_rl.disk import WritesTo
+from moe_rl.disk import writes_to
 from moe_rl.json_text import parse_json
 
 MANIFEST = "manifest.json"
@@ -42,7 +42,7 @@ def write_sealed(path: Path, fill: Callable[[Path], None], about: Mapping[str, A
     parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))
     try:
-        with WritesTo(scratch):
+        with writes_to(scratch):
             fill(scratch)
         files = {str(file.relative_to(scratch)): _sealed(file) for file in _files(scratch)}
         write_flushed(scratch / MANIFEST, json.dumps({**about, "files": files}, indent=2) + "\n")

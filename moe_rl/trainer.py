@@ -19,7 +19,7 @@ from moe_rl.advantages import group_advantages
 from moe_rl.checkpoints import Checkpoint, Checkpoints
 from moe_rl.config import RunConfig
 from moe_rl.crash import Crash, NonFinite
-from moe_rl.disk import WritesTo
+from moe_rl.disk import writes_to
 from moe_rl.experience import Experience
 from moe_rl.learner import Learner
 from moe_rl.parallel import Parallelism, Ranks
@@ -279,7 +279,7 @@ class Trainer:
         fill = collect_policy(self.policy)
         with self.ranks.together():
             if self.ranks.main:
-                with WritesTo(self.log.folder / name):
+                with writes_to(self.log.folder / name):
                     fill(self.log.folder / name)
 
     def _summary(self, rewards: list[float]) -> dict[str, Any]:

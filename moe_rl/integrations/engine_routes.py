@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_rl.routing import check_routed_experts, find_routers
 from moe_rl.routing.routed_experts import NO_RECORD
-from moe_rl.traces import fit_to_model
-from moe_rl.traces.foreign import decode_base64, from_vllm, npy_bytes, stack_rows
+from moe_rl.traces.foreign import decode_base64, from_vllm, npy_bytes, record_for_model
 
 FIELD = "routed_experts"
 PROMPT_FIELD = "prompt_routed_experts"
@@ -111,11 +109,7 @@ def lay_out(
         ValueError: rows and sequences differ in number or length, or the ids do not fit the model.
     """
     _require_lengths(rows, lengths)
-    record = fit_to_model(stack_rows(rows), model)
-    taps = find_routers(model)
-    check_routed_experts(
-        record, num_layers=len(taps), num_experts=taps[0].num_experts, top_k=taps[0].top_k
-    )
+    record = record_for_model(rows, model)
     batch = torch.full((len(rows), length, *record.shape[2:]), NO_RECORD, dtype=record.dtype)
     for index, (row, (prompt, _)) in enumerate(zip(rows, lengths, strict=True)):
         start = prompt_length - prompt

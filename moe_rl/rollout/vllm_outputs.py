@@ -28,9 +28,8 @@ from torch import Tensor
 
 from moe_rl.policy import Policy
 from moe_rl.rollout.batch import RolloutBatch
-from moe_rl.routing import check_routed_experts, find_routers
 from moe_rl.routing.routed_experts import NO_RECORD
-from moe_rl.traces.foreign import fit_to_model, from_vllm, stack_rows
+from moe_rl.traces.foreign import from_vllm, record_for_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,11 +165,7 @@ def _routes(output: Any, completion: Any, prompt_length: int, policy: Policy, wh
     length = prompt_length + len(completion.token_ids)
     try:
         rows = _joined(generated, prompt, prompt_length, length)
-        record = fit_to_model(stack_rows([rows]), policy.model, num_tokens=length)
-        taps = find_routers(policy.model)
-        check_routed_experts(
-            record, num_layers=len(taps), num_experts=taps[0].num_experts, top_k=taps[0].top_k
-        )
+        record = record_for_model([rows], policy.model, num_tokens=length)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     lost = (record[0, prompt_length - 1 : -1] < 0).flatten(1).any(dim=1).nonzero()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_rl.routing.routed_experts import NO_RECORD
+from moe_rl.routing.routed_experts import NO_RECORD, check_routed_experts
 from moe_rl.routing.taps import find_routers
 from moe_rl.traces.arrays import NPY_MAGIC, npy_array
 from moe_rl.traces.limits import check_size
@@ -156,6 +156,22 @@ def fit_to_model(
         )
     last = torch.full_like(routed_experts[:, :1], NO_RECORD)
     return torch.cat([routed_experts, last], dim=1)
+
+
+def record_for_model(
+    rows: Sequence[np.ndarray], model: nn.Module, *, num_tokens: int | None = None
+) -> Tensor:
+    """Routes of B sequences as a record that `model` can replay; see `stack_rows`, `fit_to_model`.
+
+    Raises:
+        ValueError: the routes differ among themselves, or do not fit the model.
+    """
+    record = fit_to_model(stack_rows(rows), model, num_tokens=num_tokens)
+    taps = find_routers(model)
+    check_routed_experts(
+        record, num_layers=len(taps), num_experts=taps[0].num_experts, top_k=taps[0].top_k
+    )
+    return record
 
 
 def _decoder_layers(model: nn.Module) -> int:
