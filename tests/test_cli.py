@@ -10,20 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import moe_rl
 
 TINY = ["--preset", "tiny", "--steps", "1", "--sft-steps", "2"]
 TRAIN_TINY = ["train", *TINY]
-
-
-def moe_rl(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "moe_rl", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
-    )
 
 
 def test_train_writes_a_complete_run_and_knows_it_again(tmp_path: Path) -> None:

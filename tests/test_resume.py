@@ -1,20 +1,14 @@
 """An interrupted run that goes on is bit for bit the run that was never interrupted."""
 
-import json
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from runs import Killed, assert_same_run, killed_after, lines
 
 from moe_rl.config import ConfigError, RunConfig, preset
 from moe_rl.run import train
-from moe_rl.runlog import RunLog
-
-
-class Killed(BaseException):
-    """Stands in for a process that ends: nothing of ours catches it."""
 
 
 def config(**changes: Any) -> RunConfig:
@@ -25,37 +19,6 @@ def config(**changes: Any) -> RunConfig:
 @pytest.fixture(scope="module")
 def cold(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cold")
-
-
-def lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Lines of a log without times: those alone may differ."""
-    found = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "seconds" not in k} for line in found]
-
-
-def assert_same_run(folder: Path, whole: Path) -> None:
-    for name in ("steps.jsonl", "updates.jsonl"):
-        assert lines(folder, name) == lines(whole, name)
-    weights = [load_file(run / "policy_00002" / "model.safetensors") for run in (folder, whole)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    rewards = [
-        json.loads((run / "summary.json").read_text())["final_reward"] for run in (folder, whole)
-    ]
-    assert rewards[0] == rewards[1]
-
-
-def kill_after(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
-    """Let the run die in the update after `updates` more are logged."""
-    real, left = RunLog.update, [updates]
-
-    def update(self: RunLog, values: Any) -> None:
-        if left[0] == 0:
-            raise Killed
-        left[0] -= 1
-        real(self, values)
-
-    monkeypatch.setattr(RunLog, "update", update)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -70,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 def test_interrupted_after_every_update_the_run_is_bitwise_the_same(
-    changes: dict[str, Any], tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], tmp_path: Path, cold: Path
 ) -> None:
     """Killed in each of its 8 updates, one after the other; 4 updates a rollout, 2 rollouts."""
     run, whole = tmp_path / "run", tmp_path / "whole"
@@ -78,44 +41,34 @@ def test_interrupted_after_every_update_the_run_is_bitwise_the_same(
     assert all(line["grad_norm"] > 0 for line in lines(whole, "updates.jsonl")), "nothing to lose"
     deaths = 0
     while True:
-        kill_after(monkeypatch, updates=1)
-        try:
+        with contextlib.suppress(Killed), killed_after(1):
             train(config(**changes), run, cold_start_cache=cold, resume=True)
             break
-        except Killed:
-            deaths += 1
-        finally:
-            monkeypatch.undo()
+        deaths += 1
     assert deaths == 7
     assert_same_run(run, whole)
 
 
 @pytest.mark.parametrize("every", [3, 4, 5])
 def test_lines_behind_the_checkpoint_are_written_anew(
-    every: int, tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch
+    every: int, tmp_path: Path, cold: Path
 ) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     changed = config(checkpoint_every=every)
     train(changed, whole, cold_start_cache=cold)
-    kill_after(monkeypatch, updates=7)
-    with pytest.raises(Killed):
+    with pytest.raises(Killed), killed_after(7):
         train(changed, run, cold_start_cache=cold)
-    monkeypatch.undo()
     with (run / "updates.jsonl").open("a") as file:
         file.write('{"step": 1, "upd')
     train(changed, run, cold_start_cache=cold, resume=True)
     assert_same_run(run, whole)
 
 
-def test_a_damaged_newest_checkpoint_costs_updates_but_no_bits(
-    tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_newest_checkpoint_costs_updates_but_no_bits(tmp_path: Path, cold: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     train(config(), whole, cold_start_cache=cold)
-    kill_after(monkeypatch, updates=6)
-    with pytest.raises(Killed):
+    with pytest.raises(Killed), killed_after(6):
         train(config(), run, cold_start_cache=cold)
-    monkeypatch.undo()
     newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
     weights = newest / "policy" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -133,13 +86,9 @@ def test_checkpoints_are_not_overwritten_without_resume(tmp_path: Path, cold: Pa
         train(config(seed=1), tmp_path / "run", cold_start_cache=cold, resume=True)
 
 
-def test_lost_log_lines_are_told_before_anything_is_cut(
-    tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kill_after(monkeypatch, updates=3)
-    with pytest.raises(Killed):
+def test_lost_log_lines_are_told_before_anything_is_cut(tmp_path: Path, cold: Path) -> None:
+    with pytest.raises(Killed), killed_after(3):
         train(config(), tmp_path / "run", cold_start_cache=cold)
-    monkeypatch.undo()
     (tmp_path / "run" / "updates.jsonl").write_text("")
     with pytest.raises(ConfigError, match=r"updates\.jsonl: 0 bytes.*lines are lost"):
         train(config(), tmp_path / "run", cold_start_cache=cold, resume=True)

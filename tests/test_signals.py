@@ -1,17 +1,15 @@
 """SIGTERM, Ctrl-C and SIGKILL: what they leave behind, through the real command."""
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from parallel import ranks
+from runs import assert_same_run
 
 _SECONDS = 120
 _STEPS = 60
@@ -54,21 +52,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("signals") / "whole"
     subprocess.run([sys.executable, *command(folder)], check=True, capture_output=True)
     return folder
-
-
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    for name in ("steps.jsonl", "updates.jsonl"):
-        lines = [
-            [
-                {k: v for k, v in json.loads(line).items() if "seconds" not in k}
-                for line in (run / name).read_text().splitlines()
-            ]
-            for run in (ours, theirs)
-        ]
-        assert lines[0] == lines[1]
-    name = f"policy_{_STEPS:05d}"
-    weights = [load_file(run / name / "model.safetensors") for run in (ours, theirs)]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -140,9 +123,9 @@ def test_a_signal_to_one_rank_stops_both(whole: Path) -> None:
     children = subprocess.run(
         ["pgrep", "-f", f"moe_rl train.*{folder}"], capture_output=True, text=True, check=True
     ).stdout.split()
-    ranks = [int(pid) for pid in children if int(pid) != process.pid]
-    assert len(ranks) == 2
-    os.kill(ranks[1], signal.SIGTERM)
+    pids = [int(pid) for pid in children if int(pid) != process.pid]
+    assert len(pids) == 2
+    os.kill(pids[1], signal.SIGTERM)
     _, errors = process.communicate(timeout=_SECONDS)
     assert process.returncode == 1
     assert errors.count("the same command with --resume goes on from it") == 2
@@ -157,23 +140,10 @@ def test_a_signal_to_one_rank_stops_both(whole: Path) -> None:
 @pytest.mark.distributed
 def test_a_rank_that_is_killed_ends_the_other_with_one_line(whole: Path) -> None:
     folder = whole.parent / "lost"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [
-        start(
-            command(folder),
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-        for rank in range(2)
-    ]
+    both = ranks.start(command(folder), 2)
     wait_for_lines(folder, 6)
-    ranks[1].kill()
-    ranks[1].communicate()
-    _, errors = ranks[0].communicate(timeout=_SECONDS)
-    assert ranks[0].returncode == 1
+    both[1].kill()
+    both[1].communicate()
+    _, errors = both[0].communicate(timeout=_SECONDS)
+    assert both[0].returncode == 1
     assert "moe-rl: a process it trained with is gone" in errors and "Traceback" not in errors

@@ -1,15 +1,13 @@
 """docs/faults.md read as data, and one of its rows tried on the real command line."""
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from faults.warm import Warm
+from runs import moe_rl
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
 HEAD = "what is wrong", "what you get", "exit code"
@@ -63,22 +61,6 @@ def rows() -> dict[str, dict[str, Row]]:
 def pattern(message: str) -> re.Pattern[str]:
     """What a message must begin with; `...` stands for what differs from machine to machine."""
     return re.compile(".*".join(re.escape(part) for part in message.split("...")))
-
-
-def moe_rl(
-    *words: str, cwd: Path, child: Callable[[], None] | None = None
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "moe_rl", *words],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
-        stdin=subprocess.DEVNULL,
-        preexec_fn=child,
-        timeout=600,
-    )
 
 
 def contents(folder: Path) -> dict[str, int]:

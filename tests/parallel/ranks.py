@@ -24,6 +24,7 @@ def start(arguments: list[str], size: int, **options: object) -> list[subprocess
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(WORKERS.parents[1]),
         }
         processes.append(
             subprocess.Popen(

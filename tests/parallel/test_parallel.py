@@ -1,32 +1,21 @@
 """Several ranks train as one does: gradients, metrics, checkpoints, failures."""
 
-import importlib.util
 import itertools
 import json
 import math
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from parallel import ranks as processes
+from parallel import workers
+from runs import assert_same_run
 from safetensors.torch import load_file
 
 from moe_rl.config import ConfigError
 from moe_rl.parallel import Share
 from moe_rl.run import train
-
-
-def load(name: str) -> ModuleType:
-    """A file beside this one; the suite's import mode puts no folder of tests on the path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-workers, processes = load("workers"), load("ranks")
 
 
 @pytest.mark.parametrize(("prompts", "updates"), [(32, 8), (6, 2), (4, 4), (9, 3), (5, 1)])
@@ -111,21 +100,6 @@ def assert_close(ours: Any, theirs: Any, where: str) -> None:
             for a, b in pairs:
                 same = math.isclose(a, b, rel_tol=2e-3, abs_tol=1e-6)
                 assert same or a == b or (math.isnan(a) and math.isnan(b)), (where, key, a, b)
-
-
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    for name in ("steps.jsonl", "updates.jsonl"):
-        lines = [
-            [
-                {k: v for k, v in json.loads(line).items() if "seconds" not in k}
-                for line in (run / name).read_text().splitlines()
-            ]
-            for run in (ours, theirs)
-        ]
-        assert lines[0] == lines[1]
-    weights = [load_file(run / "policy_00002" / "model.safetensors") for run in (ours, theirs)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.distributed

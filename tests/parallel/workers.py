@@ -4,11 +4,11 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from runs import Killed, killed_after
 from safetensors.torch import save_file
 
 from moe_rl.config import RunConfig, preset
@@ -108,28 +108,6 @@ def exchange(ranks: Ranks, folder: Path) -> None:
     except (OSError, PeerFailed) as error:
         caught = type(error).__name__
     assert caught == ("OSError" if ranks.rank == 1 else "PeerFailed")
-
-
-class Killed(BaseException):
-    """Stands in for processes that end."""
-
-
-@contextlib.contextmanager
-def killed_after(updates: int) -> Iterator[None]:
-    """All ranks die in the update after `updates` more."""
-    real, left = Learner.update, [updates]
-
-    def update(self: Learner, *arguments: Any) -> Any:
-        if left[0] == 0:
-            raise Killed
-        left[0] -= 1
-        return real(self, *arguments)
-
-    Learner.update = update  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Learner.update = real  # type: ignore[method-assign]
 
 
 def die_at_every_update(folder: Path, parallelism: Any) -> None:

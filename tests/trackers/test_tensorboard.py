@@ -4,12 +4,12 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from runs import Killed, killed_after
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moe_rl.cli import main
@@ -57,12 +57,12 @@ def test_what_tensorboard_shows_is_what_the_files_hold(
 
 
 def test_a_run_that_goes_on_shows_every_update_once(
-    config: RunConfig, tmp_path: Path, cold: Path, kill_after: Callable[[int], Any]
+    config: RunConfig, tmp_path: Path, cold: Path
 ) -> None:
     run = tmp_path / "run"
 
     def attempt(updates: int, **options: Any) -> None:
-        with pytest.raises(kill_after(updates)):
+        with pytest.raises(Killed), killed_after(updates):
             train(
                 config,
                 run,
@@ -74,7 +74,6 @@ def test_a_run_that_goes_on_shows_every_update_once(
     attempt(8)
     attempt(1, resume=True)
     assert sorted(read(run, "update")["update/loss"]) == list(range(7))
-    kill_after(-1)
     trackers = make_trackers(["tensorboard"])
     train(config, run, cold_start_cache=cold, resume=True, trackers=trackers)
     for axis in FILES:

@@ -4,12 +4,13 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from recorder import Recorder
+from runs import Killed, assert_same_run, killed_after
 
 from moe_rl.cli import main
 from moe_rl.config import ConfigError, RunConfig
@@ -23,14 +24,6 @@ NAMES = ("tensorboard", "wandb", "trackio")
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
-
-
-def untimed(folder: Path) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in line.items() if "seconds" not in k}
-        for name in ("steps.jsonl", "updates.jsonl")
-        for line in lines(folder, name)
-    ]
 
 
 # What reaches a tracker.
@@ -84,7 +77,7 @@ def test_text_is_no_number_and_a_bare_list_is_numbered() -> None:
 def test_trackers_change_no_bit_of_a_run(config: RunConfig, tmp_path: Path, cold: Path) -> None:
     train(config, tmp_path / "with", cold_start_cache=cold, trackers=[Recorder()])
     train(config, tmp_path / "without", cold_start_cache=cold)
-    assert untimed(tmp_path / "with") == untimed(tmp_path / "without")
+    assert_same_run(tmp_path / "with", tmp_path / "without")
     files = [(tmp_path / name / "config.json").read_bytes() for name in ("with", "without")]
     assert files[0] == files[1]
 
@@ -161,14 +154,13 @@ def test_a_bug_in_a_tracker_is_not_hidden(tmp_path: Path, config: RunConfig) -> 
 
 
 def test_an_interrupted_run_tells_its_trackers_where_it_goes_on(
-    config: RunConfig, tmp_path: Path, cold: Path, kill_after: Callable[[int], Any]
+    config: RunConfig, tmp_path: Path, cold: Path
 ) -> None:
     """Killed in the third rollout, goes on in the second: of its 4 updates 2 are made."""
     first, second = Recorder(), Recorder()
-    with pytest.raises(kill_after(8)):
+    with pytest.raises(Killed), killed_after(8):
         train(config, tmp_path / "run", cold_start_cache=cold, trackers=[first])
     assert first.summaries == [None]
-    kill_after(-1)
     train(config, tmp_path / "run", cold_start_cache=cold, resume=True, trackers=[second])
     assert second.run is not None and second.run.resume is not None
     assert second.run.resume.first == {"step": 1, "update": 6}
@@ -177,12 +169,9 @@ def test_an_interrupted_run_tells_its_trackers_where_it_goes_on(
     assert [x for x, _ in second.points["step"]] == [1, 2]
 
 
-def test_a_run_goes_on_with_other_trackers(
-    config: RunConfig, tmp_path: Path, cold: Path, kill_after: Callable[[int], Any]
-) -> None:
-    with pytest.raises(kill_after(5)):
+def test_a_run_goes_on_with_other_trackers(config: RunConfig, tmp_path: Path, cold: Path) -> None:
+    with pytest.raises(Killed), killed_after(5):
         train(config, tmp_path / "run", cold_start_cache=cold, trackers=[Recorder()])
-    kill_after(-1)
     train(config, tmp_path / "run", cold_start_cache=cold, resume=True)
     assert is_complete(tmp_path / "run")
 

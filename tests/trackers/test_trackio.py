@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import Killed, killed_after
 
 from moe_rl.config import RunConfig
 from moe_rl.run import train
@@ -59,12 +60,11 @@ def test_what_the_database_holds_is_what_the_run_holds(
 
 
 def test_an_interrupted_run_goes_on_under_its_name_and_shows_every_update_once(
-    config: RunConfig, tmp_path: Path, cold: Path, kill_after: Callable[[int], Any]
+    config: RunConfig, tmp_path: Path, cold: Path
 ) -> None:
     run = tmp_path / "run"
-    with pytest.raises(kill_after(8)):
+    with pytest.raises(Killed), killed_after(8):
         train(config, run, cold_start_cache=cold, trackers=make_trackers(["trackio"]))
-    kill_after(-1)
     trackers = make_trackers(["trackio"])
     train(config, run, cold_start_cache=cold, resume=True, trackers=trackers)
     for axis in FILES:

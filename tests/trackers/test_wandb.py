@@ -7,11 +7,12 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import Killed, killed_after
 
 from moe_rl.config import RunConfig
 from moe_rl.run import train
@@ -108,11 +109,10 @@ def test_what_the_offline_files_hold_is_what_the_run_holds(
 
 
 def test_an_interrupted_run_goes_on_under_its_id_and_shows_every_update_once(
-    config: RunConfig, tmp_path: Path, cold: Path, kill_after: Callable[[int], Any]
+    config: RunConfig, tmp_path: Path, cold: Path
 ) -> None:
-    with pytest.raises(kill_after(8)):
+    with pytest.raises(Killed), killed_after(8):
         train(config, tmp_path, cold_start_cache=cold, trackers=make_trackers(["wandb"]))
-    kill_after(-1)
     trackers = make_trackers(["wandb"])
     train(config, tmp_path, cold_start_cache=cold, resume=True, trackers=trackers)
     ids = {r.run.run_id for r in records(tmp_path) if kind(r) == "run"}
