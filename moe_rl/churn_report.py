@@ -9,6 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from moe_rl.config import ConfigError
+from moe_rl.replay_check.check_trace import check_trace
+from moe_rl.routing.routed_experts import NO_RECORD
 from moe_rl.routing.statistics import churn, per_layer, router_disagreement, token_disagreement
 from moe_rl.traces.files import read_trace, same_tokens
 
@@ -59,6 +61,33 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
     )
 
 
+_REFUSED = "ids", "distinct", "gaps"
+"""Checks of a trace that a comparison cannot do without; a fill of zeros is left out instead."""
+
+
+def usable(routes: Tensor, path: Path) -> tuple[Tensor, str]:
+    """Routes `[B, S, L, K]` in which every row is a choice or -1, and what had to be left out.
+
+    Engines fill rows that they did not record with zeros. With K > 1 no router chooses expert 0 K
+    times, so such a row is no choice; counted as one it would agree with every other fill.
+
+    Raises:
+        ValueError: begins with `path`; ids that no router can have chosen.
+    """
+    for finding in check_trace(routes):
+        if finding.passed is False and finding.check in _REFUSED:
+            raise ValueError(f"{path}: {finding.reason}; moe-rl check-replay shows every check")
+    if not (routes > 0).any():
+        raise ValueError(f"{path}: every id is 0 or -1: the engine recorded nothing")
+    filled = (routes == 0).all(dim=-1, keepdim=True) & (routes.shape[-1] > 1)
+    count = int(filled.sum())
+    if count == 0:
+        return routes, ""
+    share = count / filled.numel()
+    note = f"{path}: {count} (token, layer) pairs ({share:.1%}) hold zeros: left out, not recorded"
+    return routes.masked_fill(filled, NO_RECORD), note
+
+
 def _bins(length: int) -> list[tuple[int, int]]:
     edges = np.linspace(0, length, min(length, MOST_BINS) + 1).astype(int)
     return [(first, last - 1) for first, last in pairwise(edges.tolist())]
@@ -101,8 +130,11 @@ def churn_report(a: Path, b: Path, *, plot: Path | None, **layout: Any) -> int:
     """
     if plot is not None and plot.suffix not in _PLOTS:
         raise ConfigError(f"plot={str(plot)!r}: give a name that ends in {', '.join(_PLOTS)}")
-    traces = [read_trace(path, **layout).routed_experts for path in (a, b)]
-    result = compare(*same_tokens(*traces))
+    traces = [usable(read_trace(path, **layout).routed_experts, path) for path in (a, b)]
+    result = compare(*same_tokens(*(routes for routes, _ in traces)))
+    for _, note in traces:
+        if note:
+            print(note)
     print(describe(result))
     if plot is not None:
         from moe_rl.analysis.plots.traces import churn_of_traces

@@ -363,6 +363,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
 
 
+_SHORT = {"--experts": "--experts-implementation"}
+
+
+def _spelled_out(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return _SHORT.get(name, name) + equals + value
+
+
 def _parse(name: str, arguments: list[str]) -> Any:
     command = COMMANDS[name]
     program = f"moe-rl {name}"
@@ -371,7 +379,7 @@ def _parse(name: str, arguments: list[str]) -> Any:
     base = _base_config(arguments)
     return parse(
         command.options,
-        arguments,
+        [_spelled_out(argument) for argument in arguments],
         program,
         default=command.options(run=base),
         config=(tyro.conf.FlagCreatePairsOff,),

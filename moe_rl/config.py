@@ -71,7 +71,8 @@ class ModelConfig:
     experts_per_token: int = 2
     """Experts chosen per token K, 1 <= K <= num_experts."""
     experts_implementation: str = "auto"
-    """Experts backend: auto, or a name registered in transformers' ExpertsInterface."""
+    """Experts backend: auto, or a name registered in transformers' ExpertsInterface; --experts for
+    short."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and activation type."""
     device: str = "auto"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_rl.churn_report import compare
+from moe_rl.churn_report import compare, usable
 from moe_rl.cli import main
 from moe_rl.replay_check.families import build_family, family_names
 
@@ -86,6 +86,58 @@ def test_churn_prints_and_plots(tmp_path: Path, moe_rl: Run) -> None:
     assert done.returncode == 0, done.stderr
     assert "token disagreement" in done.stdout
     assert "<svg" in (tmp_path / "out/churn.svg").read_text()
+
+
+def damaged(what: str) -> np.ndarray:
+    """Routes of which `check-replay` says the same."""
+    ids = routes()
+    if what == "an id below -1":
+        ids[0, 3, 0, 1] = -7
+    elif what == "an expert twice":
+        ids[0, 3, 0] = ids[0, 3, 0, 0]
+    elif what == "half a record":
+        ids[0, 3, 0, 1] = -1
+    else:
+        ids[:] = 0
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("an id below -1", "b.npz: an id of -7; only -1 may be negative"),
+        ("an expert twice", "b.npz: [b, s, l] = [0, 3, 0] names an expert twice"),
+        ("half a record", "b.npz: [b, s, l] = [0, 3, 0] has some ids only"),
+        ("nothing recorded", "b.npz: every id is 0 or -1: the engine recorded nothing"),
+    ],
+)
+def test_churn_of_routes_that_no_router_chose_is_refused(
+    what: str, words: str, tmp_path: Path, moe_rl: Run
+) -> None:
+    ids = damaged(what)
+    np.savez(tmp_path / "a.npz", routed_experts=routes())
+    np.savez(tmp_path / "b.npz", routed_experts=ids)
+    done = moe_rl("churn", "a.npz", "b.npz")
+    assert (done.returncode, done.stdout) == (2, "") and words in done.stderr
+    assert moe_rl("check-replay", "b.npz").returncode == 1
+
+
+def test_a_fill_of_zeros_is_no_agreement() -> None:
+    """A dense layer and the token that was never fed, as engines of all layers hand them over."""
+    a, b = torch.from_numpy(routes()), torch.from_numpy(routes())
+    b[:, 20:, 1] = (b[:, 20:, 1] + 4) % 8
+    expected = compare(a[:, :-1, 1:], b[:, :-1, 1:])
+    for record in (a, b):
+        record[:, :, 0] = 0
+        record[:, -1] = 0
+    pairs = [usable(record, Path("t.npz")) for record in (a, b)]
+    found = compare(*(record for record, _ in pairs))
+    assert (found.churn, found.tokens) == (expected.churn, expected.tokens)
+    assert np.isnan(found.by_layer[0]).all()
+    rows = 2 * (40 + 2)  # a layer, and two more layers of the last token
+    assert pairs[0][1].startswith(f"t.npz: {rows} (token, layer) pairs ")
+    one = torch.tensor([[[[0], [1]], [[1], [0]]]])  # with one expert a token a zero is a choice
+    assert torch.equal(usable(one, Path("t.npz"))[0], one)
 
 
 @pytest.mark.parametrize(

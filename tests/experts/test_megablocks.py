@@ -224,7 +224,7 @@ def losses_of_training(backend: str, folder: Path) -> list[float]:
     command += ["--group-size", "2", "--prompts-per-rollout", "1", "--updates-per-rollout", "1"]
     command += ["--sft-steps", "1", "--sft-batch-size", "2", "--device", "cpu"]
     done = subprocess.run(
-        [sys.executable, "-m", "moe_rl", *command, "--experts-implementation", backend],
+        [sys.executable, "-m", "moe_rl", *command, "--experts", backend],
         cwd=folder,
         capture_output=True,
         text=True,

@@ -65,5 +65,8 @@ TRACES = {
     "a response without routes": trace("t.json", '{"choices": [{"text": "hello"}]}'),
     "bytes without sizes": trace("t.json", '{"meta_info": {"routed_experts": "AAAA"}}'),
     "a line that is not JSON": trace("t.jsonl", json.dumps(LINE) + '\n{"layer": 1, "nu\n'),
+    "an id below -1": trace("t.npy", npy(np.where(IDS == 0, -7, IDS))),
+    "an expert twice": trace("t.npy", npy(np.full_like(IDS, 3))),
+    "nothing recorded": trace("t.npy", npy(np.zeros_like(IDS))),
     "traces of two models": Fault(("churn", "a.npy", "b.npy"), two_shapes, torch=True),
 }
