@@ -29,15 +29,22 @@ class Head:
 
 
 def check_arguments(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    ignore_index: int | None,
 ) -> None:
-    """Raise ValueError on tensors that do not fit each other, and on a bad softcap."""
+    """Raise ValueError on what does not fit; IndexError on a target, see `_check_words`."""
     _check_layout(weight)
     if hidden.ndim < 1 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             "hidden [..., H] and weight [V, H] must agree in H, "
             f"got hidden {list(hidden.shape)} and weight {list(weight.shape)}"
         )
+    if 0 in weight.shape:
+        raise ValueError(f"weight [V, H] must have a word and a width, got {list(weight.shape)}")
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(
             f"targets must have hidden's leading shape {list(hidden.shape[:-1])}, "
@@ -53,8 +60,30 @@ def check_arguments(
     for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    if softcap is not None and not _is_positive(softcap):
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap!r}")
+    if ignore_index is not None and not isinstance(ignore_index, int):
+        raise ValueError(f"ignore_index must be an int or None, got {ignore_index!r}")
+    _check_words(targets, len(weight), NO_INDEX if ignore_index is None else ignore_index)
+
+
+def _check_words(targets: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raise IndexError on a target that is no word, where looking costs nothing."""
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
+    if bool(wrong.any()):
+        raise IndexError(
+            f"targets must lie in [0, {vocab}), got {int(targets[wrong][0])}; ignore_index="
+            f"{ignore_index if ignore_index != NO_INDEX else None} marks tokens that do not count"
+        )
+
+
+def _is_positive(number: object) -> bool:
+    try:
+        return math.isfinite(number) and number > 0  # type: ignore[arg-type, operator]
+    except TypeError:
+        return False
 
 
 def check_temperature(temperature: float | Tensor, targets: Tensor) -> float | Tensor:
@@ -66,8 +95,8 @@ def check_temperature(temperature: float | Tensor, targets: Tensor) -> float | T
         ValueError: not positive, not finite, or a tensor that is not one number a token.
     """
     if not isinstance(temperature, Tensor):
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        if not _is_positive(temperature):
+            raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
         return float(temperature)
     if temperature.requires_grad:
         raise ValueError("temperature must not require a gradient: there is none; detach() it")

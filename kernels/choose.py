@@ -27,6 +27,7 @@ def choose_backend(
     dtype: torch.dtype = torch.float32,
     num_tokens: int,
     vocab: int,
+    autocast: bool = False,
 ) -> Choice:
     """The backend of one call of `token_logprobs`.
 
@@ -36,6 +37,8 @@ def choose_backend(
         dtype: the widest of hidden, weight and bias.
         num_tokens: N.
         vocab: V.
+        autocast: whether torch.autocast is on, under which autograd's backward pass, too, would
+            run in half precision.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot run on this device and dtype.
@@ -49,13 +52,15 @@ def choose_backend(
             raise ValueError(f"backend 'triton' cannot run: {obstacle}")
     if requested != "auto":
         return Choice(requested, "asked for by name")
-    if num_tokens * vocab <= SMALL_LOGITS:
+    if num_tokens * vocab <= SMALL_LOGITS and not autocast:
         return Choice(
             "reference",
             f"N * V = {num_tokens * vocab} logits (at most {SMALL_LOGITS}) fit into a cache: "
             "materialising them is the fastest",
         )
     if kind != "cuda":
+        if autocast and num_tokens * vocab <= SMALL_LOGITS:
+            return Choice("chunked", "autocast leaves its gradients alone")
         return Choice("chunked", f"on {kind}, vocabulary chunks bound the memory")
     obstacle = triton_obstacle(kind, dtype)
     if obstacle:

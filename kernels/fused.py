@@ -130,6 +130,16 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
+def _differentiate_twice(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "the fused log-probabilities are differentiable once; for second derivatives use "
+        "token_logprobs(..., backend='reference')"
+    )
+
+
+_backward.register_autograd(_differentiate_twice)
+
+
 def _head(
     temperature: float, temperatures: Tensor | None, softcap: float | None, ignore_index: int
 ) -> Head:

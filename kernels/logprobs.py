@@ -2,6 +2,7 @@
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from moe_rl.kernels.arguments import (
@@ -102,17 +103,17 @@ def token_logprobs(
 
     `reference.py` is these lines in PyTorch; the other backends are tested against it. All
     arithmetic is in float32 (float64 as soon as one input is float64), whatever the dtype of the
-    inputs and also under autocast (of `reference` the forward pass; call backward outside of it, as
-    PyTorch advises): a bfloat16 log-probability has steps of 2^-6 near -2, which is more than the
-    width of GSPO's clip range.
+    inputs and also under autocast (of `reference` by name the forward pass only; call backward
+    outside of it, as PyTorch advises): a bfloat16 log-probability has steps of 2^-6 near -2, which
+    is more than the width of GSPO's clip range.
 
     Args:
         hidden: `[..., H]`, floating point; the last hidden states, after the final norm.
         weight: `[V, H]`, floating point; the head's matrix. No gradient is computed for it if it
             needs none.
-        targets: `[...]`, int64 in `[0, V)` or `ignore_index`. Other values are an error on a CPU
-            (IndexError or RuntimeError) and a device-side assert or NaN on a GPU: looking at the
-            values would drain its queue.
+        targets: `[...]`, int64 in `[0, V)` or `ignore_index`. Other values are an IndexError on a
+            CPU, and a device-side assert or NaN on a GPU: looking at the values would drain its
+            queue, and break a compiled graph.
         bias: `[V]`, floating point, or None. Without softcap an entry of -inf removes a word.
         temperature: softmax temperature, positive and finite; a float, or one a token `[...]`.
         softcap: bound of the logits before the temperature (Gemma), positive; None: unbounded.
@@ -130,8 +131,9 @@ def token_logprobs(
     Raises:
         ValueError: a shape, dtype, device or number that does not fit the above, a partitioned
             weight, or a backend that cannot run here.
+        IndexError: a target that is no word; on a CPU.
     """
-    check_arguments(hidden, weight, targets, bias, softcap)
+    check_arguments(hidden, weight, targets, bias, softcap, ignore_index)
     head = Head(
         temperature=check_temperature(temperature, targets),
         softcap=None if softcap is None else float(softcap),
@@ -144,6 +146,7 @@ def token_logprobs(
         dtype=compute_dtype(hidden, weight, bias),
         num_tokens=flat_targets.numel(),
         vocab=weight.shape[0],
+        autocast=torch.is_autocast_enabled(hidden.device.type),
     )
     flat = hidden.reshape(-1, hidden.shape[-1])
     if choice.name == "reference":

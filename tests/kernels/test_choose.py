@@ -19,6 +19,20 @@ def test_few_logits_are_materialised_and_many_are_not() -> None:
     assert many.name == "chunked" and "bound the memory" in many.reason
 
 
+def test_backward_inside_autocast_is_float32() -> None:
+    """autograd would take the reference's products of the backward pass in half precision."""
+    p = problem(8, 16, 30)
+    found = []
+    for autocast in (False, True):
+        weight = p.weight.clone().requires_grad_()
+        with torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=autocast):
+            token_logprobs(p.hidden, weight, p.targets).sum().backward()
+        found.append(weight.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+    few = choose_backend(num_tokens=8, vocab=30, autocast=True)
+    assert few.name == "chunked" and "autocast" in few.reason
+
+
 def test_auto_is_the_backend_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(5, 8, 300)
     monkeypatch.setattr("moe_rl.kernels.choose.SMALL_LOGITS", 100)

@@ -310,6 +310,16 @@ def test_autocast_does_not_change_the_fused_results(backend: str) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_second_derivative_says_where_there_is_one(backend: str) -> None:
+    p = problem(4, 8, 300)
+    hidden = p.hidden.clone().requires_grad_()
+    logprobs = token_logprobs(hidden, p.weight, p.targets, backend=backend)
+    (slope,) = torch.autograd.grad(logprobs.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"for second derivatives use .*'reference'"):
+        slope.sum().backward()
+
+
 @pytest.mark.gpu
 def test_a_gpu_repeats_itself_to_the_bit() -> None:
     """Races, which a serial interpreter cannot have."""
