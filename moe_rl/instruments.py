@@ -5,11 +5,11 @@ before it; prompt-only and unread last positions never count. Definitions: docs/
 Everything here runs without gradients and reads the device once per call.
 
 Where several processes train together each gives its own sequences and a `gather`, which joins the
-rows of all of them: metrics are those of the whole batch. What is heavy, the router logits, is
-reduced to numbers a token before it travels.
+rows of all of them: metrics are those of the whole batch. It is called once for all tables that a
+set of metrics needs. What is heavy, the router logits, is reduced to numbers a token before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ from moe_rl.response_pass import PassOutput
 from moe_rl.rollout.batch import RolloutBatch, response_positions
 from moe_rl.routing import statistics
 
-Gather = Callable[[Tensor], Tensor]
+Tables = Mapping[str, Tensor]
+Gather = Callable[[Tables], dict[str, Tensor]]
 
 
-def alone(rows: Tensor) -> Tensor:
+def alone(tables: Tables) -> dict[str, Tensor]:
     """The rows of one process, where there is no other."""
-    return rows
+    return dict(tables)
 
 
 @torch.no_grad()
@@ -43,17 +44,21 @@ def rollout_metrics(
     assert old.routed_experts is not None and old.router_logits is not None
     mask, logits = batch.response_mask, old.router_logits
     routes = response_positions(old.routed_experts, batch.prompt_ids.shape[1])
-    load = statistics.load(gather(routes), logits.shape[-1], gather(mask))
     router = router_statistics(logits, routes, mask)
+    own = {"routes": routes, "mask": mask, **router}
+    if old.entropy is not None:
+        own["tokens' entropy"] = old.entropy
+    rows = gather(own)
+    load = statistics.load(rows["routes"], logits.shape[-1], rows["mask"])
     layers = {
-        **{f"routing/{name}": statistics.per_layer(gather(v)) for name, v in router.items()},
+        **{f"routing/{name}": statistics.per_layer(rows[name]) for name in router},
         "routing/load_cv": statistics.load_cv(load),
         "routing/max_vio": statistics.max_vio(load),
         "routing/dead_experts": statistics.dead_experts(load),
     }
     metrics = _by_layer(layers)
     if old.entropy is not None:
-        metrics["entropy"] = gather(old.entropy[mask]).mean().item()
+        metrics["entropy"] = rows["tokens' entropy"][rows["mask"]].mean().item()
     return metrics
 
 
@@ -66,10 +71,17 @@ def mismatch_metrics(
     mask, prompt_length = batch.response_mask, batch.prompt_ids.shape[1]
     engine = response_positions(batch.routed_experts, prompt_length)
     trainer = response_positions(old.routed_experts, prompt_length)
-    churn = gather(statistics.churn(engine, trainer, mask))
+    rows = gather(
+        {
+            "churn": statistics.churn(engine, trainer, mask),
+            "logprobs": old.logprobs,
+            "rollout_logprobs": batch.rollout_logprobs,
+            "mask": mask,
+        }
+    )
     return {
-        **mismatch_statistics(gather(old.logprobs), gather(batch.rollout_logprobs), gather(mask)),
-        **_prefixed("mismatch", _disagreement(churn)),
+        **mismatch_statistics(rows["logprobs"], rows["rollout_logprobs"], rows["mask"]),
+        **_prefixed("mismatch", _disagreement(rows["churn"])),
     }
 
 
@@ -108,28 +120,39 @@ def update_metrics(
     assert output.routed_experts is not None
     old = response_positions(old_routes, prompt_length)
     new = response_positions(output.routed_experts, prompt_length)
-    churn = gather(statistics.churn(old, new, mask))
-    all_mask, all_logprobs = gather(mask), gather(output.logprobs)
-    all_old_logprobs = gather(old_logprobs)
-    metrics: dict[str, Any] = {
-        **clip_shares(gather(clipped_low), gather(clipped_high), all_mask),
-        **ratio_statistics(all_logprobs, all_old_logprobs, all_mask),
-        **_prefixed("routing", _disagreement(churn)),
+    own = {
+        "mask": mask,
+        "logprobs": output.logprobs,
+        "old_logprobs": old_logprobs,
+        "clipped_low": clipped_low,
+        "clipped_high": clipped_high,
+        "churn": statistics.churn(old, new, mask),
     }
-    if output.router_logits is not None:
-        top_k = old.shape[-1]
-        margins = gather(statistics.margin(output.router_logits, top_k, mask))
-        metrics |= _by_layer({"routing/margin": statistics.per_layer(margins)})
+    logits = output.router_logits
+    if logits is not None:
+        own["margin"] = statistics.margin(logits, old.shape[-1], mask)
         if old_scores is not None:
-            shift = statistics.shift(old_scores, output.router_logits, old, mask)
-            metrics["routing/shift"] = gather(shift).nanmean().item()
-    if per_position:
-        metrics["routing/churn_per_position"] = churn.nanmean(dim=(0, 2)).tolist()
+            own["shift"] = statistics.shift(old_scores, logits, old, mask)
     if other_logprobs is not None:
-        live, replay = all_logprobs, gather(other_logprobs)
+        own["other_logprobs"] = other_logprobs
+    rows = gather(own)
+    of_tokens = rows["logprobs"], rows["old_logprobs"], rows["mask"]
+    metrics: dict[str, Any] = {
+        **clip_shares(rows["clipped_low"], rows["clipped_high"], rows["mask"]),
+        **ratio_statistics(*of_tokens),
+        **_prefixed("routing", _disagreement(rows["churn"])),
+    }
+    if "margin" in rows:
+        metrics |= _by_layer({"routing/margin": statistics.per_layer(rows["margin"])})
+    if "shift" in rows:
+        metrics["routing/shift"] = rows["shift"].nanmean().item()
+    if per_position:
+        metrics["routing/churn_per_position"] = rows["churn"].nanmean(dim=(0, 2)).tolist()
+    if "other_logprobs" in rows:
+        live, replay = rows["logprobs"], rows["other_logprobs"]
         if replayed:
             live, replay = replay, live
-        metrics |= split_log_ratio(live, replay, all_old_logprobs, all_mask)
+        metrics |= split_log_ratio(live, replay, rows["old_logprobs"], rows["mask"])
     return metrics
 
 

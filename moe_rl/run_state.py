@@ -168,16 +168,18 @@ def _restore_optimizer(
 
 def _rollout_tensors(experience: Experience, learner: Learner) -> dict[str, Tensor]:
     """The rollout of all ranks, prompt by prompt."""
-    tensors = {}
+    own = {
+        prefix + entry.name: getattr(part, entry.name)
+        for prefix, part in (("", experience), ("batch.", experience.batch))
+        for entry in dataclasses.fields(part)
+    }
+    rows = {name: value for name, value in own.items() if isinstance(value, Tensor)}
     order = learner.share.order()
-    for prefix, part in (("", experience), ("batch.", experience.batch)):
-        for entry in dataclasses.fields(part):
-            value = getattr(part, entry.name)
-            if isinstance(value, Tensor):
-                by_prompt = learner.ranks.gather(value).unflatten(0, (len(order), -1))
-                # Replay and record may be one tensor; indexing gives a file each its own.
-                tensors[prefix + entry.name] = by_prompt[order].flatten(0, 1).contiguous()
-    return tensors
+    return {
+        # Replay and record may be one tensor; indexing gives a file each its own.
+        name: whole.unflatten(0, (len(order), -1))[order].flatten(0, 1).contiguous()
+        for name, whole in learner.ranks.gather(rows).items()
+    }
 
 
 def _own_rows(tensor: Tensor, share: Share) -> Tensor:

@@ -151,8 +151,9 @@ class Trainer:
         if config.routing_replay == "R3":
             assert batch.routed_experts is not None
             replay = batch.routed_experts
-        metrics = _rollout_metrics(gather(rewards), gather(batch.response_mask))
-        metrics["truncated"] = gather(batch.truncated).float().mean().item()
+        scored = {"rewards": rewards.flatten().to(self.policy.device), "truncated": batch.truncated}
+        scored |= {"mask": batch.response_mask}
+        metrics = _rollout_metrics(**gather(scored), group_size=config.group_size)
         if config.instruments:
             with self.clock.timed("instruments"):
                 metrics |= instruments.rollout_metrics(batch, old, gather=gather)
@@ -301,14 +302,18 @@ class Trainer:
         }
 
 
-def _rollout_metrics(rewards: Tensor, mask: Tensor) -> dict[str, Any]:
-    """Of rewards [P, G] and the response mask [B, T]."""
+def _rollout_metrics(
+    rewards: Tensor, truncated: Tensor, mask: Tensor, group_size: int
+) -> dict[str, Any]:
+    """Of rewards [B], group after group, truncated [B] and the response mask [B, T]."""
+    rewards = rewards.unflatten(0, (-1, group_size))
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std().item(),
         # Not by their standard deviation, which is rounded: that of three times 0.9 is not 0.
         "zero_std_groups": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
         "response_length": mask.sum(1).float().mean().item(),
+        "truncated": truncated.float().mean().item(),
     }
 
 

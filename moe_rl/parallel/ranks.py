@@ -8,8 +8,9 @@ import contextlib
 import datetime
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -33,37 +34,41 @@ class Ranks:
         """Whether this one writes the run folder and talks to the user."""
         return self.rank == 0
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks, one rank after the other; a rank may have any number of them.
+    def gather(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows of all ranks, one rank's after the other's; a rank may have any number of them.
+
+        An exchange of little takes about as long as one of nothing: tables that are needed
+        together travel together.
 
         Args:
-            rows: [n, ...], alike on all ranks but for n.
+            tables: [n, ...] each, alike on all ranks but for n.
         """
         if self.size == 1:
-            return rows
-        counts = self._numbers(len(rows), rows.device)
-        shape, width = rows.shape[1:], rows[:0].new_empty(rows.shape[1:]).nbytes
-        data = torch.zeros(max(counts) * width, dtype=torch.uint8, device=rows.device)
-        data[: len(rows) * width] = rows.detach().contiguous().flatten().view(torch.uint8)
-        found = [torch.empty_like(data) for _ in counts]
-        distributed.all_gather(found, data)
+            return dict(tables)
+        own = [table.detach().contiguous().flatten().view(torch.uint8) for table in tables.values()]
+        sizes = torch.tensor([len(part) for part in own], device=own[0].device)
+        lengths = [found.tolist() for found in self._exchange(sizes)]
+        data = own[0].new_zeros(max(map(sum, lengths)))
+        data[: sum(map(len, own))] = torch.cat(own)
         parts = [
-            part[: count * width].view(rows.dtype).view(count, *shape)
-            for part, count in zip(found, counts, strict=True)
+            found[: sum(length)].split(length)
+            for found, length in zip(self._exchange(data), lengths, strict=True)
         ]
-        return torch.cat(parts)
+        return {
+            # Joined first: the place of a part among others may be no multiple of its items' size.
+            name: torch.cat(of_ranks).view(table.dtype).view(-1, *table.shape[1:])
+            for (name, table), of_ranks in zip(
+                tables.items(), zip(*parts, strict=True), strict=True
+            )
+        }
 
     def largest(self, value: int) -> int:
         """The largest of the ranks' values."""
-        return max(self._numbers(value, _device())) if self.size > 1 else value
+        return max(self._numbers(value, torch.int64)) if self.size > 1 else value
 
     def total(self, value: float) -> float:
         """The sum of the ranks' values, equal on all of them."""
-        if self.size == 1:
-            return value
-        return sum(
-            self.gather(torch.tensor([value], dtype=torch.float64, device=_device())).tolist()
-        )
+        return sum(self._numbers(value, torch.float64)) if self.size > 1 else value
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -80,11 +85,16 @@ class Ranks:
         if self.largest(int(failure is not None)):
             raise failure or PeerFailed("another process has failed; its own message says why")
 
-    def _numbers(self, value: int, device: torch.device) -> list[int]:
-        own = torch.tensor([value], device=device)
+    def _numbers(self, value: float, dtype: torch.dtype) -> list[Any]:
+        """A number of each rank."""
+        own = torch.tensor([value], dtype=dtype, device=_device())
+        return torch.cat(self._exchange(own)).tolist()
+
+    def _exchange(self, own: Tensor) -> list[Tensor]:
+        """A tensor of each rank, of one shape."""
         found = [torch.empty_like(own) for _ in range(self.size)]
         distributed.all_gather(found, own)
-        return [int(number) for number in torch.cat(found).tolist()]
+        return found
 
 
 def _device() -> torch.device:

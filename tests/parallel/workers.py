@@ -94,8 +94,14 @@ def exchange(ranks: Ranks, folder: Path) -> None:
     ):
         for counts in ((2, 3), (0, 2), (1, 0), (0, 0)):
             rows = [torch.arange(6 * n).view(n, 2, 3).to(dtype) for n in counts]
-            assert torch.equal(ranks.gather(rows[ranks.rank]), torch.cat(rows)), (dtype, counts)
-    assert ranks.gather(torch.tensor([float("nan"), -0.0])).isnan().sum() == 2
+            numbers = [torch.arange(2 * n + 1) + 10 * rank for rank, n in enumerate(counts)]
+            own = {"odd": rows[ranks.rank] > 3, "rows": rows[ranks.rank]}
+            found = ranks.gather(own | {"numbers": numbers[ranks.rank]})
+            assert torch.equal(found["rows"], torch.cat(rows)), (dtype, counts)
+            assert torch.equal(found["odd"], torch.cat(rows) > 3), (dtype, counts)
+            assert torch.equal(found["numbers"], torch.cat(numbers)), (dtype, counts)
+    strange = ranks.gather({"x": torch.tensor([float("nan"), -0.0])})["x"]
+    assert strange.isnan().sum() == 2 and strange.signbit().sum() == 2
     assert ranks.largest(3 - ranks.rank) == 3
     assert ranks.total(0.5 + ranks.rank) == 2.0
     with ranks.together():
