@@ -272,7 +272,7 @@ class Trainer:
 
     def _state(self, begun: BegunStep | None) -> tuple[Progress, Fill]:
         """Where the run stands, and what writes all it takes to go on; all ranks call this."""
-        progress = dataclasses.replace(self.progress, begun=begun, seconds={**self.clock.seconds})
+        progress = dataclasses.replace(self.progress, begun=begun, seconds=self.clock.so_far())
         return progress, collect_state(progress, self.learner, self.log.sizes())
 
     def save(self, name: str) -> None:

@@ -1,6 +1,7 @@
 """An interrupted run that goes on is bit for bit the run that was never interrupted."""
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,16 @@ def test_a_damaged_newest_checkpoint_costs_updates_but_no_bits(tmp_path: Path, c
     train(config(), run, cold_start_cache=cold, resume=True, on_damage=told.append)
     assert len(told) == 1 and str(weights) in told[0]
     assert_same_run(run, whole)
+
+
+def test_the_time_of_an_interrupted_step_holds_its_first_part(tmp_path: Path, cold: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Killed), killed_after(2):
+        train(config(), run, cold_start_cache=cold)
+    train(config(), run, cold_start_cache=cold, resume=True)
+    for line in map(json.loads, (run / "steps.jsonl").read_text().splitlines()):
+        parts = sum(value for name, value in line.items() if name.startswith("seconds_"))
+        assert 0 < parts <= line["seconds"]
 
 
 def test_checkpoints_are_not_overwritten_without_resume(tmp_path: Path, cold: Path) -> None:
