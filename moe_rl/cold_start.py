@@ -9,9 +9,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,6 @@ from torch import Tensor
 from transformers import Qwen3MoeForCausalLM
 
 from moe_rl.config import RunConfig
-from moe_rl.disk import writes_to
 from moe_rl.fit import check_fit
 from moe_rl.inputs import pinned
 from moe_rl.policy import Policy, build_policy, resolve_device
@@ -29,8 +25,8 @@ from moe_rl.process import process_of
 from moe_rl.rollout.sampling import sample_responses
 from moe_rl.rollout.score import score
 from moe_rl.routing import collect_router_logits, find_routers
-from moe_rl.runlog import check_can_be_made, write_json
-from moe_rl.sealed import sha256_of
+from moe_rl.runlog import check_can_be_made, jsonable
+from moe_rl.sealed import is_whole, read_manifest, write_sealed
 from moe_rl.seeding import generator
 from moe_rl.tasks import Task, make_task
 
@@ -39,7 +35,6 @@ _VERSION = 1
 # Threads are part of what makes the weights (the order of sums), so they are fixed.
 _THREADS = 1
 _EVALUATION_PROMPTS = 512
-_REPORT = "cold_start.json"
 _MAX_GRAD_NORM = 1.0
 
 
@@ -72,47 +67,21 @@ def ensure_cold_start(
     with process_of(_THREADS):
         policy = build_policy(config.model, task.alphabet, seed=config.cold_start.sft_seed)
     check_fit(policy, task)
-    cache.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
-    try:
-        with process_of(_THREADS):
-            loss = train_on_demonstrations(policy, task, config, progress)
-            if not math.isfinite(loss) and config.sft_steps:
-                raise FloatingPointError(
-                    "the cold start has diverged at sft_learning_rate="
-                    f"{config.cold_start.sft_learning_rate:g}, take a smaller one"
-                )
-            report = {"loss": loss, "reward": evaluate(policy, task, config), **_made_of(config)}
-        with writes_to(scratch):
-            policy.model.save_pretrained(scratch)
-            policy.tokenizer.save_pretrained(scratch)
-        write_json(scratch / _REPORT, report | {"files": _sums(scratch)})
-        if folder.exists() and not is_whole(folder):
-            shutil.rmtree(folder)  # damaged, or half-made by something else than this function
-        try:
-            os.replace(scratch, folder)
-        except OSError:
-            # Another process made the same folder meanwhile; either one will do.
-            if not is_whole(folder):
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with process_of(_THREADS):
+        loss = train_on_demonstrations(policy, task, config, progress)
+        if not math.isfinite(loss) and config.sft_steps:
+            raise FloatingPointError(
+                "the cold start has diverged at sft_learning_rate="
+                f"{config.cold_start.sft_learning_rate:g}, take a smaller one"
+            )
+        report = {"loss": loss, "reward": evaluate(policy, task, config), **_made_of(config)}
+
+    def fill(path: Path) -> None:
+        policy.model.save_pretrained(path)
+        policy.tokenizer.save_pretrained(path)
+
+    write_sealed(folder, fill, jsonable(report), keep_whole=True)
     return folder
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a cold start's files are there as they were written."""
-    try:
-        report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
-        return bool(report["files"] == _sums(folder))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _sums(folder: Path) -> dict[str, str]:
-    """sha256 of a cold start's files by name."""
-    files = sorted(path for path in folder.iterdir() if path.name != _REPORT)
-    return {path.name: sha256_of(path) for path in files}
 
 
 def prepare_cold_starts(configs: Sequence[RunConfig], cache: Path) -> None:
@@ -130,8 +99,8 @@ def prepare_cold_starts(configs: Sequence[RunConfig], cache: Path) -> None:
         folder = ensure_cold_start(
             config, make_task(config.task.task, **config.task.options()), cache
         )
-        report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
-        print(f"cold start {name} ({experts}): reward {report['reward']:.3f}", flush=True)
+        reward = read_manifest(folder)["reward"]
+        print(f"cold start {name} ({experts}): reward {reward:.3f}", flush=True)
 
 
 def _content_of(checkpoint: str | None) -> list[tuple[str, int, int]]:

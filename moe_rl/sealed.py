@@ -27,13 +27,21 @@ class Damaged(Exception):
     """A folder is not what was written; names the file."""
 
 
-def write_sealed(path: Path, fill: Callable[[Path], None], about: Mapping[str, Any]) -> None:
-    """Make the folder `path`, in place of a damaged one if that is there.
+def write_sealed(
+    path: Path,
+    fill: Callable[[Path], None],
+    about: Mapping[str, Any],
+    *,
+    keep_whole: bool = False,
+) -> None:
+    """Make the folder `path`, in place of one that is there.
 
     Args:
         path: its parent is made if need be.
         fill: writes files and folders into the path it is given.
         about: goes into the manifest.
+        keep_whole: leave alone a whole folder that another process has made meanwhile; one may be
+            reading it.
 
     Raises:
         OSError: it could not be written (a full disk); what was there is untouched.
@@ -47,9 +55,14 @@ def write_sealed(path: Path, fill: Callable[[Path], None], about: Mapping[str, A
         files = {str(file.relative_to(scratch)): _sealed(file) for file in _files(scratch)}
         write_flushed(scratch / MANIFEST, json.dumps({**about, "files": files}, indent=2) + "\n")
         _flush_folders(scratch)
-        # One of this name is here only if it was damaged, or the run went back behind it.
+        if keep_whole and is_whole(path):
+            return
         shutil.rmtree(path, ignore_errors=True)
-        os.replace(scratch, path)
+        try:
+            os.replace(scratch, path)
+        except OSError:
+            if not (keep_whole and is_whole(path)):
+                raise
         flush(parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -81,6 +94,15 @@ def verify(path: Path, manifest: Mapping[str, Any]) -> None:
             _verify_file(path / name, expected)
     except (KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{path / MANIFEST}: not a manifest ({error!r})") from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a folder is there, as it was written."""
+    try:
+        verify(path, read_manifest(path))
+    except Damaged:
+        return False
+    return True
 
 
 def _files(folder: Path) -> Iterator[Path]:
