@@ -8,8 +8,6 @@ rounds. Memory is the peak beyond inputs, outputs and gradients. The error is th
 tokens against float64, in nats.
 """
 
-import contextlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_rl.config import ConfigError
-from moe_rl.experiments.bench_result import check_repeats
+from moe_rl.experiments.bench_result import check_repeats, cpu_name
 from moe_rl.experiments.logprob_memory import peak_bytes
 from moe_rl.experiments.logprob_peers import OURS, Contestant, contestants
 from moe_rl.kernels import choose_backend
@@ -234,15 +232,6 @@ def _machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-
-
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "cpu"
 
 
 def table(case: dict[str, Any]) -> str:

@@ -2,8 +2,10 @@
 
     moe-rl bench ranks --out results/bench-ranks.json
 
-Short runs of `moe-rl train` from one cold start, on one process and on two in turn; the time of a
-run is the median of its rollout steps but the first two. Ratios are of runs that follow each other.
+Short runs of `moe-rl train` from one cold start; the time of a run is the median of its rollout
+steps but the first two. Beside one process and two that train together stand two runs of half the
+prompts each that know nothing of each other: what this machine's second core gives where nothing is
+exchanged. The sides take turns, ratios are of runs of one turn.
 """
 
 import json
@@ -12,21 +14,44 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from moe_rl.cold_start import prepare_cold_starts
-from moe_rl.config import ConfigError, preset
-from moe_rl.experiments.bench_result import check_repeats, write_result
+from moe_rl.config import ConfigError, RunConfig, preset
+from moe_rl.experiments.bench_result import check_repeats, cpu_name, write_result
 from moe_rl.experiments.runner import train_words
 from moe_rl.options import cores
 from moe_rl.runlog import write_config
 
 _STEPS = 8
 _WARM_UP = 2
-_PROCESSES = (1, 2)
+_TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to take a rollout step's prompts.
+
+    Args:
+        share: 1 over the prompts of each run.
+        launcher: words between `python` and the run.
+        runs: how many are made at once.
+    """
+
+    share: int = 1
+    launcher: tuple[str, ...] = ()
+    runs: int = 1
+
+
+SIDES = {
+    "one process": Side(),
+    "two processes": Side(launcher=_TORCHRUN),
+    "two runs of half each": Side(share=2, runs=2),
+}
+_ALONE = "one process"
 
 
 def bench_ranks(*, repeats: int, out: Path | None) -> int:
@@ -36,42 +61,67 @@ def bench_ranks(*, repeats: int, out: Path | None) -> int:
         ConfigError: fewer than one repetition, or fewer than two cores.
     """
     check_repeats(repeats)
-    if cores() < max(_PROCESSES):
+    if cores() < 2:
         raise ConfigError(f"bench ranks: {cores()} core here; two processes need two")
     # A learning rate that hardly moves the policy: responses keep their length.
     config = preset("staleness").replace(steps=_STEPS, learning_rate=1e-6, device="cpu")
-    seconds: dict[int, list[float]] = {size: [] for size in _PROCESSES}
+    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        write_config(root / "config.json", config)
         prepare_cold_starts([config], root / "cold")
         for number in range(repeats):
-            for size in _PROCESSES[:: 1 if number % 2 == 0 else -1]:
-                seconds[size].append(_run(root, size, number))
-    gains = [one / two for one, two in zip(*seconds.values(), strict=True)]
-    result: dict[str, Any] = {
+            order = [*SIDES][number % len(SIDES) :] + [*SIDES][: number % len(SIDES)]
+            for name in order:
+                seconds[name].append(_step_seconds(SIDES[name], config, root / f"{name}-{number}"))
+    gains = {
+        name: [one / other for one, other in zip(seconds[_ALONE], values, strict=True)]
+        for name, values in seconds.items()
+        if name != _ALONE
+    }
+    result = {
+        "device": cpu_name(),
         "torch": torch.__version__,
-        "seconds_a_step": {str(size): values for size, values in seconds.items()},
-        "gain": statistics.median(gains),
+        "seconds_a_step": seconds,
+        "gain": {name: statistics.median(values) for name, values in gains.items()},
         "gains": gains,
         "config": config.to_dict(),
     }
-    for size, values in seconds.items():
-        print(f"{size} process(es), one thread each: {statistics.median(values):.3f} s a step")
-    spread = f"{min(gains):.2f} to {max(gains):.2f}"
-    print(f"two processes are {result['gain']:.2f} times as fast ({spread})")
+    print(f"{'':<24}{'s a step':>9}{'gain':>7}   lowest to highest")
+    for name, values in seconds.items():
+        line = f"{name:<24}{statistics.median(values):>9.3f}"
+        if name in gains:
+            spread = f"{min(gains[name]):.2f} to {max(gains[name]):.2f}"
+            line += f"{statistics.median(gains[name]):>7.2f}   {spread}"
+        print(line)
     write_result(result, out)
     return 0
 
 
-def _run(root: Path, size: int, number: int) -> float:
-    """Seconds of a rollout step on `size` processes."""
-    folder = root / f"{size}-{number}"
-    launcher = [sys.executable]
-    if size > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    command = [*launcher, *train_words(root / "config.json", folder, root / "cold")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, capture_output=True, env=environment)
-    lines = (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()
+def _step_seconds(side: Side, config: RunConfig, folder: Path) -> float:
+    """Seconds of a rollout step; of the slower run where there are two."""
+    part = config.replace(prompts_per_rollout=config.prompts_per_rollout // side.share)
+    folder.mkdir()
+    write_config(folder / "config.json", part)
+    cold, runs = folder.parent / "cold", [folder / str(number) for number in range(side.runs)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *side.launcher, *train_words(folder / "config.json", run, cold)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for run in runs
+    ]
+    errors = [process.communicate()[1] for process in processes]
+    for process, said in zip(processes, errors, strict=True):
+        if process.returncode:
+            raise RuntimeError(
+                f"bench ranks: a run ended with exit code {process.returncode}\n{said}"
+            )
+    return max(_median_step(run) for run in runs)
+
+
+def _median_step(run: Path) -> float:
+    lines = (run / "steps.jsonl").read_text(encoding="utf-8").splitlines()
     return statistics.median(json.loads(line)["seconds"] for line in lines[_WARM_UP:])

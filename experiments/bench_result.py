@@ -1,5 +1,7 @@
-"""What every benchmark does alike: check its repetitions, and keep its numbers."""
+"""What every benchmark does alike: check its repetitions, name the machine, keep the numbers."""
 
+import contextlib
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,15 @@ def check_repeats(repeats: int) -> None:
     """
     if repeats < 1:
         raise ConfigError(f"repeats={repeats}: must be at least 1")
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "cpu"
 
 
 def write_result(result: dict[str, Any], out: Path | None) -> None:
