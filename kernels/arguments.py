@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 NO_INDEX = torch.iinfo(torch.int64).min
 """An `ignore_index` that no target has: stands for None where an integer is needed."""
 
@@ -38,6 +40,8 @@ def check_arguments(
 ) -> None:
     """Raise ValueError on what does not fit; IndexError on a target, see `_check_words`."""
     _check_layout(weight)
+    if hidden.device.type == "meta":
+        raise ValueError("hidden is on the meta device: it has no numbers; materialise the model")
     if hidden.ndim < 1 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             "hidden [..., H] and weight [V, H] must agree in H, "
@@ -55,41 +59,48 @@ def check_arguments(
     if targets.dtype != torch.int64:
         raise ValueError(f"targets must be int64, got {targets.dtype}: call targets.long()")
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} must be floating point of 16 to 64 bits, got {tensor.dtype}")
     for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}")
     if softcap is not None and not _is_positive(softcap):
         raise ValueError(f"softcap must be positive and finite, or None, got {softcap!r}")
-    if ignore_index is not None and not isinstance(ignore_index, int):
-        raise ValueError(f"ignore_index must be an int or None, got {ignore_index!r}")
-    _check_words(targets, len(weight), NO_INDEX if ignore_index is None else ignore_index)
+    if ignore_index is not None and not (
+        isinstance(ignore_index, int) and NO_INDEX < ignore_index <= torch.iinfo(torch.int64).max
+    ):
+        raise ValueError(f"ignore_index must be an int64 or None, got {ignore_index!r}")
+    _check_words(targets, len(weight), ignore_index)
 
 
-def _check_words(targets: Tensor, vocab: int, ignore_index: int) -> None:
+def _check_words(targets: Tensor, vocab: int, ignore_index: int | None) -> None:
     """Raise IndexError on a target that is no word, where looking costs nothing."""
     if targets.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    wrong = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
+    wrong = (targets < 0) | (targets >= vocab)
+    if ignore_index is not None:
+        wrong &= targets != ignore_index
     if bool(wrong.any()):
         raise IndexError(
             f"targets must lie in [0, {vocab}), got {int(targets[wrong][0])}; ignore_index="
-            f"{ignore_index if ignore_index != NO_INDEX else None} marks tokens that do not count"
+            f"{ignore_index} marks tokens that do not count"
         )
 
 
 def _is_positive(number: object) -> bool:
     try:
-        return math.isfinite(number) and number > 0  # type: ignore[arg-type, operator]
+        return bool(0 < number < math.inf)  # type: ignore[operator]
     except TypeError:
         return False
 
 
-def check_temperature(temperature: float | Tensor, targets: Tensor) -> float | Tensor:
+def check_temperature(
+    temperature: float | Tensor, targets: Tensor, ignore_index: int | None
+) -> float | Tensor:
     """The temperature as a number, or as float32 or float64 `[N]` on the device of the targets.
 
-    The values of a tensor are left alone: looking at them would drain a GPU's queue.
+    The values of a tensor are left alone: looking at them would drain a GPU's queue. Those of
+    tokens that do not count are 1, whatever fills the padding.
 
     Raises:
         ValueError: not positive, not finite, or a tensor that is not one number a token.
@@ -106,7 +117,15 @@ def check_temperature(temperature: float | Tensor, targets: Tensor) -> float | T
             f"{list(targets.shape)}, got {temperature.dtype} {list(temperature.shape)}"
         )
     dtype = torch.promote_types(torch.float32, temperature.dtype)
-    return temperature.to(targets.device, dtype).expand(targets.shape).reshape(-1)
+    spread = temperature.to(targets.device, dtype).expand(targets.shape)
+    if ignore_index is not None:
+        spread = spread.where(targets != ignore_index, 1)
+    return spread.reshape(-1)
+
+
+def dense_like(tensor: Tensor) -> Tensor:
+    """An empty tensor row by row, however `tensor` lies: what compiled graphs are told of."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -119,9 +138,10 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def _check_layout(weight: Tensor) -> None:
     """Refuse a matrix of which this process holds a part only."""
-    if hasattr(weight, "ds_shape"):
+    whole = tuple(getattr(weight, "ds_shape", weight.shape))
+    if whole != tuple(weight.shape):
         raise ValueError(
-            f"weight is partitioned by DeepSpeed ZeRO-3 (whole shape {tuple(weight.ds_shape)}): "
+            f"weight is partitioned by DeepSpeed ZeRO-3 (whole shape {whole}): "
             "gather it first, with deepspeed.zero.GatheredParameters([weight])"
         )
     if hasattr(weight, "full_tensor"):

@@ -14,7 +14,7 @@ of a chunk, R tokens of a block.
 import torch
 from torch import Tensor
 
-from moe_rl.kernels.arguments import ZERO_LOG_P, Head
+from moe_rl.kernels.arguments import ZERO_LOG_P, Head, dense_like
 from moe_rl.kernels.chunks import Chunk, Work, counted, each, full, place
 from moe_rl.kernels.product import product
 from moe_rl.kernels.rows import (
@@ -70,7 +70,7 @@ def chunked_backward(
     work = Work.of(hidden, weight, targets, bias, head, rows)
     slope = slopes(each(grads, rows), each(outputs, rows), work.head, work.hidden.dtype)
     to_hidden = torch.zeros_like(work.hidden) if wanted[0] else None
-    to_weight = torch.empty_like(weight) if wanted[1] else None
+    to_weight = dense_like(weight) if wanted[1] else None
     to_bias = torch.empty_like(bias) if wanted[2] and bias is not None else None
     for chunk in work.chunks():
         sums = _Totals(chunk)
@@ -104,7 +104,7 @@ def _to_all_rows(grad: Tensor | None, rows: Tensor | None, hidden: Tensor) -> Te
     """The gradient to hidden with zeros at the tokens that do not count."""
     if grad is None or rows is None:
         return None if grad is None else grad.to(hidden.dtype)
-    return torch.zeros_like(hidden).index_copy_(0, rows, grad.to(hidden.dtype))
+    return dense_like(hidden).zero_().index_copy_(0, rows, grad.to(hidden.dtype))
 
 
 class _Running:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_rl.kernels.arguments import Head, compute_dtype
+from moe_rl.kernels.arguments import Head, compute_dtype, dense_like
 from moe_rl.kernels.chunked import chunked_backward, chunked_forward
 
 
@@ -53,7 +53,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logprobs, entropy (empty unless asked for) and lse in float64, for the backward pass."""
     head = _head(temperature, temperatures, softcap, ignore_index)
-    return _implementation(backend)[0](hidden, weight, targets, bias, head, entropy=entropy)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _implementation(backend)[0](hidden, weight, targets, bias, head, entropy=entropy)
 
 
 @_forward.register_fake
@@ -86,12 +87,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to hidden, weight and bias; those that are not wanted are empty."""
     head = _head(temperature, temperatures, softcap, ignore_index)
-    grads = _implementation(backend)[1](
-        (grad_logprobs, grad_entropy, grad_lse),
-        (logprobs, spread, lse),
-        *(hidden, weight, targets, bias, head),
-        wanted=(wanted[0], wanted[1], wanted[2]),
-    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        grads = _implementation(backend)[1](
+            (grad_logprobs, grad_entropy, grad_lse),
+            (logprobs, spread, lse),
+            *(hidden, weight, targets, bias, head),
+            wanted=(wanted[0], wanted[1], wanted[2]),
+        )
     return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore[return-value]
 
 
@@ -99,7 +101,7 @@ def _backward(
 def _(*arguments: Any) -> Any:
     hidden, weight, bias, wanted = arguments[6], arguments[7], arguments[9], arguments[-1]
     return tuple(
-        torch.empty_like(tensor) if want else hidden.new_empty(0)
+        dense_like(tensor) if want else hidden.new_empty(0)
         for tensor, want in zip((hidden, weight, bias), wanted, strict=True)
     )
 

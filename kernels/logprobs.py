@@ -135,7 +135,7 @@ def token_logprobs(
     """
     check_arguments(hidden, weight, targets, bias, softcap, ignore_index)
     head = Head(
-        temperature=check_temperature(temperature, targets),
+        temperature=check_temperature(temperature, targets, ignore_index),
         softcap=None if softcap is None else float(softcap),
         ignore_index=NO_INDEX if ignore_index is None else ignore_index,
     )

@@ -9,13 +9,14 @@ read is refused, so that the method is the model's own distribution or does not 
 """
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from moe_rl.kernels.logprobs import token_logprobs
 
@@ -81,8 +82,7 @@ def patch(model: nn.Module) -> Patch:
     name = type(model).__name__
     if hasattr(model, _METHOD):
         raise ValueError(f"{name} has a method {_METHOD} already: remove() the earlier patch")
-    head = _head(model, name)
-    final = _final_logits(model, head, name)
+    final = _final_logits(model, _head(model, name), name)
 
     def method(
         self: Any,
@@ -91,24 +91,27 @@ def patch(model: nn.Module) -> Patch:
         attention_mask: Tensor | None = None,
         targets: Tensor | None = None,
         temperature: float | Tensor = 1.0,
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         entropy: bool = False,
         return_lse: bool = False,
         backend: str = "auto",
         **forward: Any,
     ) -> Tensor | tuple[Tensor, ...]:
         """Log-probabilities of tokens under this model; see `moe_rl.kernels.patch`."""
+        # Of this model now: a copy has a head of its own, and a head can be replaced.
+        head = _head(self, name)
+        padding = _target_of_padding(attention_mask, input_ids, targets, ignore_index)
         hidden = _hidden(self, input_ids, attention_mask=attention_mask, **forward)
         if targets is None:
             hidden, targets = hidden[:, :-1], input_ids[:, 1:]
             if attention_mask is not None:
-                targets = targets.where(attention_mask[:, 1:].bool(), ignore_index)
+                targets = targets.where(attention_mask[:, 1:].bool(), padding)
         return token_logprobs(
             hidden,
             head.weight,
             targets,
             bias=head.bias,
-            temperature=temperature / final.scale,
+            temperature=temperature if final.scale == 1 else temperature / final.scale,
             softcap=final.softcap,
             ignore_index=ignore_index,
             entropy=entropy,
@@ -121,13 +124,27 @@ def patch(model: nn.Module) -> Patch:
     return Patch(model)
 
 
+def _target_of_padding(
+    mask: Tensor | None, input_ids: Tensor, targets: Tensor | None, ignore_index: int | None
+) -> int:
+    if mask is None or targets is not None:
+        return 0  # not asked for
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask {list(mask.shape)} must have the shape of input_ids "
+            f"{list(input_ids.shape)} to tell which tokens count; pass targets for another mask"
+        )
+    if ignore_index is None:
+        raise ValueError("ignore_index=None with an attention_mask: padding needs a number")
+    return ignore_index
+
+
 def _head(model: Any, name: str) -> nn.Linear:
-    get: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
-    if get is None or not hasattr(model, "base_model") or not hasattr(model, "config"):
+    if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{name} is not a transformers model: pass the model inside the wrapper")
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder: a causal LM is needed")
-    head = get()
+    head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise ValueError(
             f"{name}: its output head is {type(head).__name__}, which does more than one matrix "
@@ -149,13 +166,18 @@ def _hidden(model: Any, input_ids: Tensor, **forward: Any) -> Tensor:
 def _final_logits(model: Any, head: nn.Linear, name: str) -> FinalLogits:
     """The first reading of the config that reproduces the model's own logits."""
     ids = torch.arange(1, 1 + _PROBE_TOKENS, device=head.weight.device).remainder(len(head.weight))
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()  # dropout would make two passes differ
     try:
         own = model(input_ids=ids.unsqueeze(0), use_cache=False).logits.float()
         hidden = _hidden(model, ids.unsqueeze(0))
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
+    if not own.any():
+        raise ValueError(
+            f"{name}: all its logits are 0, which fits any scale or cap: load its weights first"
+        )
     # The model's own logits are rounded to its dtype, once in the product and once by cap or scale.
     tolerance = 8 * torch.finfo(head.weight.dtype).eps * own.abs().max().item()
     tried = []

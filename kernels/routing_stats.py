@@ -14,6 +14,8 @@ from torch import Tensor
 
 from moe_rl.kernels.choose import Choice, triton_obstacle
 
+_ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 class RoutingStatistics(NamedTuple):
     """What `routing_statistics` returns; float32 unless said otherwise, without gradients."""
@@ -46,12 +48,18 @@ def routing_statistics(
 
     Args:
         router_logits: `[..., E]`, floating point, read as float32.
-        routed_experts: recorded ids `[..., K]`, any integer dtype; one negative id: no record.
+        routed_experts: recorded ids `[..., K]`, any integer dtype, below E; one negative id: no
+            record. Larger ones are an error on a CPU; a GPU's queue is not drained to look.
         backend: `auto`, `reference` (PyTorch) or `triton`.
 
     Raises:
-        ValueError: shapes that do not fit, or a backend that cannot run here.
+        ValueError: shapes, dtypes or ids that do not fit, or a backend that cannot run here.
     """
+    if not router_logits.is_floating_point() or routed_experts.dtype not in _ID_DTYPES:
+        raise ValueError(
+            "router_logits must be floating point and routed_experts integers, got "
+            f"{router_logits.dtype} and {routed_experts.dtype}"
+        )
     if router_logits.ndim < 1 or router_logits.shape[:-1] != routed_experts.shape[:-1]:
         raise ValueError(
             "router_logits [..., E] and routed_experts [..., K] must agree in all axes but the "
@@ -60,6 +68,11 @@ def routing_statistics(
     num_experts, top_k = router_logits.shape[-1], routed_experts.shape[-1]
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"routed_experts: K = {top_k} of E = {num_experts} experts; pass 1 to E")
+    if _can_look(routed_experts) and int(routed_experts.max()) >= num_experts:
+        raise ValueError(
+            f"routed_experts: an id of {int(routed_experts.max())} for {num_experts} experts; ids "
+            f"must lie below {num_experts}, -1 where there is no record"
+        )
     lead = router_logits.shape[:-1]
     logits = router_logits.detach().reshape(-1, num_experts)
     ids = routed_experts.detach().reshape(-1, top_k)
@@ -70,6 +83,11 @@ def routing_statistics(
     else:
         found = reference_routing(logits, ids)
     return RoutingStatistics(*(value.reshape(*lead, *value.shape[1:]) for value in found))
+
+
+def _can_look(ids: Tensor) -> bool:
+    """Whether there are ids, and looking at them costs nothing."""
+    return ids.device.type == "cpu" and ids.numel() > 0 and not torch.compiler.is_compiling()
 
 
 def choose_routing_backend(requested: str, device: torch.device | str) -> Choice:

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from moe_rl.kernels.arguments import Head
+from moe_rl.kernels.arguments import ZERO_LOG_P, Head
+
+SLAB_NUMBERS = 2**21
+"""Hidden numbers that are widened at a time: 16 MiB of float64."""
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """To logprobs, entropy and lse, each `[N]`; None: the loss does not use it."""
@@ -24,7 +27,7 @@ def exact_target_scores(
     of a log-probability's, is then 0.
     """
     scores = hidden.new_empty(targets.shape, dtype=torch.float64)
-    step = max(1, 2**21 // hidden.shape[1])  # 16 MiB of float64
+    step = max(1, SLAB_NUMBERS // hidden.shape[1])
     for start in range(0, len(targets), step):
         rows = slice(start, start + step)
         scores[rows] = (hidden[rows].double() * weight[targets[rows]].double()).sum(-1)
@@ -70,7 +73,8 @@ Sums = tuple[Tensor, Tensor, Tensor | None]
 def merged(a: Sums, b: Sums) -> Sums:
     """The sums over the words of both."""
     peak = torch.maximum(a[0], b[0])
-    down_a, down_b = a[0] - peak, b[0] - peak
+    # Bounded below: of removed words the exponential, 0, times the distance, -inf, would be NaN.
+    down_a, down_b = ((part[0] - peak).clamp_min(ZERO_LOG_P) for part in (a, b))
     scale_a, scale_b = down_a.exp(), down_b.exp()
     total = scale_a * a[1] + scale_b * b[1]
     if a[2] is None or b[2] is None:
@@ -93,9 +97,9 @@ class Slopes:
     target: Tensor
 
     def where(self, keep: Tensor) -> "Slopes":
-        """0 for the tokens that do not count."""
+        """Those of the tokens that do not count: p = exp(s - inf) and its factors are 0."""
         return Slopes(
-            lse=self.lse.where(keep, 0),
+            lse=self.lse.where(keep, torch.inf),
             base=self.base.where(keep, 0),
             spread=None if self.spread is None else self.spread.where(keep, 0),
             target=self.target.where(keep, 0),
@@ -124,7 +128,9 @@ def slopes(
     )
     base, pull = to_lse - to_logprobs, to_lse
     if grads[1] is not None:
-        base, pull = base - to_entropy * entropy, pull - to_entropy * (log_p + entropy)
+        base = base - to_entropy * entropy
+        # A removed target's 0 * -inf would be NaN.
+        pull = pull - to_entropy * (log_p.clamp_min(ZERO_LOG_P) + entropy)
     target = -to_logprobs * torch.expm1(log_p) + log_p.exp() * pull
     rest = lse - lse.to(dtype).double()
     base, spread = (-rest).exp() * (base + to_entropy * rest), (-rest).exp() * to_entropy

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_rl.kernels.arguments import Head
+from moe_rl.kernels.arguments import Head, dense_like
 from moe_rl.kernels.choose import interpreting
 from moe_rl.kernels.product import product
 from moe_rl.kernels.rows import Gradients, Slopes, slopes
@@ -38,7 +38,7 @@ def triton_backward(
     if keep is not None:
         slope = slope.where(keep)
     to_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None
-    to_weight = torch.empty_like(weight) if wanted[1] else None
+    to_weight = dense_like(weight) if wanted[1] else None
     to_bias = torch.empty_like(bias) if wanted[2] and bias is not None else None
     rows = weight if weight.stride(1) == 1 else weight.contiguous()
     for start in range(0, len(weight), STRIP_WORDS):

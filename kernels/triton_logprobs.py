@@ -81,7 +81,7 @@ def _partial_sums(
     num_tokens, (vocab, width) = len(targets), weight.shape
     config = tiles(hidden, weight)
     parts = triton.cdiv(vocab, PART_WORDS)
-    sums = torch.empty(3, parts, num_tokens, device=hidden.device)
+    sums = torch.empty(3, parts, num_tokens, dtype=torch.float32, device=hidden.device)
     temperature = temperatures(head, targets)
     # One axis: the others end at 65535 programs.
     grid = (triton.cdiv(num_tokens, config.tokens) * parts,)

@@ -21,7 +21,9 @@ def triton_routing(logits: Tensor, ids: Tensor) -> RoutingStatistics:
     num_tokens, num_experts = logits.shape
     top_k = ids.shape[1]
     # The interpreter's bfloat16 is not to be trusted; the widened copy is E numbers a token.
-    logits, ids = logits.float().contiguous(), ids.to(torch.int32).contiguous()
+    logits = logits.float().contiguous()
+    # An id beyond int32 would come out as another expert.
+    ids = ids.clamp(-1, num_experts).to(torch.int32).contiguous()
     live = torch.empty_like(ids, dtype=torch.int16)
     weights = logits.new_empty(num_tokens, top_k)
     churn, margin, entropy = logits.new_empty(3, num_tokens)
@@ -65,12 +67,14 @@ def _routing_kernel(  # type: ignore[no-untyped-def]
     for k in tl.static_range(K):
         recorded &= tl.load(ids + rows * K + k, mask=inside, other=-1) >= 0
     chosen = tl.zeros((TOKENS, WIDTH), dtype=tl.int32)
+    listed = tl.zeros((TOKENS, WIDTH), dtype=tl.int32)
     last = top
-    left = x
+    # Lifted off -inf, which marks those that are gone: of equals argmax would take one of them.
+    left = tl.where(real, tl.maximum(x, -3.4028234663852886e38), float("-inf"))
     for k in tl.static_range(K):
-        last = tl.max(left, axis=1)
         best = tl.argmax(left, axis=1)
         here = experts == best[:, None]
+        last = tl.max(tl.where(here, x, float("-inf")), axis=1)
         chosen += here.to(tl.int32)
         left = tl.where(here, float("-inf"), left)
         tl.store(live + rows * K + k, best.to(tl.int16), mask=inside)
@@ -81,11 +85,11 @@ def _routing_kernel(  # type: ignore[no-untyped-def]
     if K == E:
         gap = tl.full((TOKENS,), float("inf"), dtype=tl.float32)
     else:
-        gap = last - tl.max(left, axis=1)
+        following = experts == tl.argmax(left, axis=1)[:, None]
+        gap = last - tl.max(tl.where(following, x, float("-inf")), axis=1)
     tl.store(margin + rows, tl.where(broken, float("nan"), gap), mask=inside)
-    shared = tl.zeros((TOKENS,), dtype=tl.int32)
     for k in tl.static_range(K):
         mine = tl.load(ids + rows * K + k, mask=inside, other=-1)
-        shared += tl.sum(tl.where(experts == mine[:, None], chosen, 0), axis=1)
-    share = (K - shared).to(tl.float32) / K
+        listed = tl.where(experts == mine[:, None], 1, listed)
+    share = (K - tl.sum(chosen * listed, axis=1)).to(tl.float32) / K
     tl.store(churn + rows, tl.where(recorded, share, float("nan")), mask=inside)

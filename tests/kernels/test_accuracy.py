@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import DEVICE, FUSED, assert_as_exact_as_torch, errors, problem, solve, truth
 
-from moe_rl.kernels import token_logprobs
+from moe_rl.kernels import chunks, rows, token_logprobs
+from moe_rl.kernels.triton_tile import tanh
 
 # Below, at and above the tiles of the kernels (64 and 128 tokens, 128 and 256 words) and the parts
 # of the vocabulary (2048 words); no number is a multiple of anything.
@@ -136,6 +139,40 @@ def test_float64_is_computed_in_float64() -> None:
     for name, value in exact.items():
         assert found[name].dtype == torch.float64
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_pieces_of_tokens_and_words_make_the_whole(
+    backend: str, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 5 tokens, chunks of 100 words, slabs of 4 tokens: at size, thousands."""
+    monkeypatch.setattr(chunks, "BLOCK_SCORES", 500)
+    monkeypatch.setattr(chunks, "CHUNK_NUMBERS", 800)
+    monkeypatch.setattr(rows, "SLAB_NUMBERS", 32)
+    temperature = torch.linspace(0.3, 2.0, 23).to(DEVICE)
+    p = problem(23, 8, 301, scale=3.0, bias=True, temperature=temperature, softcap=softcap)
+    assert_as_exact_as_torch(p, backend)
+    p.targets[::4] = -100
+    found, exact = solve(p, backend), truth(p)
+    for name, value in exact.items():
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@triton.jit
+def _tanh_kernel(x, out, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, COUNT)
+    tl.store(out + at, tanh(tl.load(x + at)))
+
+
+def test_tanh_keeps_its_digits_near_zero() -> None:
+    """1 - exp(-2x) would cancel: relative errors of 1e-4 at 1e-3."""
+    x = torch.logspace(-6, 1.2, 512, device=DEVICE)
+    x = torch.cat([x, -x])
+    out = torch.empty_like(x)
+    _tanh_kernel[(1,)](x, out, 1024)
+    exact = x.double().tanh()
+    assert ((out.double() - exact).abs() / exact.abs()).max() < 2e-7
 
 
 @pytest.mark.gpu

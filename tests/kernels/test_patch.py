@@ -1,5 +1,6 @@
 """`patch`: the method is the model's own distribution, or the model is refused by name."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -128,3 +129,54 @@ def test_heads_that_are_more_than_a_matrix_are_refused() -> None:
     small = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
     with pytest.raises(ValueError, match="encoder-decoder"):
         patch(transformers.T5ForConditionalGeneration(transformers.T5Config(**small)))
+
+
+def test_a_copy_and_a_new_head_are_read_anew() -> None:
+    """A reference policy is made by a copy; its head must not be the original's."""
+    model = build(*FAMILIES["untied head"])
+    ids = torch.randint(3, 61, (2, 6), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), patch(model):
+        reference = copy.deepcopy(model)
+        model.lm_head.weight.normal_()
+        torch.testing.assert_close(reference.token_logprobs(ids), own(reference, ids))
+        torch.testing.assert_close(model.token_logprobs(ids), own(model, ids))
+        model.set_output_embeddings(nn.Linear(16, 61, bias=True))
+        torch.testing.assert_close(model.token_logprobs(ids), own(model, ids))
+        model.set_output_embeddings(nn.Sequential(model.lm_head))
+        with pytest.raises(ValueError, match="its output head is Sequential"):
+            model.token_logprobs(ids)
+
+
+def test_a_head_without_weights_is_refused() -> None:
+    """Any scale and any cap fit logits of 0."""
+    model = build(*FAMILIES["divided logits"])
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    with pytest.raises(ValueError, match="all its logits are 0"):
+        patch(model)
+
+
+def test_modes_of_parts_are_left_as_they_were() -> None:
+    model = build(*FAMILIES["untied head"]).train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    patch(model).remove()
+    assert [module.training for module in model.modules()] == before
+
+
+def test_what_stands_around_a_model_is_refused() -> None:
+    model = build(*FAMILIES["untied head"])
+    wrapped = nn.DataParallel(model)
+    wrapped.config, wrapped.get_output_embeddings = model.config, model.get_output_embeddings
+    with pytest.raises(ValueError, match="DataParallel is not a transformers model"):
+        patch(wrapped)
+
+
+def test_a_mask_that_names_no_tokens_is_refused() -> None:
+    model = build(*FAMILIES["untied head"])
+    ids = torch.randint(3, 61, (2, 6))
+    with patch(model):
+        with pytest.raises(ValueError, match=r"attention_mask \[2, 1, 6, 6\] must have the shape"):
+            model.token_logprobs(ids, attention_mask=torch.ones(2, 1, 6, 6))
+        with pytest.raises(ValueError, match="padding needs a number"):
+            model.token_logprobs(ids, attention_mask=torch.ones_like(ids), ignore_index=None)

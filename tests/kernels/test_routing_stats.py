@@ -83,6 +83,37 @@ def test_an_expert_that_cannot_be_chosen_adds_no_nan(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_fewer_possible_experts_than_choices(backend: str) -> None:
+    """The choice still names K different experts, and its margin is that of its logits."""
+    logits = torch.full((1, 6), -torch.inf, device=DEVICE)
+    logits[0, 3], logits[0, 5] = 1.0, 0.0
+    record = torch.tensor([[3, 5, 0, 1]], device=DEVICE)
+    found = routing_statistics(logits, record, backend=backend)
+    live = found.live_experts[0].tolist()
+    assert live[:2] == [3, 5] and len(set(live)) == 4
+    assert found.churn.item() == len(set(live) - {3, 5, 0, 1}) / 4
+    assert found.margin.isnan().all()  # -inf - -inf
+    two = routing_statistics(logits, record[:, :2], backend=backend)
+    assert two.margin.item() == torch.inf
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_record_that_names_an_expert_twice_is_a_set(backend: str) -> None:
+    logits = torch.arange(5.0, device=DEVICE).unsqueeze(0)
+    record = torch.tensor([[4, 4]], device=DEVICE)
+    assert routing_statistics(logits, record, backend=backend).churn.item() == 0.5
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="looking at the ids would drain the queue")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("expert", [5, 2**32 + 3])
+def test_an_id_beyond_the_experts_is_refused(backend: str, expert: int) -> None:
+    record = torch.tensor([[0, expert]])
+    with pytest.raises(ValueError, match=f"an id of {expert} for 5 experts"):
+        routing_statistics(torch.zeros(1, 5), record, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_with_a_nan_has_no_margin_and_spoils_no_other(backend: str) -> None:
     logits, record = routing(4, 9, 2)
     expected = routing_statistics(logits, record, backend=backend).margin
@@ -127,5 +158,7 @@ def test_bad_shapes_are_named() -> None:
         routing_statistics(logits, record[:3])
     with pytest.raises(ValueError, match="K = 2 of E = 1"):
         routing_statistics(logits[:, :1], record)
+    with pytest.raises(ValueError, match=r"got torch.float32 and torch.float32"):
+        routing_statistics(logits, record.float())
     with pytest.raises(ValueError, match="backend must be one of"):
         routing_statistics(logits, record, backend="chunked")

@@ -125,6 +125,21 @@ def test_padding_may_hold_nan(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_may_have_scores_and_temperatures_of_any_size(backend: str) -> None:
+    """exp(100 - 0) of an ignored row times its slope of 0 is inf * 0; so is a division by 0."""
+    temperature = torch.linspace(0.5, 2, 6).to(DEVICE)
+    p = problem(6, 8, 300, bias=True, temperature=temperature)
+    assert p.bias is not None
+    p.bias.add_(100.0)
+    expected = solve(p.rows(slice(1, 6)), backend)
+    p.targets[0], temperature[0] = -100, 0.0
+    found = solve(p, backend)
+    for name, value in expected.items():
+        ours = found[name][1:] if value.shape[0] == 5 else found[name]
+        torch.testing.assert_close(ours, value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_of_padding_gives_zeros(backend: str) -> None:
     p = problem(3, 4, 50, bias=True)
     p.targets[:] = -100
@@ -144,6 +159,31 @@ def test_a_bias_of_minus_infinity_removes_words(backend: str) -> None:
     for name, value in solve(fewer, "reference").items():
         ours = found[name][:100] if "weight" in name or "bias" in name else found[name]
         torch.testing.assert_close(ours, value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_removed_target_has_no_probability_and_spoils_nothing(backend: str) -> None:
+    """Its probability, 0, times its score, -inf, is 0 in the entropy and in every slope."""
+    p = problem(5, 8, 300, bias=True)
+    assert p.bias is not None
+    p.bias[p.targets[0]] = -torch.inf
+    found, exact = solve(p, backend), truth(p)
+    assert found["logprobs"][0] == -torch.inf and found["logprobs"][1:].isfinite().all()
+    for name, value in exact.items():
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_default_dtype_decides_nothing(backend: str) -> None:
+    """Sums of the vocabulary's parts in bfloat16, behind a float32 result, cost 0.05 nats."""
+    p = problem(5, 8, 300)
+    expected = solve(p, backend)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = solve(p, backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -197,6 +237,10 @@ def test_partitioned_weights_are_refused_by_name(backend: str) -> None:
     shard.ds_shape = torch.Size([5, 4])
     with pytest.raises(ValueError, match="GatheredParameters"):
         token_logprobs(p.hidden, shard, p.targets, backend=backend)
+    gathered = torch.nn.Parameter(p.weight.clone())
+    gathered.ds_shape = torch.Size([5, 4])  # which stays there while it is gathered
+    whole = token_logprobs(p.hidden, gathered, p.targets, backend=backend)
+    assert torch.equal(whole, token_logprobs(p.hidden, p.weight, p.targets, backend=backend))
     p.weight.full_tensor = lambda: p.weight
     with pytest.raises(ValueError, match="full_tensor"):
         token_logprobs(p.hidden, p.weight, p.targets, backend=backend)
@@ -223,6 +267,17 @@ def test_offsets_past_two_to_the_31_are_read_right() -> None:
     weight.copy_(p.weight)
     near = token_logprobs(p.hidden, p.weight, p.targets, backend="triton")
     assert torch.equal(token_logprobs(p.hidden, weight, p.targets, backend="triton"), near)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("width", "vocab"), [(16, 8192), (8192, 16)])
+def test_offsets_of_many_tokens_are_read_right(width: int, vocab: int) -> None:
+    """N * H, and N * the words of a strip, pass 2^31."""
+    p = problem(300_000, width, vocab, dtype=torch.bfloat16)
+    last = slice(len(p.targets) - 100, None)
+    whole, part = solve(p, "triton"), solve(p.rows(last), "triton")
+    for name in ("logprobs", "entropy", "lse", "d hidden"):
+        torch.testing.assert_close(whole[name][last], part[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_the_grid_has_one_axis() -> None:
@@ -302,12 +357,50 @@ def test_compiled_calls_stay_in_float32(backend: str, compiler: str) -> None:
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_autocast_does_not_change_the_fused_results(backend: str) -> None:
+@pytest.mark.parametrize("onednn", [True, False])
+def test_autocast_does_not_change_the_fused_results(backend: str, onednn: bool) -> None:
+    """With and without the products of oneDNN, which autocast does not know."""
     p = problem(8, 16, 300)
-    expected = solve(p, backend)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        found = solve(p, backend)
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        expected = solve(p, backend)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            found = solve(p, backend)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("backend", "compiler"), [*((backend, "aot_eager") for backend in FUSED), INDUCTOR]
+)
+def test_compiled_gradients_lie_as_they_are_said_to(backend: str, compiler: str) -> None:
+    """Of inputs column by column; Inductor compares the strides of what it was told."""
+    p = problem(6, 8, 300)
+    leaves = [t.t().contiguous().t().requires_grad_() for t in (p.hidden, p.weight)]
+    compiled = torch.compile(
+        lambda hidden, weight: token_logprobs(hidden, weight, p.targets, backend=backend),
+        backend=compiler,
+        fullgraph=True,
+    )
+    (compiled(*leaves) * p.upstream[0]).sum().backward()
+    p.upstream[1:] = 0
+    expected = solve(p, backend)
+    for leaf, name in zip(leaves, ("d hidden", "d weight"), strict=True):
+        torch.testing.assert_close(leaf.grad, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_call_takes_another_temperature(backend: str) -> None:
+    p = problem(6, 8, 300)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(hidden: Tensor, temperature: float, softcap: float) -> Tensor:
+        settings = {"temperature": temperature, "softcap": softcap}
+        return token_logprobs(hidden, p.weight, p.targets, backend=backend, **settings)
+
+    for temperature, softcap in ((0.7, 5.0), (0.8, 6.0), (1.3, 7.0)):
+        settings = {"temperature": temperature, "softcap": softcap}
+        expected = token_logprobs(p.hidden, p.weight, p.targets, backend=backend, **settings)
+        found = compiled(p.hidden, temperature, softcap)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", FUSED)
