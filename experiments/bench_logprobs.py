@@ -27,7 +27,8 @@ from moe_rl.kernels.product import product
 from moe_rl.policy import resolve_device
 from moe_rl.runlog import write_json
 
-CPU_SHAPES = ("1024,1024,32768", "512,2048,151936")
+SMALL = "1088,96,13"  # a minibatch of the small study: 64 responses of 17 tokens
+CPU_SHAPES = (SMALL, "1024,1024,32768", "512,2048,151936")
 GPU_SHAPES = ("8192,2048,151936", "16384,4096,131072")
 DTYPES = ("float32", "bfloat16", "float16")
 _SAMPLE = 256  # tokens whose error is measured

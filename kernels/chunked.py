@@ -77,7 +77,8 @@ def chunked_backward(
         for block in work.blocks():
             to_scores = _slopes_of_scores(work, chunk, block, slope)
             if to_hidden is not None:
-                to_hidden[block] += product(to_scores, chunk.weight)
+                for part, weight in zip(work.columns, chunk.weights, strict=True):
+                    to_hidden[block, part] += product(to_scores, weight)
             if to_weight is not None:
                 sums.add_weight(product(to_scores.t(), work.hidden[block]))
             if to_bias is not None:
@@ -93,7 +94,7 @@ class _Totals:
     """Gradients to a chunk of the weight and the bias, summed over blocks of tokens."""
 
     def __init__(self, chunk: Chunk) -> None:
-        self.bias = chunk.weight.new_zeros(len(chunk.weight))
+        self.bias = chunk.weights[0].new_zeros(len(chunk))
         self.weight: Tensor | float = 0.0  # the first block's product is taken as it is
 
     def add_weight(self, part: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_rl.kernels.arguments import NO_INDEX, Head, compute_dtype
-from moe_rl.kernels.product import product
+from moe_rl.kernels.product import columns, product, product_plus
 
 CHUNK_NUMBERS = 2**22  # of the weight: 16 MiB in float32
 BLOCK_SCORES = 2**21  # 8 MiB in float32, of which the entropy's gradient holds three
@@ -24,7 +24,8 @@ class Chunk:
     """C words of the vocabulary, in the dtype of the arithmetic."""
 
     words: slice
-    weight: Tensor
+    weights: list[Tensor]
+    """`[C, K]` for each range of the hidden size, see `product.columns`."""
     bias: Tensor | None
 
     @property
@@ -32,12 +33,18 @@ class Chunk:
         """The first word."""
         return int(self.words.start)
 
+    def __len__(self) -> int:
+        return len(self.weights[0])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """The tokens that count, in the dtype of the arithmetic, and the head over all words."""
 
     hidden: Tensor
+    parts: list[Tensor]
+    """`hidden` cut into ranges of the hidden size, as a chunk's weights are."""
+    columns: list[slice]
     targets: Tensor
     head: Head
     weight: Tensor
@@ -68,8 +75,12 @@ class Work:
                 raise IndexError(f"targets must be in [0, {vocab}), got {int(low)} to {int(high)}")
         if isinstance(head.temperature, Tensor):
             head = dataclasses.replace(head, temperature=take(head.temperature, rows))
+        ranges = columns(width) if hidden.device.type == "cpu" else [slice(0, width)]
+        hidden = take(hidden, rows).to(dtype).contiguous()
         return cls(
-            hidden=take(hidden, rows).to(dtype).contiguous(),
+            hidden=hidden,
+            parts=[hidden[:, part].contiguous() for part in ranges],
+            columns=ranges,
             targets=targets,
             head=head,
             weight=weight,
@@ -78,15 +89,22 @@ class Work:
         )
 
     def chunks(self) -> Iterator[Chunk]:
-        """The vocabulary, chunk by chunk."""
+        """The vocabulary, chunk by chunk; the next overwrites the weights of the one before."""
         dtype = self.hidden.dtype
+        # New memory for each chunk would be paged in anew, at a sixth of the product's time.
+        room: dict[int, Tensor] = {}
         for start in range(0, len(self.weight), self.words):
             words = slice(start, start + self.words)
-            yield Chunk(
-                words=words,
-                weight=self.weight[words].to(dtype).contiguous(),
-                bias=None if self.bias is None else self.bias[words].to(dtype),
-            )
+            weights = []
+            for number, part in enumerate(self.columns):
+                weight = self.weight[words, part]
+                if weight.dtype != dtype or not weight.is_contiguous():
+                    if number not in room:
+                        room[number] = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+                    weight = room[number][: len(weight)].copy_(weight)
+                weights.append(weight)
+            bias = None if self.bias is None else self.bias[words].to(dtype)
+            yield Chunk(words=words, weights=weights, bias=bias)
 
     def blocks(self) -> Iterator[slice]:
         """The tokens, block by block."""
@@ -96,7 +114,11 @@ class Work:
 
     def scores(self, chunk: Chunk, block: slice) -> Tensor:
         """s `[R, C]`, a new tensor."""
-        scores = product(self.hidden[block], chunk.weight.t())
+        hidden, *more_hidden = self.parts
+        weight, *more_weights = chunk.weights
+        scores = product(hidden[block], weight.t())
+        for hidden, weight in zip(more_hidden, more_weights, strict=True):
+            scores = product_plus(hidden[block], weight.t(), scores)
         if chunk.bias is not None:
             scores += chunk.bias
         if self.head.softcap is not None:

@@ -139,7 +139,7 @@ class Bench:
     out: Path | None = None
     """JSON file for the results; logprobs draws a figure beside it."""
     shapes: tuple[str, ...] = ()
-    """logprobs: N,H,V of each problem. Default: two large ones for this device."""
+    """logprobs: N,H,V of each problem. Default: a CPU's or a GPU's of docs/kernels.md."""
     dtypes: tuple[str, ...] = ()
     """logprobs: float32, bfloat16, float16. Default: the first two, bfloat16 on a GPU."""
     threads: int | None = None

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import DEVICE, FUSED, assert_as_exact_as_torch, errors, problem, solve, truth
 
-from moe_rl.kernels import chunks, rows, token_logprobs
+from moe_rl.kernels import chunks, product, rows, token_logprobs
 from moe_rl.kernels.triton_tile import tanh
 
 # Below, at and above the tiles of the kernels (64 and 128 tokens, 128 and 256 words) and the parts
@@ -146,10 +146,12 @@ def test_float64_is_computed_in_float64() -> None:
 def test_pieces_of_tokens_and_words_make_the_whole(
     backend: str, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks of 5 tokens, chunks of 100 words, slabs of 4 tokens: at size, thousands."""
+    """Blocks of 5 tokens, chunks of 100 words, slabs of 4 tokens, sums of 3 terms."""
     monkeypatch.setattr(chunks, "BLOCK_SCORES", 500)
     monkeypatch.setattr(chunks, "CHUNK_NUMBERS", 800)
     monkeypatch.setattr(rows, "SLAB_NUMBERS", 32)
+    monkeypatch.setattr(product, "MOST_TERMS", 3)
+    monkeypatch.setattr(product, "made_by_intel", lambda: False)
     temperature = torch.linspace(0.3, 2.0, 23).to(DEVICE)
     p = problem(23, 8, 301, scale=3.0, bias=True, temperature=temperature, softcap=softcap)
     assert_as_exact_as_torch(p, backend)
@@ -157,6 +159,16 @@ def test_pieces_of_tokens_and_words_make_the_whole(
     found, exact = solve(p, backend), truth(p)
     for name, value in exact.items():
         torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("width", [2048, 4096])
+@pytest.mark.parametrize("intel", [False, True])
+def test_wide_models_are_as_exact_as_torch(
+    width: int, intel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entropy and gradients too, which know no exact target score; by oneDNN and by torch.mm."""
+    monkeypatch.setattr(product, "made_by_intel", lambda: intel)
+    assert_as_exact_as_torch(problem(64, width, 1500, scale=4.0), "chunked")
 
 
 @triton.jit

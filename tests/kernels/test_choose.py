@@ -75,8 +75,12 @@ def test_triton_on_a_cpu_without_the_interpreter_says_what_to_set() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 7, 3), (64, 2048, 33), (1, 1, 1), (0, 4, 2), (3, 0, 2)])
-def test_products_are_those_of_float64(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("intel", [False, True])
+def test_products_are_those_of_float64(
+    shape: tuple[int, int, int], intel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whichever library takes them: plain, transposed, and a slice that oneDNN must not get."""
+    monkeypatch.setattr(product, "made_by_intel", lambda: intel)
     rows, inner, cols = shape
     draw = torch.Generator().manual_seed(0)
     wide = torch.randn(rows, 2 * inner, generator=draw)
