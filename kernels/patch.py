@@ -82,7 +82,7 @@ def patch(model: nn.Module) -> Patch:
     name = type(model).__name__
     if hasattr(model, _METHOD):
         raise ValueError(f"{name} has a method {_METHOD} already: remove() the earlier patch")
-    final = _final_logits(model, _head(model, name), name)
+    final = _tried_logits(model)
 
     def method(
         self: Any,
@@ -160,6 +160,24 @@ def _hidden(model: Any, input_ids: Tensor, **forward: Any) -> Tensor:
     output = model.base_model(input_ids=input_ids, **{"use_cache": False, **forward})
     hidden: Tensor = output.last_hidden_state
     return hidden
+
+
+def final_logits(model: nn.Module) -> FinalLogits:
+    """What a causal LM of transformers does to the logits of its head.
+
+    Found by trying it, if its config speaks of more than the head.
+
+    Raises:
+        ValueError: see `patch`.
+    """
+    if list(_readings(model)) == [FinalLogits()]:
+        return FinalLogits()
+    return _tried_logits(model)
+
+
+def _tried_logits(model: nn.Module) -> FinalLogits:
+    name = type(model).__name__
+    return _final_logits(model, _head(model, name), name)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from moe_rl.config import ConfigError, ModelConfig
 from moe_rl.experts import choose_experts
 from moe_rl.families import family_config
 from moe_rl.fused_layers import FUSED, choose_layers, new_cache, use_fused_layers
+from moe_rl.kernels.patch import FinalLogits, final_logits
 from moe_rl.loading import load_model, load_tokenizer
 from moe_rl.routing import find_routers
 from moe_rl.tokenizer import character_tokenizer
@@ -33,8 +34,9 @@ class Policy:
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether this pass will recompute activations: transformers does so in training mode."""
-        return self.model.training and any(
-            getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
+        return any(
+            module.training and getattr(module, "gradient_checkpointing", False)
+            for module in self.model.modules()
         )
 
     @property
@@ -152,15 +154,30 @@ def build_policy(
     else:
         model, tokenizer = _load(config.checkpoint, alphabet)
     model = model.to(device=device, dtype=dtype).eval()
-    if getattr(model.config, "final_logit_softcapping", None):
-        raise ConfigError(
-            f"{config.checkpoint}: models that softcap their logits are not supported"
-        )
+    _check_head(model, config)
     choice = choose_experts(device, config.experts_implementation, sharded=sharded)
     model.set_experts_implementation(choice.name)
     if fuse and not sharded and choose_layers(device, dtype).name == FUSED:
         use_fused_layers(model)
     return Policy(model=model, tokenizer=tokenizer, experts=choice.name, temperature=temperature)
+
+
+def _check_head(model: Any, config: ModelConfig) -> None:
+    """Refuse a model that does more to its logits than one product, which training would leave out.
+
+    Raises:
+        ConfigError: names what it does.
+    """
+    name = config.checkpoint or config.family
+    try:
+        final = final_logits(model)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    if final != FinalLogits():
+        raise ConfigError(
+            f"{name}: its logits are scaled or capped ({final}), which training does not support; "
+            "take a model whose logits are those of its head"
+        )
 
 
 def resolve_device(name: str) -> torch.device:

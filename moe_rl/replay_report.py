@@ -15,6 +15,7 @@ from moe_rl.replay_check.check_trace import check_trace
 from moe_rl.replay_check.families import (
     FAMILIES,
     REFUSED_FAMILIES,
+    REFUSED_UNBUILT,
     build_family,
     family_names,
     family_of,
@@ -57,6 +58,8 @@ def refusals() -> Iterator[tuple[str, str]]:
             yield name, f"refused: {str(error).partition('replayed: ')[2]}"
         else:
             yield name, ""
+    for name, reason in REFUSED_UNBUILT.items():
+        yield name, f"refused: {reason}"
 
 
 def check_model(folder: Path, *, seed: int) -> int:
@@ -102,7 +105,7 @@ def check_target(target: str | None, *, everything: bool, seed: int, **trace: An
         return check_file(path, **trace)
     if target in FAMILIES or f"{target}_text" in FAMILIES:
         return check_families([target], seed=seed)
-    if target in REFUSED_FAMILIES:
+    if target in REFUSED_FAMILIES or target in REFUSED_UNBUILT:
         raise ConfigError(dict(refusals())[target])
     near = difflib.get_close_matches(target, family_names(), n=1)
     hint = f", did you mean {near[0]!r}?" if near else ""

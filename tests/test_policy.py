@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from small_policy import ALPHABET, PROMPTS, rollout
 
 from moe_rl.config import ConfigError, ModelConfig
 from moe_rl.policy import Policy, build_policy
+from moe_rl.replay_check.families import build_family
 from moe_rl.response_pass import Pass, response_pass
 from moe_rl.rollout.cached import sample
 from moe_rl.rollout.noise import RouterNoise
@@ -127,3 +129,17 @@ def test_a_tokenizer_with_more_words_than_the_model_embeds_is_refused(
     character_tokenizer(ALPHABET + "+-*").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="do not belong together"):
         build_policy(ModelConfig(checkpoint=str(tmp_path)), ALPHABET)
+
+
+def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
+    """Training's log-probs are of the head's product alone."""
+    for family, scale in (("qwen3_moe", 1.0), ("granitemoe", 8.0)):
+        model: Any = build_family(family, vocab_size=64)
+        model.config.logits_scaling = model.logits_scaling = scale
+        model.save_pretrained(tmp_path / family)
+        character_tokenizer("abc").save_pretrained(tmp_path / family)
+    build_policy(ModelConfig(checkpoint=str(tmp_path / "qwen3_moe"), device="cpu"), "abc", seed=0)
+    with pytest.raises(ConfigError, match=r"granitemoe: its logits are scaled .*scale=0\.125"):
+        build_policy(
+            ModelConfig(checkpoint=str(tmp_path / "granitemoe"), device="cpu"), "abc", seed=0
+        )

@@ -147,6 +147,7 @@ def test_a_fill_of_zeros_is_no_agreement() -> None:
         (["check-replay", "--all", "qwen3_moe"], "or give --all"),
         (["check-replay", "qwen3_mo"], "did you mean 'qwen3_moe'?"),
         (["check-replay", "phimoe"], "sparsemixer"),
+        (["check-replay", "ernie4_5_vl_moe"], "no router sees every token"),
         (["check-replay", "empty.npz"], "empty.npz: "),
         (["churn", "empty.npz"], "TRACE_B"),
         (["churn", "nowhere.npz", "empty.npz"], "nowhere.npz"),

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
 from moe_rl.replay_check.gate_formula import Formula
+from moe_rl.routing.taps import REFUSED
 
 # Sizes under every name that some config gives them; a config gets those it knows.
 SMALL: dict[str, Any] = {
@@ -194,6 +195,9 @@ FAMILIES: dict[str, Family] = {
     "solar_open": _family(_DEEPSEEK),
     "zaya": _family(_SOFTMAX, num_experts_per_tok=1),
 }
+
+REFUSED_UNBUILT = {"ernie4_5_vl_moe": REFUSED["Ernie4_5_VLMoeMoeBlock"]}
+"""Refused families that are not built here, for want of images, and why they are refused."""
 
 REFUSED_FAMILIES: dict[str, dict[str, Any]] = {
     "doge": {"is_moe": True, "num_experts": 16},

@@ -20,6 +20,11 @@ from torch import Tensor
 from .taps import RouterTap
 
 
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 class UsedRoutes:
     """The ids that one forward has used, kept where a backward may recompute its routers."""
 

@@ -19,10 +19,12 @@ class Replay:
     """A record laid out for serving: `[L, B, S, K]` on the device of the routers."""
 
     def __init__(self, routed_experts: Tensor, *, device: torch.device, scores: bool) -> None:
-        self.routes = routed_experts.detach().permute(2, 0, 1, 3).to(device).contiguous()
+        # A copy, even of a record that lies so already: whoever made it may change it.
+        routes = routed_experts.detach().permute(2, 0, 1, 3)
+        self.routes = routes.to(device).clone(memory_format=torch.contiguous_format)
         num_layers, num_rows, self.length, _ = self.routes.shape
         self.has_gaps: list[bool] = (self.routes < 0).flatten(1).any(dim=1).tolist()
-        self.cursor = Cursor(num_rows)
+        self.cursor = Cursor(num_rows, self.length)
         self.live = RoutingBuffer(num_layers, scores=scores)
 
     def ids(self, layer: int, span: Span, live: Tensor) -> Tensor:
@@ -79,8 +81,11 @@ def replay_routing(
 
     Forwards are matched to the record by position: a forward that continues a KV cache takes the
     following positions of the same rows, one that starts over takes the following rows, and
-    after the last row the first. Gradient checkpointing recomputes with the same ids, of both
-    kinds, and also when backward runs after the block.
+    after the last row the first. Sequences that are packed into one row need a record that is.
+    Gradient checkpointing of layers recomputes with the same ids, of both kinds, and also when
+    backward runs after the block; the loss must come from what the model returned. Checkpointing
+    around the whole model is refused inside the block and goes unseen after it. One thread at a
+    time may call a model with open contexts.
 
     Args:
         model: a transformers MoE model, or a wrapper that contains one.

@@ -4,7 +4,10 @@ B sequences, S positions, L MoE layers, K experts per token. int16 expert ids; a
 "no record: use the live choice" for its token at its layer.
 """
 
+import contextlib
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,20 +92,27 @@ class Cursor:
 
     Args:
         num_rows: B of the record, None while recording, when rows have no end.
+        length: S of the record.
     """
 
-    def __init__(self, num_rows: int | None = None) -> None:
-        self.num_rows = num_rows
+    def __init__(self, num_rows: int | None = None, length: int | None = None) -> None:
+        self.num_rows, self.length = num_rows, length
         self.base: int | None = None
         self.block: Span | None = None
         self._before: tuple[int | None, Span | None] = (None, None)
+        self._rows_of: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def undo(self) -> None:
         """Forget the last forward: it failed."""
         self.base, self.block = self._before
 
-    def place(self, *, batch: int, length: int, cached: int) -> Span:
-        """Return the span of a forward of `[batch, length]` tokens on a cache of `cached`."""
+    def own(self, cache: Any, span: Span) -> None:
+        """Note which rows a KV cache holds, if it is an object that can be told from others."""
+        with contextlib.suppress(TypeError):
+            self._rows_of[cache] = span.row
+
+    def place(self, *, batch: int, length: int, cached: int, cache: Any = None) -> Span:
+        """Return the span of a forward of `[batch, length]` tokens on a `cache` of `cached`."""
         base = cached if self.base is None else self.base
         start = cached - base
         if start < 0:
@@ -110,10 +120,37 @@ class Cursor:
                 f"past_key_values: the cache holds {cached} positions, fewer than the {base} it "
                 "held when this context began. Open one context for each cache."
             )
+        if start > 0 and self.block is not None:
+            row = self._row_of(cache)
+            if row not in (None, self.block.row):
+                raise ValueError(
+                    f"past_key_values: this cache holds rows from {row} on, and rows from "
+                    f"{self.block.row} on came since. A context follows one cache at a time: "
+                    "finish a batch before the next, or open a context for each."
+                )
         span = Span(row=self._row(batch, start), batch=batch, start=start, length=length)
+        self._check_packed(span)
         self._before = (self.base, self.block)
         self.base, self.block = base, span
         return span
+
+    def _row_of(self, cache: Any) -> int | None:
+        try:
+            return self._rows_of.get(cache)
+        except TypeError:
+            return None
+
+    def _check_packed(self, span: Span) -> None:
+        """Refuse rows that are joined to fewer and longer ones than the record's."""
+        if self.num_rows is None or self.length is None or span.start > 0:
+            return
+        if span.batch < self.num_rows and span.length > self.length:
+            raise ValueError(
+                f"routed_experts: a forward of [{span.batch}, {span.length}] tokens on a record of "
+                f"[{self.num_rows}, {self.length}]. Of packed sequences pass a packed record "
+                "[1, sum of lengths, L, K]; of sequences that are longer than what is recorded of "
+                "them, one that is filled up with -1."
+            )
 
     def _row(self, batch: int, start: int) -> int:
         if start > 0:

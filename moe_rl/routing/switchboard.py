@@ -6,7 +6,9 @@ context is closed, or, where gradient checkpointing may still recompute a router
 of the forwards made inside are gone.
 """
 
+import copy
 import inspect
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +17,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from .recomputation import Recomputations, UsedRoutes
+from .recomputation import Recomputations, UsedRoutes, in_backward
 from .routed_experts import Cursor, RoutingBuffer, Span
 from .router_call import RouterCall
 from .taps import RouterTap, survey
@@ -99,26 +102,37 @@ class Switchboard:
     def _install(self) -> None:
         for layer, tap in enumerate(self.taps):
             self._own_forwards.append(tap.module.__dict__.get("forward"))
-            tap.module.forward = self._tapped(layer, tap.module.forward)
+            tap.module.forward = _Tapped(self, layer, tap.module.forward)
         self._handles = [
-            self.backbone.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self.backbone.register_forward_hook(self._after_forward, always_call=True),
+            self.backbone.register_forward_pre_hook(_Watch(self._before_forward), with_kwargs=True),
+            self.backbone.register_forward_hook(_Watch(self._after_forward), always_call=True),
         ]
 
-    def _tapped(self, layer: int, forward: Forward) -> Forward:
-        def routed(*args: Any, **kwargs: Any) -> Any:
-            if self._running is not None:
-                return self._route(self._running, layer, forward, args, kwargs)
-            ids = self._recomputations.ids(layer, self.taps[layer])
-            if ids is None:
-                return forward(*args, **kwargs)
-            return RouterCall(self.taps[layer], ids=ids).run(forward, args, kwargs)
+    @property
+    def open(self) -> bool:
+        """Is a context open on this model?"""
+        return bool(self.recorders or self.replay or self.noise)
 
-        return routed
+    def call_router(self, layer: int, forward: Forward, args: Any, kwargs: Any) -> Any:
+        """A router is called: in a forward of the model, or as a backward recomputes its layer."""
+        if self._running is not None:
+            return self._route(self._running, layer, forward, args, kwargs)
+        tap = self.taps[layer]
+        ids = self._recomputations.ids(layer, tap)
+        if ids is not None:
+            return RouterCall(tap, ids=ids).run(forward, args, kwargs)
+        if self.open and not in_backward():
+            raise ValueError(
+                f"model: router {tap.name!r} was called outside of a forward of "
+                f"{type(self.backbone).__name__}, so its tokens have no place in a record. Call "
+                "model(...), not model.forward(...) or a layer by itself, while a routing context "
+                "is open."
+            )
+        return forward(*args, **kwargs)
 
     def release(self) -> None:
         """Take the taps off, unless a context or a pending recomputation needs them."""
-        if self.recorders or self.replay or self.noise:
+        if self.open:
             return
         self._running = None
         if self._recomputations.pending or not self._handles:
@@ -140,8 +154,14 @@ class Switchboard:
     ) -> None:
         self._recomputations.forget_backward()
         self._running = running = Pass()
-        if not (self.recorders or self.replay or self.noise):
+        if not self.open:
             return
+        if in_backward():
+            raise ValueError(
+                "model: the whole model is called inside a backward pass, as by checkpointing "
+                "around it, and what is recomputed has no place in a record. Checkpoint its layers "
+                "instead: model.gradient_checkpointing_enable()."
+            )
         named = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         batch, length = _batch_and_length(named)
         cache = named.get("past_key_values")
@@ -149,11 +169,17 @@ class Switchboard:
         running.tokens = batch * length
         running.noise = self.noise
         # One at a time: should a place be refused, _after_forward undoes those already taken.
+        where: dict[str, Any] = {
+            "batch": batch,
+            "length": length,
+            "cached": cached,
+            "cache": cache,
+        }
         for recorder in self.recorders:
-            span = recorder.cursor.place(batch=batch, length=length, cached=cached)
+            span = recorder.cursor.place(**where)
             running.recorders.append((recorder, span))
         if self.replay is not None:
-            span = self.replay.cursor.place(batch=batch, length=length, cached=cached)
+            span = self.replay.cursor.place(**where)
             running.replay = (self.replay, span)
         for buffer, _, span in running.listeners():
             buffer.open(span)
@@ -166,7 +192,8 @@ class Switchboard:
             for _, cursor, _ in running.listeners():
                 cursor.undo()
             return
-        for buffer, _, span in running.listeners():
+        cache = getattr(output, "past_key_values", None)
+        for buffer, cursor, span in running.listeners():
             missing = [self.taps[layer].name for layer in buffer.missing()]
             if missing:
                 raise ValueError(
@@ -174,6 +201,7 @@ class Switchboard:
                     "needs every MoE layer; switch layer dropping off."
                 )
             buffer.close(span)
+            cursor.own(cache, span)
         self._recomputations.expect(running.used, output)
 
     # A router inside a forward.
@@ -201,7 +229,7 @@ class Switchboard:
             noise is not None and not tap.follows_logits
         ):
             perturb = None if noise is None else partial(noise.perturb, layer, tap)
-            with torch.no_grad():
+            with _apart():
                 alone = RouterCall(tap, perturb=perturb)
                 alone.run(forward, args, kwargs)
             live = alone.chosen
@@ -225,6 +253,51 @@ class Switchboard:
             running.replay[0].live.keep(layer, live, call.logits, tap)
 
 
+class _Tapped:
+    """A router's `forward` while the taps are on.
+
+    A copy of the model, or a saved one, has its router's own: it is not on this switchboard.
+    """
+
+    def __init__(self, board: Switchboard, layer: int, forward: Forward) -> None:
+        self._board, self._layer, self._forward = board, layer, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._board.call_router(self._layer, self._forward, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
+        module = self._board.taps[self._layer].module
+        if id(module) not in memo:
+            return self
+        if self._forward != types.MethodType(type(module).forward, module):
+            own: Forward = copy.deepcopy(self._forward, memo)
+            return own
+        return types.MethodType(type(module).forward, memo[id(module)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._board.taps[self._layer].module, "forward")
+
+
+class _Watch:
+    """A hook of the switchboard; in a copy of the model it does nothing."""
+
+    def __init__(self, hook: Callable[..., None]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> None:
+        self._hook(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Watch":
+        return _Watch(_nothing)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Watch, (_nothing,)
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
 _switchboards: weakref.WeakKeyDictionary[nn.Module, Switchboard] = weakref.WeakKeyDictionary()
 
 
@@ -239,6 +312,22 @@ def tapped(model: nn.Module) -> Iterator[Switchboard]:
         yield board
     finally:
         board.release()
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """A call of a router that leaves nothing behind for the one that counts.
+
+    No saved tensors, which checkpointing counts, and no adapted weight without a gradient, which
+    PEFT would keep for the length of a forward.
+    """
+    cached = parametrize._cache_enabled
+    parametrize._cache_enabled = 0
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        parametrize._cache_enabled = cached
 
 
 def _serve(running: Pass, layer: int, tap: RouterTap, live: Tensor) -> Tensor:

@@ -135,6 +135,13 @@ def survey(model: nn.Module) -> tuple[list[RouterTap], nn.Module]:
             "or replay. Pass a Mixture-of-Experts model (Qwen3-MoE, OLMoE, Mixtral, ...), or give "
             "your own router the method of moe_rl.routing.ChoosesExperts."
         )
+    for path in paths:
+        if {"modules_to_save", "original_module"} & set(path.split(".")):
+            raise ValueError(
+                f"model: PEFT keeps two copies of the router {path!r} (modules_to_save), of which "
+                "adapters decide the one that routes. Adapt it by LoRA (target_modules or "
+                "target_parameters), or merge the adapter first."
+            )
     taps = [_tap(path, by_path[path], model) for path in paths]
     _require_uniform(taps, model)
     return taps, _deepest_model(modules, paths) or model

@@ -76,7 +76,7 @@ def read_trace(
         if path.suffix == ".json":
             return _response(path.read_bytes(), num_layers, top_k)
         if path.suffix == ".jsonl":
-            rows = _megatron(_lines(path), batch_size)
+            _, rows = _megatron(_lines(path), batch_size)
             return Trace(routed_experts=stack_rows(rows), source="Megatron-LM")
         raise ValueError(
             "a trace is a file .npz, .npy, .safetensors, .json (vLLM, SGLang) or .jsonl "
@@ -154,12 +154,18 @@ def _completions(content: Any) -> Iterator[tuple[Any, Any]]:
             yield from _completions(item)
     elif isinstance(content, dict):
         prompt = content.get(PROMPT_KEY)
-        places = [content, content.get("meta_info"), content.get("sglext")]
         choices = content.get("choices", content.get("outputs"))
-        places += choices if isinstance(choices, list) else []
-        for place in places:
-            if isinstance(place, dict) and place.get(KEY) is not None:
-                yield place[KEY], prompt
+        places = [
+            content,
+            content.get("meta_info"),
+            *(choices if isinstance(choices, list) else []),
+        ]
+        found = [p for p in places if isinstance(p, dict) and p.get(KEY) is not None]
+        extension = content.get("sglext")  # where SGLang repeats what meta_info says
+        if not found and isinstance(extension, dict) and extension.get(KEY) is not None:
+            found = [extension]
+        for place in found:
+            yield place[KEY], place.get(PROMPT_KEY, prompt)
 
 
 def _routes(value: Any, num_layers: int | None, top_k: int | None) -> tuple[np.ndarray, str]:
@@ -209,42 +215,72 @@ def _lines(path: Path) -> list[str]:
 
 
 def _megatron_folder(folder: Path, batch_size: int) -> Trace:
-    files = sorted(folder.glob(MEGATRON_FILES))
+    files = sorted(folder.glob(MEGATRON_FILES), key=_rank)
     if not files:
         raise ValueError(f"a folder without {MEGATRON_FILES}.")
     rows: list[np.ndarray] = []
+    known: list[int] = []
     for file in files:
         check_is_file(file)
-        rows += _megatron(_lines(file), batch_size)
+        layers, found = _megatron(_lines(file), batch_size)
+        if known and layers != known:
+            raise ValueError(
+                f"{file.name} traces the layers {layers}, {files[0].name} {known}: stages of a "
+                "pipeline, whose files do not say which rows belong together. Read them one by one."
+            )
+        known = layers
+        rows += found
     return Trace(routed_experts=stack_rows(rows), source="Megatron-LM")
 
 
-def _megatron(lines: list[str], batch_size: int) -> list[np.ndarray]:
-    """Rows `[S, L, K]` of Megatron-LM's router trace (megatron/core, `router_trace`).
+def _rank(file: Path) -> tuple[int, str]:
+    digits = "".join(filter(str.isdigit, file.stem))
+    return int(digits or 0), file.name
+
+
+_Layers = dict[int, list[np.ndarray]]
+"""Ids `[tokens, K]` of each pass, by layer."""
+
+
+def _megatron(lines: list[str], batch_size: int) -> tuple[list[int], list[np.ndarray]]:
+    """Layers and rows `[S, L, K]` of Megatron-LM's router trace (megatron/core, `router_trace`).
 
     A line is one layer of one pass: {"step", "block", "layer", "num_tokens", "topk",
-    "top_indices"}. The passes of a layer follow each other; "mtp" blocks are left out.
+    "top_indices"}. Steps follow each other, and the passes of a layer within a step; "mtp" blocks
+    are left out.
     """
-    layers: dict[int, list[np.ndarray]] = {}
+    steps: dict[int, _Layers] = {}
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            _add_line(layers, _json_line(line, number), number)
-    if not layers:
+            _add_line(steps, _json_line(line, number), number)
+    if not steps:
         raise ValueError("no line traces a layer of the decoder.")
+    layers = sorted(next(iter(steps.values())))
+    passes = []
+    for step, parts in steps.items():
+        if sorted(parts) != layers:
+            raise ValueError(
+                f"step {step} traces the layers {sorted(parts)}, the first step {layers}: the "
+                "trace is cut off or mixes files."
+            )
+        _check_passes(parts, step)
+        passes += [
+            np.stack([parts[layer][i] for layer in layers], 1) for i in range(len(parts[layers[0]]))
+        ]
+    if batch_size == 1:
+        return layers, [np.concatenate(passes)]
+    return layers, [row for part in passes for row in _split_batch(part, batch_size)]
+
+
+def _check_passes(layers: _Layers, step: int) -> None:
     counts = {layer: [part.shape for part in parts] for layer, parts in layers.items()}
     first = next(iter(counts.values()))
     for layer, shapes in counts.items():
         if shapes != first:
             raise ValueError(
-                f"layer {layer} has {len(shapes)} passes of other sizes than layer "
+                f"step {step}: layer {layer} has {len(shapes)} passes of other sizes than layer "
                 f"{next(iter(counts))} ({len(first)} passes): the trace is cut off or mixes files."
             )
-    passes = [
-        np.stack([layers[layer][i] for layer in sorted(layers)], 1) for i in range(len(first))
-    ]
-    if batch_size == 1:
-        return [np.concatenate(passes)]
-    return [row for part in passes for row in _split_batch(part, batch_size)]
 
 
 def _split_batch(tokens: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
@@ -267,7 +303,7 @@ def _json_line(line: str, number: int) -> dict[str, Any]:
     return record
 
 
-def _add_line(layers: dict[int, list[np.ndarray]], record: dict[str, Any], number: int) -> None:
+def _add_line(steps: dict[int, _Layers], record: dict[str, Any], number: int) -> None:
     if record.get("block", "decoder") != "decoder":
         return
     layer, indices = record.get("layer"), record.get("top_indices")
@@ -283,7 +319,12 @@ def _add_line(layers: dict[int, list[np.ndarray]], record: dict[str, Any], numbe
             f"line {number}: 'top_indices' is {ids.dtype} {list(ids.shape)}, the line says "
             f"num_tokens, topk = {list(expected)!r:.60}."
         )
-    layers.setdefault(layer, []).append(ids)
+    step, last = record.get("step", 0), next(reversed(steps), None)
+    if not isinstance(step, int) or (last is not None and step < last):
+        raise ValueError(
+            f"line {number}: step {step!r:.40} after step {last}: the lines are out of order."
+        )
+    steps.setdefault(step, {}).setdefault(layer, []).append(ids)
 
 
 def same_tokens(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

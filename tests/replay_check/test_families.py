@@ -22,6 +22,7 @@ from moe_rl.replay_check.families import (
 )
 from moe_rl.replay_check.gate_formula import Formula
 from moe_rl.routing import find_routers
+from moe_rl.routing.replay import ReplayedRouting
 from moe_rl.routing.taps import ROUTER_CLASS_NAME
 
 # What a law cannot say, and why, is written here: a law that stops applying is noticed.
@@ -173,3 +174,36 @@ def test_the_checker_leaves_the_model_as_it_was() -> None:
     assert all(p.grad is None for p in model.parameters())
     assert all("forward" not in tap.module.__dict__ for tap in find_routers(model))
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_live_choice_that_is_another_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_family("qwen3_moe")
+    own = ReplayedRouting.live_routed_experts.fget
+
+    def other(self: ReplayedRouting) -> torch.Tensor:
+        routes = own(self).clone()
+        routes[0, 0, 0] = (routes[0, 0, 0] + 1) % 8
+        return routes
+
+    monkeypatch.setattr(ReplayedRouting, "live_routed_experts", property(other))
+    assert "the live choice under replay is not the record" in outcome(model)["replay"]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_a_sound_bfloat16_model_fails_no_law(family: str) -> None:
+    """The usual type of checkpoints; finite steps of such weights find no slope."""
+    found = check_replay(build_family(family).bfloat16(), formula=FAMILIES[family].formula)
+    assert not [finding for finding in found if finding.passed is False]
+    gradient = next(finding for finding in found if finding.check == "gradient")
+    assert gradient.passed is None and "too coarse" in gradient.reason
+
+
+@pytest.mark.parametrize(("family", "experts"), [("qwen3_moe", 8), ("mixtral", 8), ("mixtral", 1)])
+def test_one_expert_of_weight_one_fails_no_law(family: str, experts: int) -> None:
+    """Normalised, its weight is 1 whatever the router says: there is no gradient to find."""
+    name = "num_experts" if family == "qwen3_moe" else "num_local_experts"
+    model = build_family(family, num_experts_per_tok=1, **{name: experts})
+    found = check_replay(model, formula=FAMILIES[family].formula)
+    assert not [finding for finding in found if finding.passed is False]
+    gradient = next(finding for finding in found if finding.check == "gradient")
+    assert gradient.passed is None and "gradient is 0" in gradient.reason

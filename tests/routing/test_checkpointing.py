@@ -1,6 +1,8 @@
 """Gradient checkpointing: what is recomputed takes the routes of the forward it belongs to."""
 
+import copy
 import gc
+import io
 
 import pytest
 import torch
@@ -308,3 +310,64 @@ def test_recomputation_in_engine_threads_takes_the_routes(model, tokens, reentra
         loss = loss_of(model, tokens)
     loss.backward()
     assert torch.allclose(gradient(model), expected, rtol=1e-3, atol=1e-5)
+
+
+@BOTH_KINDS
+def test_a_copy_made_while_a_graph_is_alive_has_its_own_routers(
+    family_model, tokens, reentrant
+) -> None:
+    """A frozen reference policy, copied while the loss of a checkpointed step is in scope."""
+    model = train_with_checkpointing(family_model, reentrant)
+    with replay_routing(model, foreign(model, tokens.shape)):
+        loss = loss_of(model, tokens)
+        loss.backward()
+    assert not clean(model)
+    reference = copy.deepcopy(model).eval()
+    router = find_routers(model)[0].module
+    saved = io.BytesIO()
+    torch.save(router, saved)
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=False)  # of our own making
+    hidden = torch.randn(5, 32)
+    assert torch.equal(_first(loaded(hidden)), _first(type(router).forward(router, hidden)))
+    with torch.no_grad():
+        expected = model.eval()(tokens).logits
+        for tap in find_routers(model):
+            for parameter in tap.module.parameters():
+                parameter.normal_()
+        assert not torch.equal(model(tokens).logits, expected)
+        assert torch.equal(reference(tokens).logits, expected)
+        with record_routing(reference) as recorded:
+            reference(tokens)
+        with replay_routing(reference, recorded.routed_experts):
+            assert torch.equal(reference(tokens).logits, expected)
+    del loss
+
+
+def _first(output) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def test_a_copy_made_inside_a_context_is_a_model_like_any(model, tokens) -> None:
+    with torch.no_grad(), record_routing(model) as recorded:
+        expected = model(tokens).logits
+        other = copy.deepcopy(model)
+        assert torch.equal(other(tokens[:1]).logits, model(tokens[:1]).logits)
+    assert recorded.routed_experts.shape[0] == len(tokens) + 1  # the copy's forward is not in it
+    with torch.no_grad(), record_routing(other) as again:
+        assert torch.equal(other(tokens).logits, expected)
+    assert torch.equal(again.routed_experts, recorded.routed_experts[: len(tokens)])
+
+
+@BOTH_KINDS
+def test_checkpointing_around_the_whole_model_is_refused(model, tokens, reentrant) -> None:
+    """Its recomputation would take the rows that come next, or the live choice."""
+    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    with replay_routing(model, foreign(model, tokens.shape)):
+        logits = checkpoint(
+            lambda x: model(inputs_embeds=x, use_cache=False).logits,
+            embedded,
+            use_reentrant=reentrant,
+        )
+        with pytest.raises(ValueError, match="the whole model is called inside a backward pass"):
+            logits.sum().backward()

@@ -289,3 +289,51 @@ def test_forwards_that_do_not_add_up_to_the_record_are_refused(model, tokens) ->
             model(tokens[:2])
         model(tokens[3:])
     assert torch.equal(used.routed_experts, routes)  # the refused forward took no rows
+
+
+def test_two_caches_in_turn_are_refused(model, tokens) -> None:
+    """A cache that came before would be given the rows of the one that came after."""
+    routes = foreign(model, tokens.shape)
+    with torch.no_grad(), replay_routing(model, routes):
+        first = model(tokens[:2, :4], use_cache=True).past_key_values
+        second = model(tokens[2:, :4], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="this cache holds rows from 0 on, and rows from 2 on"):
+            model(tokens[:2, 4:], past_key_values=first)
+        model(tokens[2:, 4:], past_key_values=second)
+
+
+def test_packed_sequences_need_a_packed_record(model, tokens) -> None:
+    routes = foreign(model, tokens.shape)
+    packed = tokens.reshape(1, -1)
+    with (
+        torch.no_grad(),
+        replay_routing(model, routes),
+        pytest.raises(ValueError, match=r"\[1, 28\] tokens on a record of \[4, 7\]. Of packed"),
+    ):
+        model(packed, use_cache=False)
+    whole = routes.reshape(1, -1, *routes.shape[2:])
+    with torch.no_grad(), replay_routing(model, whole), record_routing(model) as used:
+        model(packed, use_cache=False)
+    assert torch.equal(used.routed_experts, whole)
+
+
+@pytest.mark.parametrize("context", ["record", "replay"])
+def test_a_router_outside_of_a_forward_is_refused(model, tokens, context) -> None:
+    """`model.forward(...)` passes by the hooks: replay would be off without a word."""
+    routes = foreign(model, tokens.shape)
+    opened = record_routing(model) if context == "record" else replay_routing(model, routes)
+    with (
+        torch.no_grad(),
+        opened,
+        pytest.raises(ValueError, match=r"called outside of a forward of Qwen3MoeModel"),
+    ):
+        model.model.forward(tokens)
+
+
+def test_a_record_may_be_changed_once_the_context_is_open(model, tokens) -> None:
+    routes = foreign(model, tokens.shape)
+    laid_out = routes.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    with torch.no_grad(), replay_routing(model, laid_out), record_routing(model) as used:
+        laid_out.zero_()
+        model(tokens)
+    assert torch.equal(used.routed_experts, routes)

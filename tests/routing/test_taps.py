@@ -37,6 +37,13 @@ def test_routers_are_ordered_by_layer_number_not_by_letters(build) -> None:
     assert names == [f"model.layers.{layer}.mlp.gate" for layer in range(11)]
 
 
+def test_routers_are_ordered_by_layer_number_not_by_registration(build) -> None:
+    model = build(num_hidden_layers=3)
+    layers = list(model.model.layers)
+    model.model.layers = nn.ModuleDict({str(i): layers[i] for i in (2, 0, 1)})
+    assert [tap.decoder_layer for tap in find_routers(model)] == [0, 1, 2]
+
+
 def test_dense_layers_have_no_router(build) -> None:
     taps = find_routers(build(num_hidden_layers=4, mlp_only_layers=[0, 2]))
     assert [tap.name for tap in taps] == ["model.layers.1.mlp.gate", "model.layers.3.mlp.gate"]

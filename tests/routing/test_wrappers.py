@@ -1,5 +1,6 @@
 """Models that somebody has wrapped: compiled, sharded, with adapters."""
 
+import contextlib
 import copy
 
 import pytest
@@ -88,3 +89,36 @@ def test_adapters_on_attention_and_experts_learn_under_replay(model, tokens) -> 
     learnt = [p for name, p in adapted.named_parameters() if p.requires_grad]
     assert len(learnt) == 2 * 2 * 4  # layers, matrices A and B, adapted weights
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in learnt)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_adapters_on_routers_learn_under_replay(build, tokens, family) -> None:
+    """PEFT keeps the adapted weight for a forward; group-limited routers are called twice in it."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["o_proj"], target_parameters=["mlp.gate.weight"])
+    adapted = get_peft_model(build(family), config)
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    with torch.no_grad(), record_routing(adapted) as recorded:
+        adapted(tokens)
+    gradients = []
+    for replayed in (False, True):
+        adapted.zero_grad()
+        with contextlib.ExitStack() as stack:
+            if replayed:
+                stack.enter_context(replay_routing(adapted, recorded.routed_experts))
+            adapted(tokens).logits.pow(2).mean().backward()
+        gradients.append({n: p.grad for n, p in adapted.named_parameters() if "gate.lora" in n})
+    assert len(gradients[0]) == 4
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().sum() > 0 and torch.equal(gradients[1][name], gradient), name
+
+
+def test_routers_that_peft_copies_whole_are_refused(model) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"])
+    with pytest.raises(ValueError, match=r"two copies of the router .*modules_to_save"):
+        find_routers(get_peft_model(model, config))

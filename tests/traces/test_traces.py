@@ -114,6 +114,47 @@ def test_megatron_by_file_by_folder_and_by_micro_batch(tmp_path) -> None:
     assert np.array_equal(read_trace(file, batch_size=2).routed_experts, ids)
 
 
+def swap(lines: list[str], a: int, b: int) -> list[str]:
+    lines[a], lines[b] = lines[b], lines[a]
+    return lines
+
+
+MEGATRON_DISORDER = {
+    "a layer's line of another step": (lambda lines: swap(lines, 0, 4), "out of order"),
+    "backwards": (lambda lines: lines[::-1], "line 6: step 0 after step 1: the lines are out of"),
+    "a layer lost in each step": (lambda lines: lines[1:4] + lines[4:5] + lines[6:], "step 1 trac"),
+    "a step that comes again": (lambda lines: lines + lines[:4], "step 0 after step 1"),
+}
+
+
+@pytest.mark.parametrize("what", MEGATRON_DISORDER)
+def test_megatron_lines_in_disorder_are_refused(what: str, tmp_path: Path) -> None:
+    """Steps of as many tokens each, so that counts alone do not tell."""
+    ids = routes(1, 6)
+    lines = megatron(ids[0], split=3).splitlines()
+    change, words = MEGATRON_DISORDER[what]
+    file = write(tmp_path / "r.jsonl", "\n".join(change(lines)))
+    with pytest.raises(ValueError, match=words):
+        read_trace(file)
+
+
+def test_megatron_ranks_are_rows_in_their_order(tmp_path: Path) -> None:
+    ids = routes(12)
+    for rank in range(12):
+        write(tmp_path / f"router_trace_rank{rank}.jsonl", megatron(ids[rank], rank=rank))
+    assert np.array_equal(read_trace(tmp_path).routed_experts, ids)
+    stage = megatron(ids[0]).replace('"layer": 10', '"layer": 11')
+    write(tmp_path / "router_trace_rank3.jsonl", stage)
+    with pytest.raises(ValueError, match=r"rank3.jsonl traces the layers \[2, 4, 11\].*stages of"):
+        read_trace(tmp_path)
+
+
+def test_sglang_that_says_it_twice_is_read_once(tmp_path: Path) -> None:
+    said = {"routed_experts": sglang(routes()[0])}
+    file = write(tmp_path / "r.json", {"meta_info": said, "sglext": said})
+    assert np.array_equal(read_trace(file, num_layers=L, top_k=K).routed_experts, routes()[:1])
+
+
 @pytest.mark.parametrize("ending", ["npz", "npy", "safetensors"])
 def test_plain_arrays_and_our_own_files(tmp_path, ending) -> None:
     ids, path = routes(), tmp_path / f"r.{ending}"
