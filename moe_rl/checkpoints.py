@@ -6,7 +6,8 @@
         manifest.json  what the folder is, and sizes and sha256 of its files
         ...            whatever the run fills in
 
-Reading verifies, and goes back to the newest one that is whole. See `sealed.py`.
+Reading verifies, and goes back to the newest one that is whole; those passed over are set aside
+as .damaged-NAME. See `sealed.py`.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from moe_rl.sealed import (
 )
 
 LATEST = "latest"
+DAMAGED = ".damaged-"
 _LEAST_KEPT = 2
 
 
@@ -71,6 +73,7 @@ class Checkpoints:
             )
         self.folder = folder
         self.keep_last = keep_last
+        self._damaged: list[Path] = []
         self._identity = hashlib.sha256(identity.encode()).hexdigest()
 
     def write(
@@ -88,6 +91,7 @@ class Checkpoints:
         """
         for left in self.folder.glob(f"{SCRATCH}*"):  # of a process that died
             shutil.rmtree(left, ignore_errors=True)
+        self._set_damaged_aside()
         path = self.path(step, update)
         about = {
             "schema": SCHEMA,
@@ -120,6 +124,7 @@ class Checkpoints:
             try:
                 return self._read(path)
             except Damaged as damage:
+                self._damaged.append(path)
                 damaged.append(str(damage))
                 on_damage(f"{damage}; going back to an older checkpoint")
         if damaged:
@@ -145,20 +150,21 @@ class Checkpoints:
     def _read(self, path: Path) -> Checkpoint:
         manifest = read_manifest(path)
         check_schema(manifest.get("schema"), path / MANIFEST)
-        try:
-            if manifest["identity"] != self._identity:
-                raise ConfigError(
-                    f"{path}: a checkpoint of another run; give the folder of this one"
-                )
-            verify(path, manifest)
-            return Checkpoint(
-                path=path,
-                step=int(manifest["step"]),
-                update=int(manifest["update"]),
-                score=float(manifest["score"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise Damaged(f"{path / MANIFEST}: not a manifest ({error!r})") from error
+        if manifest.get("identity") != self._identity:
+            raise ConfigError(f"{path}: a checkpoint of another run; give the folder of this one")
+        verify(path, manifest)
+        return Checkpoint(
+            path=path, step=manifest["step"], update=manifest["update"], score=manifest["score"]
+        )
+
+    def _set_damaged_aside(self) -> None:
+        """Rename what was passed over, so that it takes no whole one's place among those kept."""
+        for path in self._damaged:
+            aside = path.with_name(f"{DAMAGED}{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, aside)
+        self._damaged.clear()
 
     def _point_to(self, path: Path) -> None:
         temporary = self.folder / f"{SCRATCH}{LATEST}"
@@ -172,7 +178,7 @@ class Checkpoints:
         kept = set(paths[: self.keep_last])
         scores = {}
         for path in paths:
-            with contextlib.suppress(Damaged, ValueError, KeyError, TypeError):
+            with contextlib.suppress(Damaged):
                 scores[path] = float(read_manifest(path)["score"])
         if scores:
             kept.add(max(scores, key=lambda path: (scores[path], path.name)))

@@ -1,7 +1,8 @@
 """The command line: `moe-rl COMMAND`, also `python -m moe_rl COMMAND`.
 
 Options are the fields of `moe_rl.options` and `moe_rl.config`; heavy imports wait until a command
-needs them. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted, 143 ended by SIGTERM.
+needs them. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted, 141 nobody reads what
+a run prints, 143 ended by SIGTERM.
 """
 
 import contextlib
@@ -42,6 +43,7 @@ from moe_rl.usage import describe_os_error, is_lost_peer, is_out_of_memory, one_
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+READER_GONE = 141
 
 
 def reproduce(options: Reproduce) -> int:
@@ -294,12 +296,13 @@ class Command:
     """What an interrupt leaves behind."""
 
 
+_TRAIN_KEPT = "the same command starts anew, or with --resume goes on from its last checkpoint"
 _STUDY_KEPT = "finished runs are kept, the same command goes on from here"
 
 
 COMMANDS = {
     "reproduce": Command(Reproduce, reproduce, kept=_STUDY_KEPT),
-    "train": Command(Train, train, has_config=True, kept="the same command starts anew"),
+    "train": Command(Train, train, has_config=True, kept=_TRAIN_KEPT),
     "map": Command(Map, map_, kept=_STUDY_KEPT),
     "calibrate": Command(Calibrate, calibrate, has_config=True),
     "replay-crash": Command(ReplayCrash, replay_crash),
@@ -336,7 +339,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read our output has read enough; Python would complain again when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if not COMMANDS[name].kept:
+            return 0
+        _complain(f"nobody reads the output any more; {COMMANDS[name].kept}")
+        return READER_GONE
     except ValueError as error:
         if os.environ.get("MOE_RL_TRACEBACK"):
             raise

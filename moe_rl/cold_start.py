@@ -134,7 +134,7 @@ def train_on_demonstrations(
     steps = config.sft_steps
     if steps == 0:
         return float("nan")
-    model = policy.model.train()
+    model = policy.model  # in evaluation mode: dropout draws from a state that no seed decides
     router = find_routers(model)[0]
     balanced = settings.load_balance_coef > 0 and router.num_experts > router.top_k
     optimizer = torch.optim.AdamW(
@@ -161,7 +161,6 @@ def train_on_demonstrations(
         optimizer.zero_grad()
         if progress is not None:
             progress(step, loss.item())
-    model.eval()
     return loss.item()
 
 

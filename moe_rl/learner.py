@@ -255,13 +255,20 @@ class Learner:
 
     @contextmanager
     def _training_mode(self) -> Iterator[None]:
-        """Training mode where activations are recomputed: transformers recomputes only then.
+        """Training mode of the very modules that recompute activations, which ask for it.
 
-        Elsewhere the model stays in evaluation mode, as checkpointing would take its cache away
-        while it samples.
+        Those inside stay in evaluation mode: dropout and jitter would draw from a state that no
+        seed decides. And all of them do while it samples, or their cache would be taken away.
         """
-        self.policy.model.train(self.config.gradient_checkpointing)
+        recomputed = [
+            module
+            for module in self.policy.model.modules()
+            if getattr(module, "gradient_checkpointing", False)
+        ]
+        for module in recomputed:
+            module.training = True
         try:
             yield
         finally:
-            self.policy.model.eval()
+            for module in recomputed:
+                module.training = False

@@ -15,8 +15,8 @@ from moe_rl.config import ConfigError, RunConfig
 from moe_rl.inputs import check_engine, resolved
 from moe_rl.parallel import Parallelism, Ranks, Share, join
 from moe_rl.process import prepare_process
-from moe_rl.run_state import POLICY, load_log_sizes
-from moe_rl.runlog import NoLog, RunLog, check_run_folder
+from moe_rl.run_state import POLICY, load_log_marks
+from moe_rl.runlog import NoLog, RunLog, check_run_folder, logged_updates
 from moe_rl.start import clip_range, saved_policy, starting_policy
 from moe_rl.stopping import listen
 from moe_rl.trackers import Tracker
@@ -50,7 +50,8 @@ def train(
         trackers: show the lines of the logs, of the main rank; see moe_rl/trackers.
         on_step: called with the metrics of each rollout step.
         on_cold_start: called with (supervised step, loss).
-        on_damage: told about each checkpoint that had to be passed over.
+        on_damage: told about each checkpoint that had to be passed over, and of a run that starts
+            anew for want of one.
 
     Raises:
         ConfigError: the folder holds another run, or checkpoints of this one without `resume`; or
@@ -71,6 +72,11 @@ def train(
         checkpoint = checkpoints.newest(on_damage if resume else _refuse_to_start_over)
         if checkpoint is not None and not resume:
             _refuse_to_start_over(str(checkpoint.path))
+        if resume and checkpoint is None and logged_updates(folder):
+            on_damage(
+                f"{folder}: no checkpoint to go on from; the run starts anew, and its "
+                f"{logged_updates(folder)} logged updates are made again"
+            )
         # Before anything is written: a folder of a run that could not start would be in the way.
         sharded = parallelism == "fsdp" and ranks.size > 1
         if checkpoint is None:
@@ -82,8 +88,8 @@ def train(
         log: RunLog | NoLog = NoLog(folder)
         with ranks.together():
             if ranks.main:
-                sizes = None if checkpoint is None else load_log_sizes(checkpoint.path)
-                log = RunLog(folder, config, sizes, trackers)
+                marks = None if checkpoint is None else load_log_marks(checkpoint.path)
+                log = RunLog(folder, config, marks, trackers)
         with contextlib.closing(log), listen() as stop:
             trainer = Trainer(
                 config, policy, log, checkpoints, ranks=ranks, parallelism=parallelism, stop=stop

@@ -2,7 +2,7 @@
 
     policy/                 Hugging Face checkpoint with the tokenizer
     optimizer.safetensors   AdamW's moments and step counts, by parameter name
-    progress.json           where the run stands, its rewards and times, lengths of its logs
+    progress.json           where the run stands, its rewards and times, what its logs held
     rollout.safetensors     within a rollout step: the rollout that its updates go on with
 
 Randomness has no state: every draw is a function of (run seed, step, prompt, sample, purpose).
@@ -25,6 +25,7 @@ from moe_rl.learner import Learner
 from moe_rl.parallel import Share, like, whole_tensor
 from moe_rl.policy import Policy
 from moe_rl.rollout.batch import RolloutBatch
+from moe_rl.runlog import Marks
 
 POLICY = "policy"
 _OPTIMIZER, _ROLLOUT, _PROGRESS = "optimizer.safetensors", "rollout.safetensors", "progress.json"
@@ -78,7 +79,7 @@ def collect_policy(policy: Policy) -> Fill:
     return fill
 
 
-def collect_state(progress: Progress, learner: Learner, log_sizes: dict[str, int]) -> Fill:
+def collect_state(progress: Progress, learner: Learner, log_marks: Marks) -> Fill:
     """What writes all of a run's state into a folder; all ranks call this, one writes.
 
     The state says nothing of how many ranks there are: it can be read on any number of them.
@@ -94,7 +95,7 @@ def collect_state(progress: Progress, learner: Learner, log_sizes: dict[str, int
         "rewards": progress.rewards,
         "seconds": progress.seconds,
         "seconds_before": progress.seconds_before,
-        "log_sizes": log_sizes,
+        "logs": log_marks,
     }
 
     def fill(path: Path) -> None:
@@ -108,10 +109,10 @@ def collect_state(progress: Progress, learner: Learner, log_sizes: dict[str, int
     return fill
 
 
-def load_log_sizes(path: Path) -> dict[str, int]:
-    """How long each log was, bytes by file name."""
-    sizes: dict[str, int] = _read_progress(path)["log_sizes"]
-    return sizes
+def load_log_marks(path: Path) -> Marks:
+    """What each log held."""
+    marks: Marks = _read_progress(path)["logs"]
+    return marks
 
 
 def load_state(path: Path, learner: Learner) -> Progress:

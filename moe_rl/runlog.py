@@ -6,13 +6,14 @@ run loses at most the line being written. Everything the report shows is drawn f
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypedDict
 
 from moe_rl.config import SCHEMA, ConfigError, RunConfig, load_config
 from moe_rl.json_text import parse_json
@@ -139,23 +140,35 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class Mark(TypedDict):
+    """What a log held at a checkpoint."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+Marks = Mapping[str, Mark]
+"""By name of the log."""
+
+
 class RunLog:
     """Writes one run folder.
 
     Opening it starts the run anew: lines of an interrupted attempt at the same run are replaced.
-    With `sizes`, from a checkpoint, it goes on behind the lines that were there then. Each line
+    With `marks`, from a checkpoint, it goes on behind the lines that were there then. Each line
     goes to `trackers` too; one that fails is dropped with a warning.
 
     Raises:
-        ConfigError: the folder holds something else, another process writes the run, or a log has
-            lost lines that were there at the checkpoint.
+        ConfigError: the folder holds something else, another process writes the run, or a log is
+            not what it was at the checkpoint.
     """
 
     def __init__(
         self,
         folder: Path,
         config: RunConfig,
-        sizes: Mapping[str, int] | None = None,
+        marks: Marks | None = None,
         trackers: Sequence[Tracker] = (),
     ) -> None:
         check_run_folder(folder, config)
@@ -165,8 +178,10 @@ class RunLog:
         # A run is complete by its summary: one that starts anew has none.
         (folder / "summary.json").unlink(missing_ok=True)
         write_config(folder / "config.json", config)
-        resume = None if sizes is None else _resume(folder, sizes)
-        self._steps, self._updates = (_open(folder / name, sizes) for name in _LOGS)
+        resume = None if marks is None else _resume(folder, marks)
+        self._steps, self._updates = (
+            _Log(folder / name, None if marks is None else marks[name]) for name in _LOGS
+        )
         tracked = TrackedRun(
             name=run_name(config), config=config.to_dict(), folder=folder, resume=resume
         )
@@ -174,20 +189,17 @@ class RunLog:
 
     def step(self, values: Mapping[str, Any]) -> None:
         """Append one line to steps.jsonl."""
-        _append(self._steps, values)
+        self._steps.append(values)
         self._trackers.step(values)
 
     def update(self, values: Mapping[str, Any]) -> None:
         """Append one line to updates.jsonl."""
-        _append(self._updates, values)
+        self._updates.append(values)
         self._trackers.update(values)
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each log, all of them on the disk."""
-        for file in (self._steps, self._updates):
-            file.flush()
-            os.fsync(file.fileno())
-        return {name: (self.folder / name).stat().st_size for name in _LOGS}
+    def marks(self) -> Marks:
+        """What each log holds, all of it on the disk."""
+        return {log.path.name: log.mark() for log in (self._steps, self._updates)}
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, which marks the run as complete."""
@@ -222,7 +234,7 @@ class NoLog:
     def update(self, values: Mapping[str, Any]) -> None:
         """Nothing."""
 
-    def sizes(self) -> dict[str, int]:
+    def marks(self) -> Marks:
         """No file."""
         return {}
 
@@ -270,32 +282,64 @@ def _in_use(folder: Path) -> ConfigError:
     )
 
 
-def _resume(folder: Path, sizes: Mapping[str, int]) -> Resume:
+def _resume(folder: Path, marks: Marks) -> Resume:
     """Where the logs go on, by the lines of a checkpoint and those that are there."""
     contents = {
         axis: (folder / name).read_bytes() if (folder / name).is_file() else b""
         for axis, name in _LOG_OF.items()
     }
     return Resume(
-        first={axis: text[: sizes[_LOG_OF[axis]]].count(b"\n") for axis, text in contents.items()},
+        first={
+            axis: text[: marks[_LOG_OF[axis]]["size"]].count(b"\n")
+            for axis, text in contents.items()
+        },
         shown={axis: text.count(b"\n") for axis, text in contents.items()},
     )
 
 
-def _open(path: Path, sizes: Mapping[str, int] | None) -> IO[str]:
-    """A log, empty or cut to what it was."""
-    if sizes is None:
-        return path.open("w", encoding="utf-8")
-    size, found = sizes[path.name], path.stat().st_size if path.is_file() else 0
-    if found < size:
-        raise ConfigError(
-            f"{path}: {found} bytes, {size} at the checkpoint: lines are lost; give another folder "
-            "to run anew"
-        )
-    os.truncate(path, size)
-    return path.open("a", encoding="utf-8")
+def logged_updates(folder: Path) -> int:
+    """How many updates a run folder has lines of."""
+    log = folder / _LOG_OF["update"]
+    return log.read_bytes().count(b"\n") if log.is_file() else 0
 
 
-def _append(file: IO[str], values: Mapping[str, Any]) -> None:
-    file.write(json.dumps(jsonable(values)) + "\n")
-    file.flush()
+class _Log:
+    """A file of JSON lines, begun anew or cut to what it held at a checkpoint."""
+
+    def __init__(self, path: Path, mark: Mark | None) -> None:
+        self.path = path
+        self._hash = hashlib.sha256()
+        if mark is None:
+            self._file = path.open("wb")
+            return
+        size = mark["size"]
+        found = path.read_bytes() if path.is_file() else b""
+        if len(found) < size:
+            raise ConfigError(
+                f"{path}: {len(found)} bytes, {size} at the checkpoint: lines are lost; give "
+                "another folder to run anew"
+            )
+        self._hash.update(found[:size])
+        if self._hash.hexdigest() != mark["sha256"]:
+            raise ConfigError(
+                f"{path}: its first {size} bytes are not those of the checkpoint: lines were "
+                "changed; bring them back, or give another folder to run anew"
+            )
+        os.truncate(path, size)
+        self._file = path.open("ab")
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        """Write a line whole."""
+        line = (json.dumps(jsonable(values)) + "\n").encode()
+        self._file.write(line)
+        self._file.flush()
+        self._hash.update(line)
+
+    def mark(self) -> Mark:
+        """What the file holds, all of it on the disk."""
+        os.fsync(self._file.fileno())
+        return {"size": self._file.tell(), "sha256": self._hash.hexdigest()}
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -1,7 +1,7 @@
 """Folders that are whole or absent: filled under another name, sealed by a manifest, renamed.
 
-    manifest.json   sizes and sha256 of all other files; written last, after their bytes are on the
-                    disk; and whatever else the writer says about the folder
+    manifest.json   sizes and sha256 of all other files, whatever else the writer says about the
+                    folder, and sha256 of all that; written last, after their bytes are on the disk
     ...             what the writer fills in
 
 A process that dies at any moment leaves what was there before.
@@ -21,6 +21,7 @@ from moe_rl.json_text import parse_json
 
 MANIFEST = "manifest.json"
 SCRATCH = ".partial-"
+SEAL = "seal"
 
 
 class Damaged(Exception):
@@ -53,7 +54,9 @@ def write_sealed(
         with writes_to(scratch):
             fill(scratch)
         files = {str(file.relative_to(scratch)): _sealed(file) for file in _files(scratch)}
-        write_flushed(scratch / MANIFEST, json.dumps({**about, "files": files}, indent=2) + "\n")
+        manifest = {**about, "files": files}
+        manifest[SEAL] = seal_of(manifest)
+        write_flushed(scratch / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         _flush_folders(scratch)
         if keep_whole and is_whole(path):
             return
@@ -72,7 +75,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """What the writer said about a folder; its files may be damaged.
 
     Raises:
-        Damaged: no manifest.
+        Damaged: no manifest, or one that was changed.
     """
     try:
         manifest = parse_json((path / MANIFEST).read_text(encoding="utf-8"))
@@ -80,20 +83,29 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise Damaged(f"{path / MANIFEST}: cannot be read ({error})") from error
     if not isinstance(manifest, dict):
         raise Damaged(f"{path / MANIFEST}: not a manifest")
+    if manifest.pop(SEAL, None) != seal_of(manifest):
+        raise Damaged(f"{path / MANIFEST}: not what was written (sha256 differs)")
     return manifest
+
+
+def seal_of(manifest: Mapping[str, Any]) -> str:
+    """sha256 of what a manifest says, but for the seal itself."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def verify(path: Path, manifest: Mapping[str, Any]) -> None:
     """Compare every file with its size and sha256.
 
     Raises:
-        Damaged: a file is missing, short or changed.
+        Damaged: a file is missing, short or changed, or was not there when the folder was written:
+            libraries look for files by name. Hidden ones, which systems leave, do not count.
     """
-    try:
-        for name, expected in manifest["files"].items():
-            _verify_file(path / name, expected)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{path / MANIFEST}: not a manifest ({error!r})") from error
+    for name, expected in manifest["files"].items():
+        _verify_file(path / name, expected)
+    for file in _files(path):
+        name = str(file.relative_to(path))
+        if name not in manifest["files"] and name != MANIFEST and not file.name.startswith("."):
+            raise Damaged(f"{file}: not a file of this folder, remove it")
 
 
 def is_whole(path: Path) -> bool:

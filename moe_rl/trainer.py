@@ -273,7 +273,7 @@ class Trainer:
     def _state(self, begun: BegunStep | None) -> tuple[Progress, Fill]:
         """Where the run stands, and what writes all it takes to go on; all ranks call this."""
         progress = dataclasses.replace(self.progress, begun=begun, seconds=self.clock.so_far())
-        return progress, collect_state(progress, self.learner, self.log.sizes())
+        return progress, collect_state(progress, self.learner, self.log.marks())
 
     def save(self, name: str) -> None:
         """Save the policy as a Hugging Face checkpoint folder inside the run folder."""

@@ -6,8 +6,10 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from runs import write_manifest
 
 from moe_rl.checkpoints import Checkpoints
 from moe_rl.config import ConfigError
@@ -90,13 +92,40 @@ def empty_the_manifest(path: Path) -> None:
     (path / MANIFEST).write_text('{"schema": 1}')
 
 
+def change_the_identity(path: Path) -> None:
+    change(path, lambda manifest: manifest | {"identity": manifest["identity"][::-1]})
+
+
+def change_the_score(path: Path) -> None:
+    change(path, lambda manifest: manifest | {"score": "x"})
+
+
+def forget_a_file(path: Path) -> None:
+    change(path, lambda manifest: manifest | {"files": {}})
+    shutil.rmtree(path / "weights")
+
+
+def change(path: Path, how: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    manifest = path / MANIFEST
+    manifest.write_text(json.dumps(how(json.loads(manifest.read_text()))))
+
+
+def add_a_file(path: Path) -> None:
+    """Libraries take a file of the right name for a part of the model."""
+    (path / "weights" / "adapter_config.json").write_text("{}")
+
+
 DAMAGES = {
     truncate: "weights/model: 99 bytes of 100",
     flip_a_bit: "weights/model: not what was written",
     lose_a_file: "weights/model: cannot be read",
     lose_the_manifest: "manifest.json: cannot be read",
     break_the_manifest: "manifest.json: cannot be read",
-    empty_the_manifest: "manifest.json: not a manifest",
+    empty_the_manifest: "manifest.json: not what was written",
+    change_the_identity: "manifest.json: not what was written",
+    change_the_score: "manifest.json: not what was written",
+    forget_a_file: "manifest.json: not what was written",
+    add_a_file: "adapter_config.json: not a file of this folder, remove it",
 }
 
 
@@ -114,6 +143,50 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     damage(tmp_path / "checkpoints" / "00000-00")
     with pytest.raises(ConfigError, match="no checkpoint is whole"):
         newest(tmp_path)
+
+
+def test_a_hidden_file_of_the_system_does_no_harm(tmp_path: Path) -> None:
+    store(tmp_path).write(0, 0, filled("x"), score=0.0)
+    (tmp_path / "checkpoints" / "00000-00" / "weights" / ".nfs0001").write_text("")
+    assert newest(tmp_path) == ("00000-00", [])
+
+
+def test_a_damaged_checkpoint_takes_no_place_among_those_kept(tmp_path: Path) -> None:
+    """It is newer than what the run went back to, and says that it was the best."""
+    for step in range(3):
+        store(tmp_path).write(step, 0, filled(str(step)), score=float(step))
+    flip_a_bit(tmp_path / "checkpoints" / "00002-00")
+    gone_back = store(tmp_path)
+    assert gone_back.newest(lambda message: None) is not None
+    gone_back.write(1, 3, filled("on"), score=0.0)
+    assert names(tmp_path) == [".damaged-00002-00", "00001-00", "00001-03"]
+    flip_a_bit(tmp_path / "checkpoints" / "00001-03")
+    assert newest(tmp_path)[0] == "00001-00"
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rename may reach the disk before the bytes of what it renames."""
+    flushed: set[Path] = set()
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        flushed.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        inside = [source, *source.rglob("*")] if source.is_dir() else [source]
+        assert set(inside) <= flushed, "renamed before it was flushed"
+        replace(source, target)
+        flushed.discard(target.parent)
+        moved.append(target.parent)
+
+    moved: list[Path] = []
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    store(tmp_path).write(0, 0, filled("x"), score=0.0)
+    assert moved and set(moved) <= flushed, "a rename that was not flushed"
 
 
 def test_after_going_back_the_run_writes_over_what_it_passed(tmp_path: Path) -> None:
@@ -137,8 +210,7 @@ def test_another_run_and_a_newer_schema_are_refused(tmp_path: Path) -> None:
     store(tmp_path).write(0, 0, filled("x"), score=0.0)
     with pytest.raises(ConfigError, match="a checkpoint of another run"):
         newest(tmp_path, identity="other")
-    manifest = tmp_path / "checkpoints" / "00000-00" / MANIFEST
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema": 99}))
+    write_manifest(tmp_path / "checkpoints" / "00000-00", schema=99)
     with pytest.raises(ConfigError, match="schema 99, this version reads schema 1"):
         newest(tmp_path)
 

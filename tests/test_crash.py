@@ -1,5 +1,6 @@
 """A run that meets a number that is not finite stops before it learns from it, and can be seen."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from moe_rl.cli import main
 from moe_rl.config import ConfigError, RunConfig, preset
 from moe_rl.crash import NonFinite
-from moe_rl.learner import Learner
+from moe_rl.learner import Learner, Passed
 from moe_rl.replay_crash import replay_crash
 from moe_rl.run import train
 
@@ -87,6 +88,28 @@ def test_nothing_is_learnt_from_it(
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+def test_a_loss_alone_that_is_not_finite_is_not_learnt_from(
+    tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradient may be finite: that of a constant is 0."""
+    real = Learner.gradients
+
+    def gradients(self: Learner, *arguments: Any) -> list[Passed]:
+        return [
+            dataclasses.replace(
+                part, loss=dataclasses.replace(part.loss, loss=part.loss.loss + torch.nan)
+            )
+            for part in real(self, *arguments)
+        ]
+
+    monkeypatch.setattr(Learner, "gradients", gradients)
+    with pytest.raises(NonFinite):
+        train(tiny(), tmp_path / "run", cold_start_cache=cold)
+    logged = json.loads((tmp_path / "run" / "updates.jsonl").read_text())
+    assert logged["skipped"] == 1 and logged["loss"] == "NaN"
+    assert isinstance(logged["grad_norm"], float)
+
+
 def test_a_study_may_skip_such_an_update(
     tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +169,11 @@ def test_a_folder_that_is_no_whole_bundle_is_refused(tmp_path: Path, cold: Path)
     with pytest.raises(ConfigError, match="a checkpoint, not a crash bundle"):
         replay_crash(checkpoint)
     bundle = diverged(tmp_path / "run", cold)
+    manifest = (bundle / "manifest.json").read_text()
+    (bundle / "manifest.json").write_text(manifest.replace("config.json", "config.yaml"))
+    with pytest.raises(ConfigError, match=r"manifest\.json: not what was written"):
+        replay_crash(bundle)
+    (bundle / "manifest.json").write_text(manifest)
     weights = bundle / "policy" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ConfigError, match=r"model\.safetensors: \d+ bytes of"):

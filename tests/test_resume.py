@@ -2,14 +2,17 @@
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from runs import Killed, assert_same_run, killed_after, lines
 
+from moe_rl.cold_start import ensure_cold_start
 from moe_rl.config import ConfigError, RunConfig, preset
 from moe_rl.run import train
+from moe_rl.tasks import make_task
 
 
 def config(**changes: Any) -> RunConfig:
@@ -87,6 +90,49 @@ def test_the_time_of_an_interrupted_step_holds_its_first_part(tmp_path: Path, co
     for line in map(json.loads, (run / "steps.jsonl").read_text().splitlines()):
         parts = sum(value for name, value in line.items() if name.startswith("seconds_"))
         assert 0 < parts <= line["seconds"]
+
+
+def test_log_lines_that_were_changed_are_told(tmp_path: Path, cold: Path) -> None:
+    with pytest.raises(Killed), killed_after(6):
+        train(config(), tmp_path / "run", cold_start_cache=cold)
+    log = tmp_path / "run" / "steps.jsonl"
+    log.write_text(log.read_text().replace('"reward": 0.', '"reward": 1.'))
+    with pytest.raises(ConfigError, match=r"steps\.jsonl: its first \d+ bytes are not those of"):
+        train(config(), tmp_path / "run", cold_start_cache=cold, resume=True)
+
+
+def test_a_run_without_checkpoints_says_that_it_starts_anew(tmp_path: Path, cold: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Killed), killed_after(6):
+        train(config(), run, cold_start_cache=cold)
+    shutil.rmtree(run / "checkpoints")
+    told: list[str] = []
+    train(config(), run, cold_start_cache=cold, resume=True, on_damage=told.append)
+    (message,) = told
+    assert "no checkpoint to go on from; the run starts anew, and its 6 logged updates" in message
+
+
+def test_the_best_checkpoint_is_that_of_the_best_reward(tmp_path: Path, cold: Path) -> None:
+    """As rollouts have shown it: a step's reward is of the policy before its updates."""
+    train(config(checkpoint_every=4), tmp_path / "run", cold_start_cache=cold)
+    rewards = [line["reward"] for line in lines(tmp_path / "run", "steps.jsonl")]
+    scores = [
+        json.loads((path / "manifest.json").read_text())["score"]
+        for path in sorted((tmp_path / "run" / "checkpoints").glob("0*"))
+    ]
+    assert scores == rewards[: len(scores)] and scores[0] > 0
+
+
+def test_dropout_draws_nothing_where_activations_are_recomputed(tmp_path: Path, cold: Path) -> None:
+    """Recomputing needs training mode; dropout's draws are decided by no seed of ours."""
+    start = ensure_cold_start(config(), make_task("running_sum", **config().task.options()), cold)
+    for name, dropout in (("with", 0.5), ("without", 0.0)):
+        shutil.copytree(start, tmp_path / name)
+        settings = json.loads((start / "config.json").read_text()) | {"attention_dropout": dropout}
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+        changed = config(checkpoint=str(tmp_path / name), sft_steps=0, gradient_checkpointing=True)
+        train(changed, tmp_path / f"run {name}", cold_start_cache=cold)
+    assert_same_run(tmp_path / "run with", tmp_path / "run without")
 
 
 def test_checkpoints_are_not_overwritten_without_resume(tmp_path: Path, cold: Path) -> None:

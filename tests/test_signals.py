@@ -89,6 +89,19 @@ def test_sigkill_loses_no_more_than_the_last_checkpoint(whole: Path) -> None:
     assert_same_run(folder, whole)
 
 
+def test_a_run_that_nobody_reads_any_more_fails(whole: Path) -> None:
+    """`moe-rl train | head -n 1`, or a `tee` that has died: no run that is complete."""
+    folder = whole.parent / "unread"
+    process = start(command(folder))
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=_SECONDS) == 141
+    said = process.stderr.read()
+    assert "moe-rl: nobody reads the output any more; the same command" in said
+    assert "Traceback" not in said and not (folder / "summary.json").exists()
+
+
 _LISTEN = """
 import os, signal, sys, time
 from moe_rl.stopping import listen

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from faults.folders import TRAIN, run_of
 from faults.table import Fault
+from runs import write_manifest
 
 from moe_rl.checkpoints import Checkpoints
 from moe_rl.config import load_config
-from moe_rl.sealed import MANIFEST
 
 RUN = (*TRAIN, "run")
 
@@ -31,8 +31,7 @@ def checkpoint(
 
 
 def newer(path: Path) -> None:
-    manifest = path / MANIFEST
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema": 99}))
+    write_manifest(path, schema=99)
 
 
 def cut(path: Path) -> None:

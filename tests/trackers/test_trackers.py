@@ -1,5 +1,6 @@
 """Every line of a run reaches its trackers, and no tracker reaches the run."""
 
+import hashlib
 import json
 import math
 import sys
@@ -15,7 +16,7 @@ from runs import Killed, assert_same_run, killed_after
 from moe_rl.cli import main
 from moe_rl.config import ConfigError, RunConfig
 from moe_rl.run import train
-from moe_rl.runlog import RunLog, is_complete
+from moe_rl.runlog import Mark, Marks, RunLog, is_complete
 from moe_rl.trackers import TrackedRun, TrackerWarning, make_trackers
 from moe_rl.trackers.base import numbers, place_file, take_place
 
@@ -179,20 +180,21 @@ def test_a_run_goes_on_with_other_trackers(config: RunConfig, tmp_path: Path, co
 def test_a_place_is_kept_while_a_run_goes_on_and_new_when_it_starts_anew(
     tmp_path: Path, config: RunConfig
 ) -> None:
-    def place(sizes: dict[str, int] | None, written: int) -> Any:
+    def place(marks: Marks | None, written: int) -> Any:
         taken = []
 
         class Takes(Recorder):
             def start(self, run: TrackedRun) -> None:
                 taken.append(take_place(run, self.name))
 
-        log = RunLog(tmp_path, config, sizes, [Takes()])
+        log = RunLog(tmp_path, config, marks, [Takes()])
         for step in range(written):
             log.step({"step": step})
         log.close()
         return taken[0]
 
-    none = {"steps.jsonl": 0, "updates.jsonl": 0}
+    nothing: Mark = {"size": 0, "sha256": hashlib.sha256().hexdigest()}
+    none = {"steps.jsonl": nothing, "updates.jsonl": nothing}
     first = place(None, written=5)
     again = place(none, written=2)
     third = place(none, written=0)
