@@ -69,7 +69,9 @@ def check_arguments(
     if ignore_index is not None and not (
         isinstance(ignore_index, int) and NO_INDEX < ignore_index <= torch.iinfo(torch.int64).max
     ):
-        raise ValueError(f"ignore_index must be an int64 or None, got {ignore_index!r}")
+        raise ValueError(
+            f"ignore_index must be a Python int of 64 bits or None, got {ignore_index!r}"
+        )
     _check_words(targets, len(weight), ignore_index)
 
 

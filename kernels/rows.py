@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from moe_rl.kernels.arguments import ZERO_LOG_P, Head
 
@@ -56,7 +55,9 @@ def outputs_of(
         moment: u = sum over the other words of exp(s - m) (s - m); None: no entropy.
     """
     others = peak + total.log()
-    logprobs, lse = -softplus(others - exact), torch.logaddexp(others, exact)
+    # Not softplus, which takes x for log(1 + exp x) from 20 on.
+    logprobs = -torch.logaddexp(torch.zeros_like(exact), others - exact)
+    lse = torch.logaddexp(others, exact)
     if moment is None:
         return logprobs, None, lse
     _, total_all, moment_all = merged(

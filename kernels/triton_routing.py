@@ -22,8 +22,8 @@ def triton_routing(logits: Tensor, ids: Tensor) -> RoutingStatistics:
     top_k = ids.shape[1]
     # The interpreter's bfloat16 is not to be trusted; the widened copy is E numbers a token.
     logits = logits.float().contiguous()
-    # An id beyond int32 would come out as another expert.
-    ids = ids.clamp(-1, num_experts).to(torch.int32).contiguous()
+    # An id beyond int32 would come out as another expert; 8 bits hold no -1, or not every E.
+    ids = ids.long().clamp(-1, num_experts).to(torch.int32).contiguous()
     live = torch.empty_like(ids, dtype=torch.int16)
     weights = logits.new_empty(num_tokens, top_k)
     churn, margin, entropy = logits.new_empty(3, num_tokens)

@@ -121,35 +121,37 @@ class Cursor:
                 "held when this context began. Open one context for each cache."
             )
         if start > 0 and self.block is not None:
-            row = self._row_of(cache)
-            if row not in (None, self.block.row):
-                raise ValueError(
-                    f"past_key_values: this cache holds rows from {row} on, and rows from "
-                    f"{self.block.row} on came since. A context follows one cache at a time: "
-                    "finish a batch before the next, or open a context for each."
-                )
+            self._check_cache(cache, start, self.block)
         span = Span(row=self._row(batch, start), batch=batch, start=start, length=length)
-        self._check_packed(span)
         self._before = (self.base, self.block)
         self.base, self.block = base, span
         return span
 
-    def _row_of(self, cache: Any) -> int | None:
+    def _check_cache(self, cache: Any, start: int, block: Span) -> None:
+        """Refuse a cache that is another than the last forward's, as far as that can be told."""
         try:
-            return self._rows_of.get(cache)
-        except TypeError:
-            return None
-
-    def _check_packed(self, span: Span) -> None:
-        """Refuse rows that are joined to fewer and longer ones than the record's."""
-        if self.num_rows is None or self.length is None or span.start > 0:
+            row = self._rows_of.get(cache)
+        except TypeError:  # no object that can be told from others
             return
-        if span.batch < self.num_rows and span.length > self.length:
+        behind = row is None and start < block.start + block.length
+        if behind or row not in (None, block.row):
+            held = f"row {row}" if row is not None else f"position {start}"
             raise ValueError(
-                f"routed_experts: a forward of [{span.batch}, {span.length}] tokens on a record of "
-                f"[{self.num_rows}, {self.length}]. Of packed sequences pass a packed record "
-                "[1, sum of lengths, L, K]; of sequences that are longer than what is recorded of "
-                "them, one that is filled up with -1."
+                f"past_key_values: this cache goes on from {held}, and another one from row "
+                f"{block.row}, position {block.start + block.length} has come since. A context "
+                "follows one cache at a time: finish a batch before the next, or open a context "
+                "for each."
+            )
+
+    def check_packed(self, span: Span, position_ids: Any) -> None:
+        """Refuse sequences that are packed into rows of another length than the record's."""
+        if self.length is None or span.start > 0 or span.length == self.length:
+            return
+        if isinstance(position_ids, Tensor) and bool((position_ids.diff(dim=-1) < 0).any()):
+            raise ValueError(
+                f"routed_experts: position_ids start over within a forward of [{span.batch}, "
+                f"{span.length}] tokens, on a record of [{self.num_rows}, {self.length}]. Of "
+                "packed sequences pass a packed record, [1, sum of lengths, L, K]."
             )
 
     def _row(self, batch: int, start: int) -> int:

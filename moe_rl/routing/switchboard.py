@@ -180,6 +180,8 @@ class Switchboard:
             running.recorders.append((recorder, span))
         if self.replay is not None:
             span = self.replay.cursor.place(**where)
+            if named.get("attention_mask") is None:  # with one, positions of padding are anything
+                self.replay.cursor.check_packed(span, named.get("position_ids"))
             running.replay = (self.replay, span)
         for buffer, _, span in running.listeners():
             buffer.open(span)

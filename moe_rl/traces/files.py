@@ -319,8 +319,11 @@ def _add_line(steps: dict[int, _Layers], record: dict[str, Any], number: int) ->
             f"line {number}: 'top_indices' is {ids.dtype} {list(ids.shape)}, the line says "
             f"num_tokens, topk = {list(expected)!r:.60}."
         )
-    step, last = record.get("step", 0), next(reversed(steps), None)
-    if not isinstance(step, int) or (last is not None and step < last):
+    step, last = record.get("step"), next(reversed(steps), None)
+    step = 0 if step is None else step
+    if not isinstance(step, int):
+        raise ValueError(f"line {number}: step {step!r:.40} is no whole number.")
+    if last is not None and step < last:
         raise ValueError(
             f"line {number}: step {step!r:.40} after step {last}: the lines are out of order."
         )

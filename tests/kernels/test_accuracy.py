@@ -136,6 +136,11 @@ def test_the_entropy_is_shifted_before_it_is_summed(backend: str) -> None:
 def test_float64_is_computed_in_float64() -> None:
     p = problem(9, 16, 5000, bias=True, temperature=0.7, softcap=4.0)
     found, exact = solve(p.to(torch.float64), "chunked"), truth(p)
+    unlikely = token_logprobs(
+        *(torch.tensor([[0.0, 20.5]]).double(), torch.eye(2).double(), torch.tensor([0])),
+        backend="chunked",
+    )
+    assert abs(unlikely.item() + 20.5 + math.log1p(math.exp(-20.5))) < 1e-14
     for name, value in exact.items():
         assert found[name].dtype == torch.float64
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)

@@ -172,7 +172,7 @@ def test_a_target_outside_the_vocabulary_is_an_error(target: int, backend: str) 
         ({"temperature": "a"}, "temperature must be positive and finite, got 'a'"),
         ({"temperature": None}, "temperature must be positive and finite, got None"),
         ({"softcap": "a"}, "softcap must be positive and finite, or None, got 'a'"),
-        ({"ignore_index": "a"}, "ignore_index must be an int64 or None, got 'a'"),
+        ({"ignore_index": "a"}, "ignore_index must be a Python int of 64 bits or None, got 'a'"),
         ({"hidden": torch.zeros(4, 0), "weight": torch.zeros(9, 0)}, r"width, got \[9, 0\]"),
         ({"weight": torch.zeros(0, 8)}, r"must have a word and a width, got \[0, 8\]"),
     ],

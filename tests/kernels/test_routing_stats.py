@@ -104,6 +104,18 @@ def test_a_record_that_names_an_expert_twice_is_a_set(backend: str) -> None:
     assert routing_statistics(logits, record, backend=backend).churn.item() == 0.5
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64])
+def test_ids_of_any_integer_type(backend: str, dtype: torch.dtype) -> None:
+    """E = 256 does not fit 8 bits, and -1 not uint8."""
+    logits, record = routing(6, 256, 4)
+    record = record.remainder(100)
+    expected = routing_statistics(logits, record.long(), backend="reference")
+    found = routing_statistics(logits, record.to(dtype), backend=backend)
+    for name in ("churn", "replay_weights"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="looking at the ids would drain the queue")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("expert", [5, 2**32 + 3])

@@ -1,5 +1,7 @@
 """Replaying: the laws of routing replay."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -297,24 +299,41 @@ def test_two_caches_in_turn_are_refused(model, tokens) -> None:
     with torch.no_grad(), replay_routing(model, routes):
         first = model(tokens[:2, :4], use_cache=True).past_key_values
         second = model(tokens[2:, :4], use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="this cache holds rows from 0 on, and rows from 2 on"):
+        with pytest.raises(
+            ValueError, match="this cache goes on from row 0, and another one from row 2"
+        ):
             model(tokens[:2, 4:], past_key_values=first)
         model(tokens[2:, 4:], past_key_values=second)
 
 
+def test_copies_of_a_cache_in_turn_are_refused(model, tokens) -> None:
+    """A prefix that several continuations share, as engines have it."""
+    with torch.no_grad(), record_routing(model):
+        prefix = model(tokens[:1, :4], use_cache=True).past_key_values
+        first, second = copy.deepcopy(prefix), copy.deepcopy(prefix)
+        model(tokens[:1, 4:5], past_key_values=first)
+        with pytest.raises(ValueError, match="this cache goes on from position 4, and another"):
+            model(tokens[1:2, 4:5], past_key_values=second)
+
+
 def test_packed_sequences_need_a_packed_record(model, tokens) -> None:
     routes = foreign(model, tokens.shape)
-    packed = tokens.reshape(1, -1)
+    packed, positions = tokens.reshape(1, -1), torch.arange(7).repeat(1, 4)
     with (
         torch.no_grad(),
         replay_routing(model, routes),
-        pytest.raises(ValueError, match=r"\[1, 28\] tokens on a record of \[4, 7\]. Of packed"),
+        pytest.raises(ValueError, match=r"start over within a forward of \[1, 28\] tokens"),
     ):
-        model(packed, use_cache=False)
+        model(packed, position_ids=positions, use_cache=False)
     whole = routes.reshape(1, -1, *routes.shape[2:])
     with torch.no_grad(), replay_routing(model, whole), record_routing(model) as used:
-        model(packed, use_cache=False)
+        model(packed, position_ids=positions, use_cache=False)
     assert torch.equal(used.routed_experts, whole)
+    # Sequences longer than what is recorded of them are another thing, in parts as well.
+    with torch.no_grad(), replay_routing(model, routes[:, :-1]), record_routing(model) as used:
+        for rows in (slice(0, 2), slice(2, 4)):
+            model(tokens[rows], use_cache=False)
+    assert torch.equal(used.routed_experts[:, :-1], routes[:, :-1])
 
 
 @pytest.mark.parametrize("context", ["record", "replay"])
