@@ -20,18 +20,19 @@ from pathlib import Path
 
 from moe_rl.config import SCHEMA, ConfigError, check_schema
 from moe_rl.sealed import (
+    DAMAGED,
     MANIFEST,
     SCRATCH,
     Damaged,
     flush,
     read_manifest,
+    set_aside,
     verify,
     write_flushed,
     write_sealed,
 )
 
 LATEST = "latest"
-DAMAGED = ".damaged-"
 _LEAST_KEPT = 2
 
 
@@ -91,7 +92,6 @@ class Checkpoints:
         """
         for left in self.folder.glob(f"{SCRATCH}*"):  # of a process that died
             shutil.rmtree(left, ignore_errors=True)
-        self._set_damaged_aside()
         path = self.path(step, update)
         about = {
             "schema": SCHEMA,
@@ -126,7 +126,10 @@ class Checkpoints:
             except Damaged as damage:
                 self._damaged.append(path)
                 damaged.append(str(damage))
-                on_damage(f"{damage}; going back to an older checkpoint")
+                on_damage(
+                    f"{damage}; going back to an older checkpoint, this one is set aside as "
+                    f"{DAMAGED}{path.name}"
+                )
         if damaged:
             raise ConfigError(
                 f"{self.folder}: no checkpoint is whole ({damaged[0]}); remove the folder to start "
@@ -157,13 +160,13 @@ class Checkpoints:
             path=path, step=manifest["step"], update=manifest["update"], score=manifest["score"]
         )
 
-    def _set_damaged_aside(self) -> None:
-        """Rename what was passed over, so that it takes no whole one's place among those kept."""
+    def set_damaged_aside(self) -> None:
+        """Rename what was passed over, so that it takes no whole one's place among those kept.
+
+        Before the logs are cut: whole again, it would be ahead of them.
+        """
         for path in self._damaged:
-            aside = path.with_name(f"{DAMAGED}{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(path, aside)
+            set_aside(path)
         self._damaged.clear()
 
     def _point_to(self, path: Path) -> None:

@@ -338,10 +338,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has read enough; Python would complain again when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
         if not COMMANDS[name].kept:
             return 0
-        _complain(f"nobody reads the output any more; {COMMANDS[name].kept}")
+        try:
+            _complain(f"nobody reads the output any more; {COMMANDS[name].kept}")
+        except BrokenPipeError:  # `2>&1 | head`
+            os.dup2(nowhere, sys.stderr.fileno())
         return READER_GONE
     except ValueError as error:
         if os.environ.get("MOE_RL_TRACEBACK"):

@@ -31,7 +31,7 @@ from moe_rl.seeding import generator
 from moe_rl.tasks import Task, make_task
 
 # Part of the hash: raise it when a change here makes other weights from the same config.
-_VERSION = 1
+_VERSION = 2
 # Threads are part of what makes the weights (the order of sums), so they are fixed.
 _THREADS = 1
 _EVALUATION_PROMPTS = 512

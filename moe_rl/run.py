@@ -88,6 +88,7 @@ def train(
         log: RunLog | NoLog = NoLog(folder)
         with ranks.together():
             if ranks.main:
+                checkpoints.set_damaged_aside()
                 marks = None if checkpoint is None else load_log_marks(checkpoint.path)
                 log = RunLog(folder, config, marks, trackers)
         with contextlib.closing(log), listen() as stop:

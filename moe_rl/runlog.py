@@ -175,13 +175,13 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._lock = _lock(folder)
+        # Both are looked at before anything is cut or written.
+        held = {name: _held(folder / name, marks[name]) for name in _LOGS} if marks else {}
         # A run is complete by its summary: one that starts anew has none.
         (folder / "summary.json").unlink(missing_ok=True)
         write_config(folder / "config.json", config)
         resume = None if marks is None else _resume(folder, marks)
-        self._steps, self._updates = (
-            _Log(folder / name, None if marks is None else marks[name]) for name in _LOGS
-        )
+        self._steps, self._updates = (_Log(folder / name, held.get(name, b"")) for name in _LOGS)
         tracked = TrackedRun(
             name=run_name(config), config=config.to_dict(), folder=folder, resume=resume
         )
@@ -303,30 +303,34 @@ def logged_updates(folder: Path) -> int:
     return log.read_bytes().count(b"\n") if log.is_file() else 0
 
 
-class _Log:
-    """A file of JSON lines, begun anew or cut to what it held at a checkpoint."""
+def _held(path: Path, mark: Mark) -> bytes:
+    """What a log held at a checkpoint.
 
-    def __init__(self, path: Path, mark: Mark | None) -> None:
+    Raises:
+        ConfigError: that is not there any more.
+    """
+    size, found = mark["size"], path.read_bytes() if path.is_file() else b""
+    if len(found) < size:
+        raise ConfigError(
+            f"{path}: {len(found)} bytes, {size} at the checkpoint: lines are lost; give another "
+            "folder to run anew"
+        )
+    if hashlib.sha256(found[:size]).hexdigest() != mark["sha256"]:
+        raise ConfigError(
+            f"{path}: its first {size} bytes are not those of the checkpoint: lines were changed; "
+            "bring them back, or give another folder to run anew"
+        )
+    return found[:size]
+
+
+class _Log:
+    """A file of JSON lines, cut to what it held before."""
+
+    def __init__(self, path: Path, held: bytes) -> None:
         self.path = path
-        self._hash = hashlib.sha256()
-        if mark is None:
-            self._file = path.open("wb")
-            return
-        size = mark["size"]
-        found = path.read_bytes() if path.is_file() else b""
-        if len(found) < size:
-            raise ConfigError(
-                f"{path}: {len(found)} bytes, {size} at the checkpoint: lines are lost; give "
-                "another folder to run anew"
-            )
-        self._hash.update(found[:size])
-        if self._hash.hexdigest() != mark["sha256"]:
-            raise ConfigError(
-                f"{path}: its first {size} bytes are not those of the checkpoint: lines were "
-                "changed; bring them back, or give another folder to run anew"
-            )
-        os.truncate(path, size)
+        self._hash = hashlib.sha256(held)
         self._file = path.open("ab")
+        self._file.truncate(len(held))
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Write a line whole."""

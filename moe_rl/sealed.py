@@ -21,6 +21,7 @@ from moe_rl.json_text import parse_json
 
 MANIFEST = "manifest.json"
 SCRATCH = ".partial-"
+DAMAGED = ".damaged-"
 SEAL = "seal"
 
 
@@ -41,8 +42,8 @@ def write_sealed(
         path: its parent is made if need be.
         fill: writes files and folders into the path it is given.
         about: goes into the manifest.
-        keep_whole: leave alone a whole folder that another process has made meanwhile; one may be
-            reading it.
+        keep_whole: leave alone a whole folder that another process has made meanwhile, since one
+            may be reading it, and set a damaged one aside.
 
     Raises:
         OSError: it could not be written (a full disk); what was there is untouched.
@@ -58,8 +59,10 @@ def write_sealed(
         manifest[SEAL] = seal_of(manifest)
         write_flushed(scratch / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         _flush_folders(scratch)
-        if keep_whole and is_whole(path):
-            return
+        if keep_whole:
+            if is_whole(path):
+                return
+            set_aside(path)
         shutil.rmtree(path, ignore_errors=True)
         try:
             os.replace(scratch, path)
@@ -104,8 +107,17 @@ def verify(path: Path, manifest: Mapping[str, Any]) -> None:
         _verify_file(path / name, expected)
     for file in _files(path):
         name = str(file.relative_to(path))
-        if name not in manifest["files"] and name != MANIFEST and not file.name.startswith("."):
-            raise Damaged(f"{file}: not a file of this folder, remove it")
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if name not in manifest["files"] and name != MANIFEST and not hidden:
+            raise Damaged(f"{file}: not a file of this folder")
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged folder, if it is there, to .damaged-NAME; an older one of these is gone."""
+    if path.exists():
+        for older in path.parent.glob(f"{DAMAGED}*"):
+            shutil.rmtree(older, ignore_errors=True)
+        os.replace(path, path.with_name(f"{DAMAGED}{path.name}"))
 
 
 def is_whole(path: Path) -> bool:

@@ -125,7 +125,7 @@ DAMAGES = {
     change_the_identity: "manifest.json: not what was written",
     change_the_score: "manifest.json: not what was written",
     forget_a_file: "manifest.json: not what was written",
-    add_a_file: "adapter_config.json: not a file of this folder, remove it",
+    add_a_file: "adapter_config.json: not a file of this folder",
 }
 
 
@@ -148,6 +148,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
 def test_a_hidden_file_of_the_system_does_no_harm(tmp_path: Path) -> None:
     store(tmp_path).write(0, 0, filled("x"), score=0.0)
     (tmp_path / "checkpoints" / "00000-00" / "weights" / ".nfs0001").write_text("")
+    (tmp_path / "checkpoints" / "00000-00" / ".snapshot").mkdir()
+    (tmp_path / "checkpoints" / "00000-00" / ".snapshot" / "copy").write_text("")
     assert newest(tmp_path) == ("00000-00", [])
 
 
@@ -158,6 +160,7 @@ def test_a_damaged_checkpoint_takes_no_place_among_those_kept(tmp_path: Path) ->
     flip_a_bit(tmp_path / "checkpoints" / "00002-00")
     gone_back = store(tmp_path)
     assert gone_back.newest(lambda message: None) is not None
+    gone_back.set_damaged_aside()
     gone_back.write(1, 3, filled("on"), score=0.0)
     assert names(tmp_path) == [".damaged-00002-00", "00001-00", "00001-03"]
     flip_a_bit(tmp_path / "checkpoints" / "00001-03")

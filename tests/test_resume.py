@@ -92,13 +92,35 @@ def test_the_time_of_an_interrupted_step_holds_its_first_part(tmp_path: Path, co
         assert 0 < parts <= line["seconds"]
 
 
-def test_log_lines_that_were_changed_are_told(tmp_path: Path, cold: Path) -> None:
+@pytest.mark.parametrize("name", ["steps", "updates"])
+def test_log_lines_that_were_changed_are_told(name: str, tmp_path: Path, cold: Path) -> None:
+    """And nothing is cut: the other log may be what is left of the run."""
+    run = tmp_path / "run"
+    with pytest.raises(Killed), killed_after(7):
+        train(config(checkpoint_every=5), run, cold_start_cache=cold)
+    log = run / f"{name}.jsonl"
+    log.write_text(log.read_text().replace('"learning_rate": 0.', '"learning_rate": 1.'))
+    before = {path.name: path.read_bytes() for path in run.glob("*.json*")}
+    with pytest.raises(ConfigError, match=rf"{name}\.jsonl: its first \d+ bytes are not those of"):
+        train(config(checkpoint_every=5), run, cold_start_cache=cold, resume=True)
+    assert {path.name: path.read_bytes() for path in run.glob("*.json*")} == before
+
+
+def test_a_checkpoint_that_is_whole_again_does_not_come_back(tmp_path: Path, cold: Path) -> None:
+    """The run has gone back behind it, and its logs are cut."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train(config(), whole, cold_start_cache=cold)
     with pytest.raises(Killed), killed_after(6):
-        train(config(), tmp_path / "run", cold_start_cache=cold)
-    log = tmp_path / "run" / "steps.jsonl"
-    log.write_text(log.read_text().replace('"reward": 0.', '"reward": 1.'))
-    with pytest.raises(ConfigError, match=r"steps\.jsonl: its first \d+ bytes are not those of"):
-        train(config(), tmp_path / "run", cold_start_cache=cold, resume=True)
+        train(config(), run, cold_start_cache=cold)
+    newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    (newest / "notes.txt").write_text("")
+    told: list[str] = []
+    with pytest.raises(Killed), killed_after(0):
+        train(config(), run, cold_start_cache=cold, resume=True, on_damage=told.append)
+    assert "notes.txt: not a file of this folder" in told[0]
+    (newest.with_name(f".damaged-{newest.name}") / "notes.txt").unlink()
+    train(config(), run, cold_start_cache=cold, resume=True)
+    assert_same_run(run, whole)
 
 
 def test_a_run_without_checkpoints_says_that_it_starts_anew(tmp_path: Path, cold: Path) -> None:

@@ -1,6 +1,7 @@
 """SIGTERM, Ctrl-C and SIGKILL: what they leave behind, through the real command."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -100,6 +101,14 @@ def test_a_run_that_nobody_reads_any_more_fails(whole: Path) -> None:
     said = process.stderr.read()
     assert "moe-rl: nobody reads the output any more; the same command" in said
     assert "Traceback" not in said and not (folder / "summary.json").exists()
+    words = shlex.join([sys.executable, *command(whole.parent / "unread too")])
+    done = subprocess.run(
+        ["bash", "-c", f"( {words} 2>&1; echo $? >&3 ) 3>&2 | head -n 1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == "141\n"
 
 
 _LISTEN = """
