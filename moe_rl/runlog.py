@@ -329,8 +329,9 @@ class _Log:
     def __init__(self, path: Path, held: bytes) -> None:
         self.path = path
         self._hash = hashlib.sha256(held)
-        self._file = path.open("ab")
-        self._file.truncate(len(held))
+        if held:
+            os.truncate(path, len(held))
+        self._file = path.open("ab" if held else "wb")
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Write a line whole."""
