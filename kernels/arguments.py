@@ -38,7 +38,7 @@ def check_arguments(
     softcap: float | None,
     ignore_index: int | None,
 ) -> None:
-    """Raise ValueError on what does not fit; IndexError on a target, see `_check_words`."""
+    """Raise ValueError on what shapes, dtypes and numbers tell is wrong."""
     _check_layout(weight)
     if hidden.device.type == "meta":
         raise ValueError("hidden is on the meta device: it has no numbers; materialise the model")
@@ -72,20 +72,25 @@ def check_arguments(
         raise ValueError(
             f"ignore_index must be a Python int of 64 bits or None, got {ignore_index!r}"
         )
-    _check_words(targets, len(weight), ignore_index)
 
 
-def _check_words(targets: Tensor, vocab: int, ignore_index: int | None) -> None:
+def can_look(values: Tensor) -> bool:
+    """Whether looking at values costs nothing: no GPU's queue drains and no graph breaks."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_words(targets: Tensor, vocab: int, head: Head) -> None:
     """Raise IndexError on a target that is no word, where looking costs nothing."""
-    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+    if not can_look(targets):
         return
     wrong = (targets < 0) | (targets >= vocab)
-    if ignore_index is not None:
-        wrong &= targets != ignore_index
+    ignores = head.ignore_index != NO_INDEX
+    if ignores:
+        wrong &= targets != head.ignore_index
     if bool(wrong.any()):
         raise IndexError(
             f"targets must lie in [0, {vocab}), got {int(targets[wrong][0])}; ignore_index="
-            f"{ignore_index} marks tokens that do not count"
+            f"{head.ignore_index if ignores else None} marks tokens that do not count"
         )
 
 

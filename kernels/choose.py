@@ -52,14 +52,15 @@ def choose_backend(
             raise ValueError(f"backend 'triton' cannot run: {obstacle}")
     if requested != "auto":
         return Choice(requested, "asked for by name")
-    if num_tokens * vocab <= SMALL_LOGITS and not autocast:
+    few = num_tokens * vocab <= SMALL_LOGITS
+    if few and not autocast:
         return Choice(
             "reference",
             f"N * V = {num_tokens * vocab} logits (at most {SMALL_LOGITS}) fit into a cache: "
             "materialising them is the fastest",
         )
     if kind != "cuda":
-        if autocast and num_tokens * vocab <= SMALL_LOGITS:
+        if few:
             return Choice("chunked", "autocast leaves its gradients alone")
         return Choice("chunked", f"on {kind}, vocabulary chunks bound the memory")
     obstacle = triton_obstacle(kind, dtype)

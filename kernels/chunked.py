@@ -1,4 +1,4 @@
-"""Log-probabilities in chunks of the vocabulary, in plain PyTorch: any device, bounded memory.
+"""Log-probabilities in chunks of the vocabulary, in plain PyTorch: CPU or CUDA, bounded memory.
 
 The vocabulary is the outer loop, so that each chunk of the weight is read, and upcast, once a pass;
 the tokens are the inner one. The logsumexp is online: each chunk's maximum m and sums
@@ -77,8 +77,8 @@ def chunked_backward(
         for block in work.blocks():
             to_scores = _slopes_of_scores(work, chunk, block, slope)
             if to_hidden is not None:
-                for part, weight in zip(work.columns, chunk.weights, strict=True):
-                    to_hidden[block, part] += product(to_scores, weight)
+                for part, columns in zip(work.columns, chunk.weights, strict=True):
+                    to_hidden[block, part] += product(to_scores, columns)
             if to_weight is not None:
                 sums.add_weight(product(to_scores.t(), work.hidden[block]))
             if to_bias is not None:

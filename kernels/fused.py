@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_rl.kernels.arguments import Head, compute_dtype, dense_like
+from moe_rl.kernels.arguments import Head, check_words, compute_dtype, dense_like
 from moe_rl.kernels.chunked import chunked_backward, chunked_forward
 
 
@@ -53,6 +53,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logprobs, entropy (empty unless asked for) and lse in float64, for the backward pass."""
     head = _head(temperature, temperatures, softcap, ignore_index)
+    check_words(targets, len(weight), head)  # inside the operator: of a compiled call as well
     with torch.autocast(hidden.device.type, enabled=False):
         return _implementation(backend)[0](hidden, weight, targets, bias, head, entropy=entropy)
 

@@ -175,14 +175,11 @@ def final_logits(model: nn.Module) -> FinalLogits:
     return _tried_logits(model)
 
 
-def _tried_logits(model: nn.Module) -> FinalLogits:
-    name = type(model).__name__
-    return _final_logits(model, _head(model, name), name)
-
-
 @torch.no_grad()
-def _final_logits(model: Any, head: nn.Linear, name: str) -> FinalLogits:
+def _tried_logits(model: Any) -> FinalLogits:
     """The first reading of the config that reproduces the model's own logits."""
+    name = type(model).__name__
+    head = _head(model, name)
     ids = torch.arange(1, 1 + _PROBE_TOKENS, device=head.weight.device).remainder(len(head.weight))
     modes = {module: module.training for module in model.modules()}
     model.eval()  # dropout would make two passes differ

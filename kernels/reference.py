@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_rl.kernels.arguments import NO_INDEX, ZERO_LOG_P, Head, compute_dtype
+from moe_rl.kernels.arguments import (
+    NO_INDEX,
+    ZERO_LOG_P,
+    Head,
+    can_look,
+    check_words,
+    compute_dtype,
+)
 
 
 def reference_logprobs(
@@ -26,6 +33,7 @@ def reference_logprobs(
 
     Arguments as in `token_logprobs`, with hidden `[N, H]` and targets `[N]`.
     """
+    check_words(targets, len(weight), head)
     dtype = compute_dtype(hidden, weight, bias)
     keep = _kept(targets, head.ignore_index)
     if keep is not None:
@@ -64,10 +72,10 @@ def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> 
 
 def _kept(targets: Tensor, ignore_index: int) -> Tensor | None:
     """bool `[N]`, or None if it is known that all tokens count."""
+    if ignore_index == NO_INDEX:
+        return None
     keep = targets != ignore_index
-    # Looking is free on a CPU only: a GPU's queue would drain, and a compiled graph would break.
-    looks = targets.device.type == "cpu" and not torch.compiler.is_compiling()
-    return None if ignore_index == NO_INDEX or (looks and bool(keep.all())) else keep
+    return None if can_look(targets) and bool(keep.all()) else keep
 
 
 def _only(values: Tensor, keep: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_rl.kernels.arguments import can_look
 from moe_rl.kernels.choose import Choice, triton_obstacle
 
 _ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -68,7 +69,8 @@ def routing_statistics(
     num_experts, top_k = router_logits.shape[-1], routed_experts.shape[-1]
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"routed_experts: K = {top_k} of E = {num_experts} experts; pass 1 to E")
-    if _can_look(routed_experts) and int(routed_experts.max()) >= num_experts:
+    look = can_look(routed_experts) and routed_experts.numel() > 0
+    if look and int(routed_experts.max()) >= num_experts:
         raise ValueError(
             f"routed_experts: an id of {int(routed_experts.max())} for {num_experts} experts; ids "
             f"must lie below {num_experts}, -1 where there is no record"
@@ -83,11 +85,6 @@ def routing_statistics(
     else:
         found = reference_routing(logits, ids)
     return RoutingStatistics(*(value.reshape(*lead, *value.shape[1:]) for value in found))
-
-
-def _can_look(ids: Tensor) -> bool:
-    """Whether there are ids, and looking at them costs nothing."""
-    return ids.device.type == "cpu" and ids.numel() > 0 and not torch.compiler.is_compiling()
 
 
 def choose_routing_backend(requested: str, device: torch.device | str) -> Choice:

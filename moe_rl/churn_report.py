@@ -74,8 +74,8 @@ def usable(routes: Tensor, path: Path) -> tuple[Tensor, str]:
     Raises:
         ValueError: begins with `path`; ids that no router can have chosen.
     """
-    for finding in check_trace(routes):
-        if finding.passed is False and finding.check in _REFUSED:
+    for finding in check_trace(routes, laws=_REFUSED):
+        if finding.passed is False:
             raise ValueError(f"{path}: {finding.reason}; moe-rl check-replay shows every check")
     if not (routes > 0).any():
         raise ValueError(f"{path}: every id is 0 or -1: the engine recorded nothing")

@@ -84,6 +84,11 @@ class Learner:
             # transformers >= 5.2x renames it; the old name warns there.
             enable = getattr(model, "activation_checkpointing_enable", None)
             (enable or model.gradient_checkpointing_enable)()
+        self._recomputed = [
+            module
+            for module in policy.model.modules()
+            if getattr(module, "gradient_checkpointing", False)
+        ]
         self.wrapped = Wrapped(policy.model, ranks, parallelism)
         self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -260,15 +265,10 @@ class Learner:
         Those inside stay in evaluation mode: dropout and jitter would draw from a state that no
         seed decides. And all of them do while it samples, or their cache would be taken away.
         """
-        recomputed = [
-            module
-            for module in self.policy.model.modules()
-            if getattr(module, "gradient_checkpointing", False)
-        ]
-        for module in recomputed:
+        for module in self._recomputed:
             module.training = True
         try:
             yield
         finally:
-            for module in recomputed:
+            for module in self._recomputed:
                 module.training = False

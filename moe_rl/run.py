@@ -72,10 +72,11 @@ def train(
         checkpoint = checkpoints.newest(on_damage if resume else _refuse_to_start_over)
         if checkpoint is not None and not resume:
             _refuse_to_start_over(str(checkpoint.path))
-        if resume and checkpoint is None and logged_updates(folder):
+        made = logged_updates(folder) if resume and checkpoint is None else 0
+        if made:
             on_damage(
-                f"{folder}: no checkpoint to go on from; the run starts anew, and its "
-                f"{logged_updates(folder)} logged updates are made again"
+                f"{folder}: no checkpoint to go on from; the run starts anew, and its {made} "
+                "logged updates are made again"
             )
         # Before anything is written: a folder of a run that could not start would be in the way.
         sharded = parallelism == "fsdp" and ranks.size > 1

@@ -176,11 +176,11 @@ class RunLog:
         self.folder = folder
         self._lock = _lock(folder)
         # Both are looked at before anything is cut or written.
-        held = {name: _held(folder / name, marks[name]) for name in _LOGS} if marks else {}
+        held = {} if marks is None else {n: _held(folder / n, marks[n]) for n in _LOGS}
         # A run is complete by its summary: one that starts anew has none.
         (folder / "summary.json").unlink(missing_ok=True)
         write_config(folder / "config.json", config)
-        resume = None if marks is None else _resume(folder, marks)
+        resume = None if marks is None else _resume(folder, held)
         self._steps, self._updates = (_Log(folder / name, held.get(name, b"")) for name in _LOGS)
         tracked = TrackedRun(
             name=run_name(config), config=config.to_dict(), folder=folder, resume=resume
@@ -282,25 +282,21 @@ def _in_use(folder: Path) -> ConfigError:
     )
 
 
-def _resume(folder: Path, marks: Marks) -> Resume:
+def _resume(folder: Path, held: Mapping[str, bytes]) -> Resume:
     """Where the logs go on, by the lines of a checkpoint and those that are there."""
-    contents = {
-        axis: (folder / name).read_bytes() if (folder / name).is_file() else b""
-        for axis, name in _LOG_OF.items()
-    }
     return Resume(
-        first={
-            axis: text[: marks[_LOG_OF[axis]]["size"]].count(b"\n")
-            for axis, text in contents.items()
-        },
-        shown={axis: text.count(b"\n") for axis, text in contents.items()},
+        first={axis: held[name].count(b"\n") for axis, name in _LOG_OF.items()},
+        shown={axis: _content(folder / name).count(b"\n") for axis, name in _LOG_OF.items()},
     )
 
 
 def logged_updates(folder: Path) -> int:
     """How many updates a run folder has lines of."""
-    log = folder / _LOG_OF["update"]
-    return log.read_bytes().count(b"\n") if log.is_file() else 0
+    return _content(folder / _LOG_OF["update"]).count(b"\n")
+
+
+def _content(log: Path) -> bytes:
+    return log.read_bytes() if log.is_file() else b""
 
 
 def _held(path: Path, mark: Mark) -> bytes:
@@ -309,7 +305,7 @@ def _held(path: Path, mark: Mark) -> bytes:
     Raises:
         ConfigError: that is not there any more.
     """
-    size, found = mark["size"], path.read_bytes() if path.is_file() else b""
+    size, found = mark["size"], _content(path)
     if len(found) < size:
         raise ConfigError(
             f"{path}: {len(found)} bytes, {size} at the checkpoint: lines are lost; give another "

@@ -59,11 +59,12 @@ def write_sealed(
         manifest[SEAL] = seal_of(manifest)
         write_flushed(scratch / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         _flush_folders(scratch)
-        if keep_whole:
-            if is_whole(path):
-                return
+        if not keep_whole:
+            shutil.rmtree(path, ignore_errors=True)
+        elif is_whole(path):
+            return
+        else:
             set_aside(path)
-        shutil.rmtree(path, ignore_errors=True)
         try:
             os.replace(scratch, path)
         except OSError:
@@ -106,9 +107,9 @@ def verify(path: Path, manifest: Mapping[str, Any]) -> None:
     for name, expected in manifest["files"].items():
         _verify_file(path / name, expected)
     for file in _files(path):
-        name = str(file.relative_to(path))
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if name not in manifest["files"] and name != MANIFEST and not hidden:
+        inside = file.relative_to(path)
+        known = str(inside) in (*manifest["files"], MANIFEST)
+        if not known and not any(part.startswith(".") for part in inside.parts):
             raise Damaged(f"{file}: not a file of this folder")
 
 

@@ -25,6 +25,13 @@ def cold(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cold")
 
 
+def killed_run(run: Path, cold: Path) -> Path:
+    """A run that died in its seventh update; gives its newest checkpoint."""
+    with pytest.raises(Killed), killed_after(6):
+        train(config(), run, cold_start_cache=cold)
+    return run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "grpo": {},
     "R2": {"routing_replay": "R2"},
@@ -71,9 +78,7 @@ def test_lines_behind_the_checkpoint_are_written_anew(
 def test_a_damaged_newest_checkpoint_costs_updates_but_no_bits(tmp_path: Path, cold: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     train(config(), whole, cold_start_cache=cold)
-    with pytest.raises(Killed), killed_after(6):
-        train(config(), run, cold_start_cache=cold)
-    newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    newest = killed_run(run, cold)
     weights = newest / "policy" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     told: list[str] = []
@@ -110,9 +115,7 @@ def test_a_checkpoint_that_is_whole_again_does_not_come_back(tmp_path: Path, col
     """The run has gone back behind it, and its logs are cut."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     train(config(), whole, cold_start_cache=cold)
-    with pytest.raises(Killed), killed_after(6):
-        train(config(), run, cold_start_cache=cold)
-    newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    newest = killed_run(run, cold)
     (newest / "notes.txt").write_text("")
     told: list[str] = []
     with pytest.raises(Killed), killed_after(0):
@@ -125,8 +128,7 @@ def test_a_checkpoint_that_is_whole_again_does_not_come_back(tmp_path: Path, col
 
 def test_a_run_without_checkpoints_says_that_it_starts_anew(tmp_path: Path, cold: Path) -> None:
     run = tmp_path / "run"
-    with pytest.raises(Killed), killed_after(6):
-        train(config(), run, cold_start_cache=cold)
+    killed_run(run, cold)
     shutil.rmtree(run / "checkpoints")
     told: list[str] = []
     train(config(), run, cold_start_cache=cold, resume=True, on_damage=told.append)
