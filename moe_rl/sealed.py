@@ -7,11 +7,13 @@
 A process that dies at any moment leaves what was there before.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ MANIFEST = "manifest.json"
 SCRATCH = ".partial-"
 DAMAGED = ".damaged-"
 SEAL = "seal"
+# Seconds, far more than any folder takes to fill.
+_ABANDONED_AFTER = 86400.0
 
 
 class Damaged(Exception):
@@ -50,6 +54,7 @@ def write_sealed(
     """
     parent = path.parent
     parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(parent)
     scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))
     try:
         with writes_to(scratch):
@@ -73,6 +78,14 @@ def write_sealed(
         flush(parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove what processes left that died while they wrote; others may be writing there now."""
+    for left in parent.glob(f"{SCRATCH}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_AFTER:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
