@@ -5,7 +5,8 @@
 Short runs of `moe-rl train` from one cold start; the time of a run is the median of its rollout
 steps but the first two. Beside one process and two that train together stand two runs of half the
 prompts each that know nothing of each other: what this machine's second core gives where nothing is
-exchanged. The sides take turns, ratios are of runs of one turn.
+exchanged. The sides take turns, ratios are of runs of one turn. All of it twice: with the study's
+updates, and with fewer of more prompts each, which exchange less often.
 """
 
 import json
@@ -16,6 +17,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +28,7 @@ from moe_rl.experiments.runner import train_words
 from moe_rl.options import cores
 from moe_rl.runlog import write_config
 
+_UPDATES = (8, 2)  # of a rollout of 32 prompts; 8 are the study's
 _STEPS = 8
 _WARM_UP = 2
 _TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -65,36 +68,51 @@ def bench_ranks(*, repeats: int, out: Path | None) -> int:
         raise ConfigError(f"bench ranks: {cores()} core here; two processes need two")
     # A learning rate that hardly moves the policy: responses keep their length.
     config = preset("staleness").replace(steps=_STEPS, learning_rate=1e-6, device="cpu")
-    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         prepare_cold_starts([config], root / "cold")
-        for number in range(repeats):
-            order = [*SIDES][number % len(SIDES) :] + [*SIDES][: number % len(SIDES)]
-            for name in order:
-                seconds[name].append(_step_seconds(SIDES[name], config, root / f"{name}-{number}"))
+        cases = []
+        for updates in _UPDATES:
+            case = _race(config.replace(updates_per_rollout=updates), repeats, root)
+            print(_table(case), end="\n\n", flush=True)
+            cases.append(case)
+    write_result({"device": cpu_name(), "torch": torch.__version__, "cases": cases}, out)
+    return 0
+
+
+def _race(config: RunConfig, repeats: int, root: Path) -> dict[str, Any]:
+    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    for number in range(repeats):
+        order = [*SIDES][number % len(SIDES) :] + [*SIDES][: number % len(SIDES)]
+        for name in order:
+            folder = root / f"{config.updates_per_rollout}-{name}-{number}"
+            seconds[name].append(_step_seconds(SIDES[name], config, folder))
     gains = {
         name: [one / other for one, other in zip(seconds[_ALONE], values, strict=True)]
         for name, values in seconds.items()
         if name != _ALONE
     }
-    result = {
-        "device": cpu_name(),
-        "torch": torch.__version__,
+    return {
+        "updates_per_rollout": config.updates_per_rollout,
+        "prompts_per_update": config.prompts_per_rollout // config.updates_per_rollout,
         "seconds_a_step": seconds,
         "gain": {name: statistics.median(values) for name, values in gains.items()},
         "gains": gains,
         "config": config.to_dict(),
     }
-    print(f"{'':<24}{'s a step':>9}{'gain':>7}   lowest to highest")
-    for name, values in seconds.items():
+
+
+def _table(case: dict[str, Any]) -> str:
+    head = f"{case['prompts_per_update']} prompts an update"
+    lines = [f"{head:<24}{'s a step':>9}{'gain':>7}   lowest to highest"]
+    for name, values in case["seconds_a_step"].items():
         line = f"{name:<24}{statistics.median(values):>9.3f}"
-        if name in gains:
-            spread = f"{min(gains[name]):.2f} to {max(gains[name]):.2f}"
-            line += f"{statistics.median(gains[name]):>7.2f}   {spread}"
-        print(line)
-    write_result(result, out)
-    return 0
+        if name in case["gains"]:
+            gains = case["gains"][name]
+            spread = f"{min(gains):.2f} to {max(gains):.2f}"
+            line += f"{case['gain'][name]:>7.2f}   {spread}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _step_seconds(side: Side, config: RunConfig, folder: Path) -> float:
