@@ -5,8 +5,8 @@
 Short runs of `moe-rl train` from one cold start; the time of a run is the median of its rollout
 steps but the first two. Beside one process and two that train together stand two runs of half the
 prompts each that know nothing of each other: what this machine's second core gives where nothing is
-exchanged. The sides take turns, ratios are of runs of one turn. All of it twice: with the study's
-updates, and with fewer of more prompts each, which exchange less often.
+exchanged. The sides take turns, ratios are of runs of one turn. All of it three times: with the
+study's updates, and with fewer of more prompts each, which exchange less often.
 """
 
 import json
@@ -28,7 +28,7 @@ from moe_rl.experiments.runner import train_words
 from moe_rl.options import cores
 from moe_rl.runlog import write_config
 
-_UPDATES = (8, 2)  # of a rollout of 32 prompts; 8 are the study's
+_UPDATES = (8, 2, 1)  # of a rollout of 32 prompts; 8 are the study's
 _STEPS = 8
 _WARM_UP = 2
 _TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
