@@ -87,6 +87,8 @@ class Switchboard:
     """Taps and state of one model. Opened by `tapped(model)`."""
 
     def __init__(self, taps: list[RouterTap], backbone: nn.Module) -> None:
+        for tap in taps:
+            _require_no_other(tap, backbone)
         self.taps = taps
         self.backbone = backbone
         self.recorders: list[Recorder] = []
@@ -262,13 +264,13 @@ class _Tapped:
     """
 
     def __init__(self, board: Switchboard, layer: int, forward: Forward) -> None:
-        self._board, self._layer, self._forward = board, layer, forward
+        self.board, self._layer, self._forward = board, layer, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._board.call_router(self._layer, self._forward, args, kwargs)
+        return self.board.call_router(self._layer, self._forward, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
-        module = self._board.taps[self._layer].module
+        module = self.board.taps[self._layer].module
         if id(module) not in memo:
             return self
         if self._forward != types.MethodType(type(module).forward, module):
@@ -277,7 +279,7 @@ class _Tapped:
         return types.MethodType(type(module).forward, memo[id(module)])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._board.taps[self._layer].module, "forward")
+        return getattr, (self.board.taps[self._layer].module, "forward")
 
 
 class _Watch:
@@ -314,6 +316,18 @@ def tapped(model: nn.Module) -> Iterator[Switchboard]:
         yield board
     finally:
         board.release()
+
+
+def _require_no_other(tap: RouterTap, backbone: nn.Module) -> None:
+    """Two switchboards on one router would each take the other for the router itself."""
+    forward = tap.module.__dict__.get("forward")
+    if isinstance(forward, _Tapped) and forward.board.open:
+        raise ValueError(
+            f"model: router {tap.name!r} is watched already by a context on "
+            f"{type(forward.board.backbone).__name__}, and this one is opened on "
+            f"{type(backbone).__name__}. Open contexts that hold at the same time on one and the "
+            "same module."
+        )
 
 
 @contextmanager

@@ -120,3 +120,26 @@ def test_noise_on_its_choice_is_refused(own) -> None:
         router_noise(own, lambda layer, logits: torch.zeros_like(logits)),
     ):
         pass
+
+
+class Actor(nn.Module):
+    """A trainer's wrapper, as many have one."""
+
+    def __init__(self, policy: Own) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.policy(input_ids)
+
+
+def test_contexts_on_a_wrapper_and_on_what_it_wraps_are_refused(own, ids) -> None:
+    actor = Actor(own)
+    with record_routing(actor) as outer:
+        refused = pytest.raises(ValueError, match="on Actor, and this one is opened on Own")
+        with refused, record_routing(own):
+            own(ids)
+        actor(ids)
+    with record_routing(own) as inner:
+        own(ids)
+    assert torch.equal(outer.routed_experts, inner.routed_experts)
