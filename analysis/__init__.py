@@ -5,10 +5,10 @@ the verdicts on the GSPO paper's claims, and `write_report(path)` draws everythi
 Needs pandas, numpy and matplotlib; never torch, transformers or the trainer.
 """
 
-from moe_rl.analysis.claims import claims_table
-from moe_rl.analysis.load import AnalysisError, AnalysisWarning, Study, load_study
-from moe_rl.analysis.measures import run_measures, summarize, terminal_table
-from moe_rl.analysis.report import write_report
+from moe_rl.analysis.data.load import AnalysisError, AnalysisWarning, Study, load_study
+from moe_rl.analysis.data.measures import run_measures, summarize, terminal_table
+from moe_rl.analysis.report.report import write_report
+from moe_rl.analysis.verdicts.claims import claims_table
 
 __all__ = [
     "AnalysisError",

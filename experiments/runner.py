@@ -22,7 +22,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from moe_rl.config import ConfigError, RunConfig
-from moe_rl.runlog import OUTPUT, check_can_be_made, check_run_folder, is_complete, write_config
+from moe_rl.run_folder.log import (
+    OUTPUT,
+    check_can_be_made,
+    check_run_folder,
+    is_complete,
+    write_config,
+)
 
 _POLL_SECONDS = 0.5
 

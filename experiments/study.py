@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_rl.config import SCHEMA, ConfigError, RunConfig
-from moe_rl.json_text import parse_json
-from moe_rl.runlog import write_json
+from moe_rl.run_folder.log import write_json
+from moe_rl.runtime.json_text import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)

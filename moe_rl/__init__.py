@@ -2,7 +2,7 @@
 
 This is the front door. It imports nothing, so `import moe_rl` costs nothing and a room is paid for
 when it is entered: `moe_rl.routing`, `moe_rl.losses`, `moe_rl.tasks`, `moe_rl.rollout`,
-`moe_rl.run`, and the three sibling folders `moe_rl.kernels`, `moe_rl.analysis` and
+`moe_rl.training.run`, and the three sibling folders `moe_rl.kernels`, `moe_rl.analysis` and
 `moe_rl.experiments`.
 """
 

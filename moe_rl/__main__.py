@@ -2,7 +2,7 @@
 
 import sys
 
-from moe_rl.cli import main
+from moe_rl.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moe_rl.rollout.batch import RolloutBatch
+from moe_rl.batch import RolloutBatch
 
 
 @dataclass(frozen=True, kw_only=True)

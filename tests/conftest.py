@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from small_policy import small_policy
 
-from moe_rl.policy import Policy
+from moe_rl.policy.policy import Policy
 
 # No deadline: a busy machine is not a bug. Fixed examples: a failure belongs to the change at hand.
 settings.register_profile("moe_rl", deadline=None, derandomize=True)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from moe_rl.learner import Learner
-from moe_rl.sealed import MANIFEST, SEAL, seal_of
+from moe_rl.run_folder.sealing import MANIFEST, SEAL, seal_of
+from moe_rl.training.learner import Learner
 
 
 def moe_rl(

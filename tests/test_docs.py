@@ -9,11 +9,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from moe_rl.analysis.collapse import Outcome, stability_frontier
-from moe_rl.analysis.measures import CHAIN
-from moe_rl.analysis.stats import PairedTest
+from moe_rl.analysis.data.collapse import Outcome, stability_frontier
+from moe_rl.analysis.data.measures import CHAIN
+from moe_rl.analysis.data.stats import PairedTest
 from moe_rl.config import preset
-from moe_rl.run import train
+from moe_rl.training.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))

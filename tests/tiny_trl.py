@@ -17,8 +17,8 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it warns about every r
 from trl import GRPOConfig
 
 from moe_rl.integrations.trl import RoutingReplayGRPOTrainer
+from moe_rl.policy.tokenizer import character_tokenizer
 from moe_rl.routing import record_routing, replay_routing
-from moe_rl.tokenizer import character_tokenizer
 
 ALPHABET = "0123456789="
 PROMPTS = ["1=", "98765=", "31=", "2345="]

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
+from moe_rl.batch import RolloutBatch
 from moe_rl.config import ModelConfig
-from moe_rl.policy import Policy, build_policy
-from moe_rl.response_pass import Pass, response_pass
-from moe_rl.rollout.batch import RolloutBatch
+from moe_rl.policy.forward import Pass, response_pass
+from moe_rl.policy.policy import Policy, build_policy
 from moe_rl.rollout.cached import generate
-from moe_rl.seeding import generator
+from moe_rl.runtime.seeding import generator
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from moe_rl.analysis.arms import arm_label
-from moe_rl.analysis.collapse import STABLE_DRAWDOWN, stability_frontier
+from moe_rl.analysis.data.collapse import STABLE_DRAWDOWN, stability_frontier
 from moe_rl.analysis.plots.style import (
     CMAP,
     MUTED,

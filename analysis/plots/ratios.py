@@ -8,13 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_rl.analysis.arms import arm_label
-from moe_rl.analysis.attribution import (
-    ROUTING,
-    WEIGHT,
-    sampled_updates,
-    shares_by_arm,
-    shares_by_run,
-)
 from moe_rl.analysis.plots.routing import is_dense
 from moe_rl.analysis.plots.style import (
     INK,
@@ -32,6 +25,13 @@ from moe_rl.analysis.plots.style import (
     styled,
     whole_numbers,
     zero_text,
+)
+from moe_rl.analysis.verdicts.attribution import (
+    ROUTING,
+    WEIGHT,
+    sampled_updates,
+    shares_by_arm,
+    shares_by_run,
 )
 
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_rl.analysis.arms import arm_label
-from moe_rl.analysis.collapse import outcome
+from moe_rl.analysis.data.collapse import outcome
 from moe_rl.analysis.plots.style import (
     COLUMN,
     GHOST,

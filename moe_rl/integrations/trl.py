@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moe_rl.batch import response_positions
 from moe_rl.config import RoutingReplay
 from moe_rl.integrations.engine_routes import FIELD, PROMPT_FIELD, join_prompts, lay_out
 from moe_rl.integrations.trl_metrics import MicroBatch, global_routing, routing_sums, update_metrics
@@ -27,7 +28,6 @@ from moe_rl.integrations.trl_support import (
     require_support,
     require_tested_trl,
 )
-from moe_rl.rollout.batch import response_positions
 from moe_rl.routing import record_routing, replay_routing
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_rl.ratios import ratio_statistics, split_log_ratio
+from moe_rl.metrics.ratios import ratio_statistics, split_log_ratio
 from moe_rl.routing import statistics
 
 

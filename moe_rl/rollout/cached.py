@@ -7,10 +7,10 @@ so a rollout is a pure function of (weights, prompts, uniforms, noise).
 import torch
 from torch import Tensor
 
-from moe_rl.policy import Policy
-from moe_rl.response_pass import Pass, routing
-from moe_rl.rollout.batch import RolloutBatch, full_record, predictions
-from moe_rl.rollout.noise import RouterNoise
+from moe_rl.batch import RolloutBatch, full_record, predictions
+from moe_rl.policy.forward import Pass, routing
+from moe_rl.policy.policy import Policy
+from moe_rl.rollout.router_noise import RouterNoise
 
 
 @torch.no_grad()

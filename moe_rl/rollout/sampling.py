@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from moe_rl.policy import Policy
-from moe_rl.rollout.batch import RolloutBatch
+from moe_rl.batch import RolloutBatch
+from moe_rl.policy.policy import Policy
 from moe_rl.rollout.engine import CachedEngine, Engine, Request
-from moe_rl.rollout.noise import RouterNoise
+from moe_rl.rollout.router_noise import RouterNoise
 from moe_rl.tasks import Problem, Task
 
 

@@ -16,12 +16,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from moe_rl.extras import import_extra
-from moe_rl.policy import Policy
-from moe_rl.rollout.batch import RolloutBatch
+from moe_rl.batch import RolloutBatch
+from moe_rl.policy.policy import Policy
 from moe_rl.rollout.engine import Request
 from moe_rl.rollout.vllm_outputs import read_outputs
-from moe_rl.seeding import request_seed
+from moe_rl.runtime.extras import import_extra
+from moe_rl.runtime.seeding import request_seed
 
 # The trainer, its gradients and AdamW's moments live on the same GPU: vLLM's default of 0.9 of the
 # memory would leave them none.

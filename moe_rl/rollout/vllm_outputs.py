@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_rl.policy import Policy
-from moe_rl.rollout.batch import RolloutBatch
+from moe_rl.batch import RolloutBatch
+from moe_rl.policy.policy import Policy
 from moe_rl.routing.routed_experts import NO_RECORD
 from moe_rl.traces.foreign import from_vllm, record_for_model
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from moe_rl.config import ConfigError
-from moe_rl.json_text import parse_json, shown
+from moe_rl.runtime.json_text import parse_json, shown
 from moe_rl.tasks.base import Listed, Problem, Task, check_draw, column
 
 KEYS = ("prompt", "answer")

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_rl.json_text import parse_json
+from moe_rl.runtime.json_text import parse_json
 from moe_rl.traces.arrays import npy_array, npz_arrays
 from moe_rl.traces.foreign import decode_base64, from_sglang, from_vllm, npy_bytes, stack_rows
 from moe_rl.traces.limits import check_is_file, check_size

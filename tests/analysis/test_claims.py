@@ -4,10 +4,10 @@ import pandas as pd
 import pytest
 import synthetic
 
-from moe_rl.analysis import rules
-from moe_rl.analysis.claims import CLAIMS, claims_table
-from moe_rl.analysis.load import load_study
-from moe_rl.analysis.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from moe_rl.analysis.data.load import load_study
+from moe_rl.analysis.verdicts import rules
+from moe_rl.analysis.verdicts.claims import CLAIMS, claims_table
+from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 
 SEEDS = 5
 

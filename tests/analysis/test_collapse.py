@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_rl.analysis.collapse import outcome, smooth, smoothing_window, stability_frontier
+from moe_rl.analysis.data.collapse import outcome, smooth, smoothing_window, stability_frontier
 
 
 def test_a_run_that_falls_and_stays_down_collapses_at_the_fall():

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import synthetic
 
-from moe_rl.analysis.load import AnalysisError, AnalysisWarning, load_study
+from moe_rl.analysis.data.load import AnalysisError, AnalysisWarning, load_study
 
 
 @pytest.fixture

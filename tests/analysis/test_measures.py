@@ -6,9 +6,15 @@ import pandas as pd
 import pytest
 import synthetic
 
-from moe_rl.analysis.attribution import COVARIANCE, ROUTING, WEIGHT, shares_by_arm, shares_by_run
-from moe_rl.analysis.load import load_study
-from moe_rl.analysis.measures import CHAIN, run_measures, summarize
+from moe_rl.analysis.data.load import load_study
+from moe_rl.analysis.data.measures import CHAIN, run_measures, summarize
+from moe_rl.analysis.verdicts.attribution import (
+    COVARIANCE,
+    ROUTING,
+    WEIGHT,
+    shares_by_arm,
+    shares_by_run,
+)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 import synthetic
 
 from moe_rl.analysis.arms import ARM_LABELS
-from moe_rl.analysis.load import load_study
-from moe_rl.analysis.measures import run_measures
+from moe_rl.analysis.data.load import load_study
+from moe_rl.analysis.data.measures import run_measures
 from moe_rl.analysis.plots import noise, ratios, routing, summary, training
 from moe_rl.analysis.plots.style import (
     ARM_COLOURS,
@@ -20,7 +20,7 @@ from moe_rl.analysis.plots.style import (
     plain_number,
     style_context,
 )
-from moe_rl.analysis.svg import DARK_PARTNERS, settle
+from moe_rl.analysis.report.svg import DARK_PARTNERS, settle
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,14 @@ from moe_rl.analysis import (
     terminal_table,
     write_report,
 )
-from moe_rl.analysis.figures import SETTING_FIGURES, has_map
-from moe_rl.analysis.page import bounds
+from moe_rl.analysis.report.figures import SETTING_FIGURES, has_map
+from moe_rl.analysis.report.page import bounds
 
 
 @pytest.fixture
 def one_figure(monkeypatch):
     """Reports with a single figure, for tests that are about the words."""
-    monkeypatch.setattr("moe_rl.analysis.report.SETTING_FIGURES", SETTING_FIGURES[-4:-3])
+    monkeypatch.setattr("moe_rl.analysis.report.report.SETTING_FIGURES", SETTING_FIGURES[-4:-3])
 
 
 class Page(HTMLParser):
@@ -250,8 +250,8 @@ def test_the_terminal_table_has_a_row_for_every_arm(study_dir):
 def test_analysis_imports_neither_torch_nor_the_trainer():
     code = (
         "import sys, moe_rl.analysis.report; "
-        "print([m for m in ('torch', 'transformers', 'moe_rl.trainer', 'matplotlib.pyplot') "
-        "if m in sys.modules])"
+        "heavy = ('torch', 'transformers', 'moe_rl.training.trainer', 'matplotlib.pyplot'); "
+        "print([m for m in heavy if m in sys.modules])"
     )
     done = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -8,7 +8,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_rl.analysis.stats import (
+from moe_rl.analysis.data.stats import (
     bootstrap_interval,
     iqm,
     mean,

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_rl.analysis.stats import Interval
-from moe_rl.analysis.verdicts import (
+from moe_rl.analysis.data.stats import Interval
+from moe_rl.analysis.verdicts.verdicts import (
     INCONCLUSIVE,
     MIN_SEEDS,
     NOT_REPRODUCED,

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from small_policy import ALPHABET, small_policy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moe_rl.tokenizer import character_tokenizer
+from moe_rl.policy.tokenizer import character_tokenizer
 
 TRAIN = ("train", "--preset", "tiny", "--checkpoint", "model", "--out", "run")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -8,8 +8,8 @@ from faults.folders import TRAIN, run_of
 from faults.table import Fault
 from runs import write_manifest
 
-from moe_rl.checkpoints import Checkpoints
 from moe_rl.config import load_config
+from moe_rl.run_folder.checkpoints import Checkpoints
 
 RUN = (*TRAIN, "run")
 

@@ -18,7 +18,14 @@ import traceback
 from pathlib import Path
 from typing import IO, Any
 
-IMPORTS = ("cli", "run", "replay_report", "churn_report", "analysis", "experiments.collapse")
+IMPORTS = (
+    "commands.cli",
+    "commands.check_replay",
+    "commands.churn",
+    "training.run",
+    "analysis",
+    "experiments.collapse",
+)
 SECONDS = 600
 
 

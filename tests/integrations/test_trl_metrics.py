@@ -14,7 +14,7 @@ import torch
 from tiny_trl import Spy, alone, build, logged, own_engine, tiny_model, whole
 
 from moe_rl.integrations.trl_metrics import routing_means, routing_sums
-from moe_rl.ratios import ratio_statistics, split_log_ratio
+from moe_rl.metrics.ratios import ratio_statistics, split_log_ratio
 from moe_rl.routing import statistics
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import DEVICE
 
-from moe_rl import instruments
 from moe_rl.kernels import routing_statistics
+from moe_rl.metrics import instruments
 from moe_rl.routing import statistics
 
 BACKENDS = ("reference", "triton")

@@ -12,15 +12,15 @@ import torch
 from small_policy import PROMPTS
 from vllm_stand_in import Behaviour, Logprob, install
 
-from moe_rl.cli import main
+from moe_rl.batch import RolloutBatch
+from moe_rl.commands.cli import main
 from moe_rl.config import ConfigError, RunConfig, load_config, preset
-from moe_rl.policy import Policy
-from moe_rl.rollout.batch import RolloutBatch
+from moe_rl.policy.policy import Policy
 from moe_rl.rollout.engine import CachedEngine, Request, make_engine
 from moe_rl.rollout.vllm import VllmEngine
-from moe_rl.run import train
-from moe_rl.runlog import RunLog
-from moe_rl.seeding import request_seed, uniforms
+from moe_rl.run_folder.log import RunLog
+from moe_rl.runtime.seeding import request_seed, uniforms
+from moe_rl.training.run import train
 
 STEPS, GROUP, TOKENS = 2, 3, 6
 

@@ -1,0 +1,1 @@
+"""Run folders in, data frames and statistics out."""

@@ -1,0 +1,220 @@
+"""Analysis room: the list of figures of a report, each with its caption and what it needs.
+
+A caption says how to read the figure. A figure whose columns no run has recorded is left out and
+named in the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from moe_rl.analysis.data.load import Study
+from moe_rl.analysis.plots import frontier, noise, ratios, routing, summary, training
+from moe_rl.analysis.plots.style import COLUMN, WIDE, has
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureSpec:
+    """A figure of one setting or of a map; `draw(study, measures, width)` with `run_measures`.
+
+    `widths` are the widths it is drawn in, in inches, the one for paper and wide screens first.
+    """
+
+    key: str
+    title: str
+    caption: str
+    draw: Callable[[Study, pd.DataFrame, float], Figure]
+    needs_steps: tuple[str, ...] = ()
+    needs_updates: tuple[str, ...] = ()
+    needs_noises: int = 0
+    """Router noises with complete runs at one learning rate and number of updates."""
+    widths: tuple[float, ...] = (WIDE, COLUMN)
+
+    def missing(self, study: Study) -> list[str]:
+        """What it needs that no run of the study has."""
+        missing = _absent(study.steps, self.needs_steps)
+        missing += _absent(study.updates, self.needs_updates)
+        noises = _most(study, ["learning_rate", "updates_per_rollout"], "router_noise")
+        if noises < self.needs_noises:
+            missing.append(f"{self.needs_noises} router noises at one learning rate")
+        return missing
+
+
+def _absent(frame: pd.DataFrame, names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if not has(frame, name)]
+
+
+SEEDS = "Thin lines are seeds, thick lines the median over seeds."
+
+SETTING_FIGURES = [
+    FigureSpec(
+        key="summary",
+        title="At a glance",
+        caption="Reward; churn between the old policy and the policy at the rollout's last update; "
+        f"variance of the token ratio inside an update, mean over the rollout's updates. {SEEDS}",
+        draw=lambda study, _, width: summary.summary(study.steps, study.updates, width=width),
+        needs_steps=("reward",),
+    ),
+    FigureSpec(
+        key="reward",
+        title="Reward by arm",
+        caption=f"Mean reward of each rollout. {SEEDS} In an arm's panel the grey lines are the "
+        "other arms' medians, and a triangle marks the step at which a seed collapses.",
+        draw=lambda study, _, width: training.reward_by_arm(study.steps, width=width),
+        needs_steps=("reward",),
+    ),
+    FigureSpec(
+        key="chain",
+        title="The joined chain",
+        caption="Read downwards: if routing causes the failure, churn rises first, then the "
+        "variance of the token ratio, the clipped share and the gradient norm, and the reward "
+        f"falls last. {SEEDS} Triangles and dotted lines mark collapses; variance, clipped share "
+        "and gradient norm are on log scales.",
+        draw=lambda study, _, width: training.chain(study.steps, study.updates, width=width),
+        needs_steps=("reward",),
+        needs_updates=("grad_norm",),
+    ),
+    FigureSpec(
+        key="churn-by-layer",
+        title="Churn by layer over time",
+        caption="Share of activated experts that differ between the old policy and the policy at "
+        "the rollout's last update; median over seeds. One colour scale for all panels; layer 1 "
+        "is next to the embedding.",
+        draw=lambda study, _, width: routing.churn_by_layer(study.updates, width=width),
+        needs_updates=("routing/churn_per_layer",),
+    ),
+    FigureSpec(
+        key="ratio-variance",
+        title="Variance of the importance ratios",
+        caption="Variance of the token ratio w = exp(logprob - old_logprob) and of the sequence "
+        "ratio exp(mean log w) inside an update, mean over the rollout's updates, before any "
+        f"clamp. Log scale, shared. {SEEDS}",
+        draw=lambda study, _, width: ratios.ratio_variance(study.updates, width=width),
+        needs_updates=("ratio/token_var", "ratio/sequence_var"),
+    ),
+    FigureSpec(
+        key="routing-against-weights",
+        title="Routing part against weight part",
+        caption="Variance of the two parts of log w on sampled updates (log scale, shared), and "
+        "the routing part's share of Var(log w): dots are seeds, the tick the IQM, the bar its "
+        "95% interval. Right of the dotted line routing dominates. Under replay the loss sees "
+        "only the weight part; the routing part is what replay hides.",
+        draw=lambda study, _, width: ratios.routing_against_weights(study.updates, width=width),
+        needs_updates=("ratio/routing_part", "ratio/weight_part", "ratio/part_covariance"),
+    ),
+    FigureSpec(
+        key="churn-by-update",
+        title="Churn by update within a rollout",
+        caption="Churn against the number of optimiser steps since the old policy was recorded, "
+        f"mean over all rollouts. {SEEDS}",
+        draw=lambda study, _, width: routing.churn_by_update(study.updates, width=width),
+        needs_updates=("routing/churn",),
+        widths=(COLUMN,),
+    ),
+    FigureSpec(
+        key="churn-by-position",
+        title="Churn by response position",
+        caption="Churn of the routing that predicts each response token, mean over sampled last "
+        f"updates. {SEEDS}",
+        draw=lambda study, _, width: routing.churn_by_position(study.updates, width=width),
+        needs_updates=("routing/churn_per_position",),
+        widths=(COLUMN,),
+    ),
+    FigureSpec(
+        key="clip-share",
+        title="Clipped share of tokens",
+        caption="Share of tokens whose gradient the clip removes (for GSPO: tokens of clipped "
+        f"responses), mean over the rollout's updates. Log scale. {SEEDS}",
+        draw=lambda study, _, width: training.clip_share(study.updates, width=width),
+        needs_updates=("clip_ratio/region",),
+        widths=(COLUMN,),
+    ),
+    FigureSpec(
+        key="gradient-norm",
+        title="Gradient norm",
+        caption=f"Before clipping, mean over the rollout's updates. Log scale. {SEEDS}",
+        draw=lambda study, _, width: training.gradient_norm(study.updates, width=width),
+        needs_updates=("grad_norm",),
+        widths=(COLUMN,),
+    ),
+    FigureSpec(
+        key="effective-sample-size",
+        title="Effective sample size",
+        caption="ESS/N = 1/(1 + CV\u00b2) of the token ratios at the rollout's last update: 1 is "
+        f"on-policy, near 0 a few tokens carry all the weight. {SEEDS}",
+        draw=lambda study, _, width: training.effective_sample_size(study.updates, width=width),
+        needs_updates=("ratio/token_ess",),
+        widths=(COLUMN,),
+    ),
+    FigureSpec(
+        key="router-margin",
+        title="Router margin",
+        caption="Logit gap between the last chosen expert and the first one not chosen, mean over "
+        f"response tokens and layers of the old policy: how near a flip is. {SEEDS}",
+        draw=lambda study, _, width: routing.router_margin(study.steps, width=width),
+        needs_steps=("routing/margin",),
+        widths=(COLUMN,),
+    ),
+    FigureSpec(
+        key="engine-mismatch",
+        title="Rollout engine against trainer",
+        caption="The same tokens and weights, scored by the rollout engine and by the trainer: "
+        f"what differs here is numerics and router noise, not learning. {SEEDS}",
+        draw=lambda study, _, width: routing.engine_mismatch(study.steps, width=width),
+        needs_steps=("mismatch/kl_k3",),
+    ),
+]
+
+MAP_FIGURES = [
+    FigureSpec(
+        key="collapse-map",
+        title="Collapse map",
+        caption="Number and colour: final reward, median over seeds. A cross marks a cell whose "
+        "median drawdown (fall of the final reward from the peak) exceeds 20%. n is the number of "
+        "complete seeds; empty cells were not run.",
+        draw=lambda study, measures, width: frontier.collapse_map(measures, width=width),
+        needs_steps=("reward",),
+    ),
+    FigureSpec(
+        key="frontier",
+        title="Stability frontier",
+        caption="The largest learning rate at which the final reward stays within 20% of its peak "
+        "(median drawdown over seeds), every smaller one tried being stable too. Vertical bars: "
+        "range of the single seeds. A triangle is a lower bound: stable at the highest rate "
+        "tried. An open circle: not stable at the lowest.",
+        draw=lambda study, measures, width: frontier.frontier(measures, width=width),
+        needs_steps=("reward",),
+    ),
+    FigureSpec(
+        key="noise-response",
+        title="What router noise does",
+        caption="At the learning rate and number of updates with the most noise levels. Left: "
+        "share of (token, layer) pairs whose experts differ from the old policy's at the rollout's "
+        "last update. Dots are seeds, lines their medians; the dense control has no router to "
+        "perturb.",
+        draw=lambda study, measures, width: noise.noise_response(measures, width=width),
+        needs_noises=noise.FEWEST,
+    ),
+]
+
+
+def has_map(study: Study) -> bool:
+    """Whether some arm has complete runs at two learning rates, or at as many router noises as a
+    response is read from, all else on the map being equal.
+    """
+    updates = "updates_per_rollout"
+    rates = _most(study, ["arm", updates, "router_noise"], "learning_rate")
+    noises = _most(study, ["arm", updates, "learning_rate"], "router_noise")
+    return rates > 1 or noises >= noise.FEWEST
+
+
+def _most(study: Study, fixed: list[str], axis: str) -> int:
+    """The most values of `axis` that complete runs have where `fixed` is equal; 0: no such run."""
+    done = study.runs[study.runs["complete"]]
+    if done.empty or not {*fixed, axis} <= set(done.columns):
+        return 0
+    return int(done.groupby(fixed)[axis].nunique().max())

@@ -1,0 +1,1 @@
+"""Claims of the papers and the rules that judge them."""

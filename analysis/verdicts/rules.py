@@ -1,0 +1,247 @@
+"""Analysis room: the rules by which the claims are judged, one function a claim.
+
+Each takes the rows of `run_measures` for the complete runs of one setting (of the whole study for
+`deeper_is_worse`) and returns a `Finding`. The docstring IS the rule: the report prints it. Final
+rewards are compared between arms on the same seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from moe_rl.analysis.arms import arm_label
+from moe_rl.analysis.data.stats import Interval, student_interval
+from moe_rl.analysis.verdicts.verdicts import (
+    INCONCLUSIVE,
+    NOT_REPRODUCED,
+    REPRODUCED,
+    Finding,
+    both,
+    judge_fraction,
+    judge_interval,
+)
+
+MIN_EFFECT = 0.05  # a difference of final reward (share of prompts solved) that matters
+PAPER_CHURN = 0.10  # GSPO paper (arXiv 2507.18071), 5.3: "roughly 10% of the experts activated"
+CHURN_FACTOR = 2.0  # "about": within a factor of two
+CLIP_ORDERS = 1.5  # log10; nearer to two orders of magnitude (or more) than to one
+# What settings of two depths have in common.
+ALIKE = ("learning_rate", "updates_per_rollout", "router_noise", "num_experts")
+# GRPO started again from a checkpoint before the collapse: at half the rate, and at the whole.
+RESTART_ARM, FULL_RATE_ARM = "grpo-restart", "grpo-restart-full-rate"
+
+
+def grpo_collapses(runs: pd.DataFrame) -> Finding:
+    """Share of grpo seeds that collapse: reproduced when its Wilson interval is above 1/2."""
+    return _collapse_share(runs, "grpo", majority=True)
+
+
+def replay_restores(runs: pd.DataFrame) -> Finding:
+    """Final reward of grpo+replay minus grpo, same seeds: reproduced when the interval of the mean
+    is above 0.05 and most grpo+replay seeds do not collapse. Where grpo itself ends within 20% of
+    its peak in most seeds, there is nothing to restore: inconclusive.
+    """
+    gain = judge_interval(_paired(runs, "grpo", "grpo+replay", "final"), low=MIN_EFFECT)
+    verdict, reason = both(gain, _collapse_share(runs, "grpo+replay", majority=False))
+    if gain.interval.n and _arm(runs, "grpo")["unstable"].mean() <= 0.5:
+        verdict, reason = INCONCLUSIVE, "GRPO is stable here: there is nothing to restore"
+    ours = _difference_text("grpo", "grpo+replay", gain.interval)
+    return Finding(verdict=verdict, reason=reason, ours=ours, interval=gain.interval)
+
+
+def gspo_needs_none(runs: pd.DataFrame) -> Finding:
+    """Final reward of gspo minus gspo+replay (minus grpo+replay where that was not run), same
+    seeds: reproduced when the interval of the mean is above -0.05 and most gspo seeds do not
+    collapse. Where grpo without replay ends within 20% of its peak in most seeds, replay is needed
+    by nobody: inconclusive.
+    """
+    other = "gspo+replay" if len(_arm(runs, "gspo+replay")) else "grpo+replay"
+    loss = judge_interval(_paired(runs, other, "gspo", "final"), low=-MIN_EFFECT)
+    verdict, reason = both(loss, _collapse_share(runs, "gspo", majority=False))
+    grpo = _arm(runs, "grpo")["unstable"]
+    if verdict == REPRODUCED and len(grpo) and grpo.mean() <= 0.5:
+        verdict, reason = INCONCLUSIVE, "GRPO is stable here: no arm needs replay"
+    ours = _difference_text(other, "gspo", loss.interval)
+    return Finding(verdict=verdict, reason=reason, ours=ours, interval=loss.interval)
+
+
+def churn_after_one_update(runs: pd.DataFrame) -> Finding:
+    """Churn of grpo one optimiser step after the old policy: reproduced when its interval lies
+    within a factor of two of 10% (5% to 20%). The paper's literal reading. Not judged under router
+    noise, which makes the churn.
+    """
+    return _churn(runs, "churn_one")
+
+
+def churn_over_rollout(runs: pd.DataFrame) -> Finding:
+    """Churn of grpo at the last update of a rollout: reproduced when its interval lies within a
+    factor of two of 10% (5% to 20%). The loose reading: new against old policy, all updates. Not
+    judged under router noise, which makes the churn.
+    """
+    return _churn(runs, "churn_last")
+
+
+def routing_drives_ratio(runs: pd.DataFrame) -> Finding:
+    """Share of Var(log w) of grpo that is due to routing: reproduced when its interval is above
+    one half. Not judged under router noise, which is put into the routing.
+    """
+    interval = student_interval(_arm(runs, "grpo")["routing_share"].astype(float))
+    finding = _unless_noise(judge_interval(interval, low=0.5), runs)
+    return _with_ours(finding, f"{interval.value:.0%} of the variance")
+
+
+def gspo_clips_more(runs: pd.DataFrame) -> Finding:
+    """log10 of clipped share, gspo over grpo+replay (over grpo where that was not run), same
+    seeds: reproduced when the interval of the mean is above 1.5, nearer to two orders than to one.
+    Seeds in which the other arm clips nothing have no ratio and are left out.
+    """
+    other = "grpo+replay" if len(_arm(runs, "grpo+replay")) else "grpo"
+    pairs = _pairs(runs, other, "gspo", "clip_share")
+    pairs = pairs[(pairs > 0).all(axis=1)]
+    orders = student_interval(np.log10(pairs["gspo"]) - np.log10(pairs[other]))
+    ours = (
+        f"{pairs['gspo'].median():.2g} against {pairs[other].median():.2g} ({arm_label(other)}): "
+        f"{orders.value:.1f} orders"
+    )
+    return _with_ours(judge_interval(orders, low=CLIP_ORDERS), ours)
+
+
+def dense_is_stable(runs: pd.DataFrame) -> Finding:
+    """The failure belongs to the MoE: reproduced when most grpo seeds are unstable (final more
+    than 20% below the peak) and most dense seeds are not, by Wilson intervals against 1/2; not
+    reproduced when most dense seeds are unstable too; inconclusive where grpo is stable. A run that
+    falls and comes back counts as stable: the median deepest fall stands beside it.
+    """
+    return _control(runs, "dense")
+
+
+def frozen_router_is_stable(runs: pd.DataFrame) -> Finding:
+    """Router updates cause the failure: reproduced when most grpo seeds are unstable (final more
+    than 20% below the peak) and most frozen-router seeds are not, by Wilson intervals against
+    1/2; not reproduced when most frozen-router seeds are unstable too; inconclusive where grpo is
+    stable.
+    """
+    return _control(runs, "frozen-router")
+
+
+def deeper_is_worse(study_runs: pd.DataFrame) -> Finding:
+    """Churn of grpo over a rollout in the first fifth of the steps, deepest minus shallowest model,
+    same seeds and everything else equal: reproduced when the interval of the mean is above 0. The
+    same steps for both, as churn follows the learning rate. Needs runs at two depths.
+    """
+    runs = _arm(study_runs, "grpo")
+    gaps: list[float] = []
+    for _, group in runs.groupby(list(ALIKE), dropna=False):
+        depths = sorted(group["num_layers"].dropna().unique())
+        if len(depths) < 2:
+            continue
+        by_depth = group.pivot_table(index="seed", columns="num_layers", values="churn_early")
+        gaps += list((by_depth[depths[-1]] - by_depth[depths[0]]).dropna())
+    if not gaps:
+        return Finding(verdict=INCONCLUSIVE, reason="not measured: needs grpo runs at two depths")
+    interval = student_interval(gaps)
+    finding = judge_interval(interval, low=0.0)
+    return _with_ours(finding, f"early churn {interval.value:+.1%}, deepest - shallowest")
+
+
+def collapse_is_irreversible(runs: pd.DataFrame) -> Finding:
+    """Of the grpo seeds that collapsed, the share that collapses again when started from a
+    checkpoint before the collapse, at half the learning rate (arm grpo-restart): reproduced when
+    its Wilson interval is above 1/2. Seeds that did not collapse, or had by then, say nothing and
+    are left out. The restart at the whole rate is given beside it: it tells what a fresh start
+    alone does.
+    """
+    grpo = _arm(runs, "grpo")
+    again = _arm(runs, RESTART_ARM)
+    # A restart makes the steps that were left.
+    started = grpo["steps"].max() - again["steps"].max()
+    fallen = grpo[grpo["collapsed"].astype(bool) & ~(grpo["collapse_step"] < started)]["seed"]
+    restarted = again[again["seed"].isin(fallen)]
+    if not len(restarted):
+        reason = f"not measured: needs restarts (arm {RESTART_ARM}) of runs that collapsed"
+        return Finding(verdict=INCONCLUSIVE, reason=reason)
+    finding = _collapse_share(restarted, RESTART_ARM, majority=True)
+    whole = _arm(runs, FULL_RATE_ARM)
+    whole = whole[whole["seed"].isin(fallen)]
+    if not len(whole):
+        return finding
+    again = f"{int(whole['collapsed'].sum())} of {len(whole)}"
+    return _with_ours(finding, f"{finding.ours}; at the full rate {again}")
+
+
+def _arm(runs: pd.DataFrame, arm: str) -> pd.DataFrame:
+    return runs[runs["arm"] == arm]
+
+
+def _pairs(runs: pd.DataFrame, a: str, b: str, column: str) -> pd.DataFrame:
+    """`column` of arms a and b, one row a seed that both have."""
+    both_arms = runs[runs["arm"].isin([a, b])]
+    table = both_arms.pivot_table(index="seed", columns="arm", values=column, dropna=False)
+    return table.reindex(columns=[a, b]).astype(float).dropna()
+
+
+def _paired(runs: pd.DataFrame, a: str, b: str, column: str) -> Interval:
+    pairs = _pairs(runs, a, b, column)
+    return student_interval(pairs[b] - pairs[a])
+
+
+def _collapse_share(runs: pd.DataFrame, arm: str, *, majority: bool) -> Finding:
+    own = _arm(runs, arm)
+    k = int(own["collapsed"].sum())
+    finding = judge_fraction(k, len(own), majority=majority, what=f"{arm_label(arm)} collapsed")
+    return _with_ours(finding, f"{k} of {len(own)} collapsed")
+
+
+def _churn(runs: pd.DataFrame, column: str) -> Finding:
+    interval = student_interval(_arm(runs, "grpo")[column].astype(float))
+    low, high = PAPER_CHURN / CHURN_FACTOR, PAPER_CHURN * CHURN_FACTOR
+    finding = _unless_noise(judge_interval(interval, low=low, high=high), runs)
+    return _with_ours(finding, f"{interval.value:.1%}")
+
+
+def _unless_noise(finding: Finding, runs: pd.DataFrame) -> Finding:
+    """What the noise itself makes says nothing about training."""
+    if finding.interval.n == 0 or not (_arm(runs, "grpo")["router_noise"].astype(float) > 0).any():
+        return finding
+    reason = "not judged: router noise makes it here"
+    return replace(finding, verdict=INCONCLUSIVE, reason=reason)
+
+
+def _control(runs: pd.DataFrame, arm: str) -> Finding:
+    moe, control = _arm(runs, "grpo"), _arm(runs, arm)
+    k, k_moe = int(control["unstable"].sum()), int(moe["unstable"].sum())
+    stable = judge_fraction(k, len(control), majority=False, what=f"{arm_label(arm)} unstable")
+    fails = judge_fraction(k_moe, len(moe), majority=True, what="GRPO unstable")
+    ours = f"unstable: {arm_label(arm)} {k} of {len(control)}, GRPO {k_moe} of {len(moe)}"
+    if len(control):
+        falls = (runs["deepest_fall"].median() for runs in (control, moe))
+        ours += "; deepest fall {:.0%}, {:.0%}".format(*falls)
+    if stable.interval.n == 0 or fails.interval.n == 0:
+        missing = arm if stable.interval.n == 0 else "grpo"
+        reason = f"not measured: no complete run of {arm_label(missing)}"
+        return Finding(verdict=INCONCLUSIVE, reason=reason)
+    if stable.verdict == NOT_REPRODUCED:
+        verdict, reason = NOT_REPRODUCED, stable.reason
+    elif fails.verdict == NOT_REPRODUCED:
+        verdict, reason = INCONCLUSIVE, "GRPO is stable here: no failure to explain"
+    else:
+        verdict, reason = both(stable, fails)
+    return Finding(verdict=verdict, reason=reason, ours=ours, interval=stable.interval)
+
+
+def _difference_text(a: str, b: str, interval: Interval) -> str:
+    if interval.n == 0:
+        return "not measured"
+    return f"{arm_label(b)} minus {arm_label(a)}: {interval.value:+.2f}"
+
+
+def _with_ours(finding: Finding, ours: str) -> Finding:
+    if math.isnan(finding.interval.value):
+        ours = "not measured"
+    return Finding(
+        verdict=finding.verdict, reason=finding.reason, ours=ours, interval=finding.interval
+    )

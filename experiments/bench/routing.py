@@ -1,0 +1,124 @@
+"""What record and replay add to a training step, on the study's model and on a deep one.
+
+    moe-rl bench routing --out results/bench-routing.json
+
+A step is one update of a rollout: forward, loss, backward, clipped AdamW step. The same step is
+taken plain, while the experts' choice is recorded, and while a recorded choice is replayed, in turn
+and each first as often as the others; an overhead is the median of the rounds' ratios.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_rl.batch import RolloutBatch
+from moe_rl.config import RunConfig, preset
+from moe_rl.experiments.bench.result import check_repeats, write_result
+from moe_rl.losses import loss_function
+from moe_rl.policy.forward import Pass, response_pass
+from moe_rl.policy.policy import Policy, build_policy
+from moe_rl.rollout.sampling import sample_responses
+from moe_rl.runtime.process import prepare_process
+from moe_rl.runtime.seeding import generator
+from moe_rl.tasks import make_task
+from moe_rl.training.start import clip_range
+
+_LAYERS = (None, 16)  # None: as many as the study's model
+_WARM_UP = 3
+_BOUND = 0.03
+
+
+def bench_routing(*, repeats: int, out: Path | None) -> int:
+    """Run the race, print the table, write JSON; returns the exit code.
+
+    Raises:
+        ConfigError: fewer than one repetition.
+    """
+    check_repeats(repeats)
+    base = preset("staleness")
+    prepare_process(base.num_threads)
+    cases = []
+    for layers in _LAYERS:
+        config = base if layers is None else base.replace(num_layers=layers)
+        cases.append(_case(config, repeats))
+        print(_line(cases[-1]), flush=True)
+    write_result({"torch": torch.__version__, "threads": base.num_threads, "cases": cases}, out)
+    return 0
+
+
+def _case(config: RunConfig, repeats: int) -> dict[str, Any]:
+    """Seconds of one update of the run, each way."""
+    task = make_task(config.task.task, **config.task.options())
+    policy = build_policy(config.model, task.alphabet, seed=0)
+    prompts = config.prompts_per_rollout // config.updates_per_rollout
+    problems = task.prompts(generator(0, "bench"), prompts)
+    batch = sample_responses(
+        policy, task, problems, seed=0, purpose="bench", group_size=config.group_size
+    )
+    ways = {
+        "plain": Pass(record=False),
+        "record": Pass(record=True),
+        "replay": Pass(record=False, replay=batch.routed_experts),
+    }
+    step = _step(config, policy, batch)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(_WARM_UP + repeats):
+        order = [*ways][number % len(ways) :] + [*ways][: number % len(ways)]
+        for name in order:
+            start = time.perf_counter()
+            step(ways[name])
+            if number >= _WARM_UP:
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "num_layers": config.model.num_layers,
+        "sequences": prompts * config.group_size,
+        "median_seconds": medians,
+        # Of each round by itself: what slows a round down slows down both.
+        "overhead": {
+            name: statistics.median(
+                a / b for a, b in zip(seconds[name], seconds["plain"], strict=True)
+            )
+            - 1
+            for name in ("record", "replay")
+        },
+        "config": dataclasses.asdict(config),
+    }
+
+
+def _step(config: RunConfig, policy: Policy, batch: RolloutBatch) -> Callable[[Pass], None]:
+    """One update along random advantages."""
+    parameters = [*policy.model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-8, fused=True)
+    loss, (clip_low, clip_high) = loss_function(config.algorithm), clip_range(config)
+    advantages = torch.randn(len(batch.response_ids), generator=torch.Generator().manual_seed(0))
+
+    def step(options: Pass) -> None:
+        output = response_pass(policy, batch, options)
+        loss(
+            output.logprobs,
+            batch.rollout_logprobs,
+            advantages,
+            batch.response_mask,
+            clip_low=clip_low,
+            clip_high=clip_high,
+        ).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _line(case: dict[str, Any]) -> str:
+    plain = case["median_seconds"]["plain"]
+    record, replay = case["overhead"]["record"], case["overhead"]["replay"]
+    return (
+        f"{case['num_layers']:>3} layers: {1000 * plain:.1f} ms an update; record {record:+.1%}, "
+        f"replay {replay:+.1%} (wanted: at most {_BOUND:+.0%} each)"
+    )

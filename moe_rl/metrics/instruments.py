@@ -1,0 +1,211 @@
+"""The instruments: every metric of a rollout and of an update, from tensors to plain numbers.
+
+Routing that belongs to response token t is the routing where that token is predicted, one position
+before it; prompt-only and unread last positions never count. Definitions: docs/metrics.md.
+Everything here runs without gradients and reads the device once per call.
+
+Where several processes train together each gives its own sequences and a `gather`, which joins the
+rows of all of them: metrics are those of the whole batch. It is called once for all tables that a
+set of metrics needs. What is heavy, the router logits, is reduced to numbers a token before.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_rl.batch import RolloutBatch, response_positions
+from moe_rl.kernels import routing_statistics
+from moe_rl.metrics.ratios import (
+    clip_shares,
+    mismatch_statistics,
+    ratio_statistics,
+    split_log_ratio,
+)
+from moe_rl.policy.forward import PassOutput
+from moe_rl.routing import statistics
+
+Tables = Mapping[str, Tensor]
+Gather = Callable[[Tables], dict[str, Tensor]]
+
+
+def alone(tables: Tables) -> dict[str, Tensor]:
+    """The rows of one process, where there is no other."""
+    return dict(tables)
+
+
+@torch.no_grad()
+def rollout_metrics(
+    batch: RolloutBatch, old: PassOutput, *, gather: Gather = alone
+) -> dict[str, Any]:
+    """What the old policy's routing looks like on a rollout: spread, margin, load.
+
+    Args:
+        batch: the rollout.
+        old: its pass by the old policy, with router logits; entropy is left out if absent.
+        gather: joins the rows of all processes.
+    """
+    assert old.routed_experts is not None and old.router_logits is not None
+    mask, logits = batch.response_mask, old.router_logits
+    routes = response_positions(old.routed_experts, batch.prompt_ids.shape[1])
+    router = router_statistics(logits, routes, mask)
+    own = {"routes": routes, "mask": mask, **router}
+    if old.entropy is not None:
+        own["tokens' entropy"] = old.entropy
+    rows = gather(own)
+    load = statistics.load(rows["routes"], logits.shape[-1], rows["mask"])
+    layers = {
+        **{f"routing/{name}": statistics.per_layer(rows[name]) for name in router},
+        "routing/load_cv": statistics.load_cv(load),
+        "routing/max_vio": statistics.max_vio(load),
+        "routing/dead_experts": statistics.dead_experts(load),
+    }
+    metrics = _by_layer(layers)
+    if old.entropy is not None:
+        metrics["entropy"] = rows["tokens' entropy"][rows["mask"]].mean().item()
+    return metrics
+
+
+@torch.no_grad()
+def mismatch_metrics(
+    batch: RolloutBatch, old: PassOutput, *, gather: Gather = alone
+) -> dict[str, Any]:
+    """How far the rollout engine and the trainer are apart on equal weights."""
+    assert old.routed_experts is not None and batch.routed_experts is not None
+    mask, prompt_length = batch.response_mask, batch.prompt_ids.shape[1]
+    engine = response_positions(batch.routed_experts, prompt_length)
+    trainer = response_positions(old.routed_experts, prompt_length)
+    rows = gather(
+        {
+            "churn": statistics.churn(engine, trainer, mask),
+            "logprobs": old.logprobs,
+            "rollout_logprobs": batch.rollout_logprobs,
+            "mask": mask,
+        }
+    )
+    return {
+        **mismatch_statistics(rows["logprobs"], rows["rollout_logprobs"], rows["mask"]),
+        **_prefixed("mismatch", _disagreement(rows["churn"])),
+    }
+
+
+@torch.no_grad()
+def update_metrics(
+    output: PassOutput,
+    *,
+    clipped_low: Tensor,
+    clipped_high: Tensor,
+    mask: Tensor,
+    old_logprobs: Tensor,
+    old_routes: Tensor,
+    old_scores: Tensor | None,
+    prompt_length: int,
+    other_logprobs: Tensor | None = None,
+    replayed: bool = False,
+    per_position: bool = False,
+    gather: Gather = alone,
+) -> dict[str, Any]:
+    """Every metric of one optimiser update, from its forward pass, before the weights move.
+
+    Args:
+        output: the forward pass of the update, with live choices and router logits.
+        clipped_low, clipped_high: bool [B, T], tokens whose gradient the clip removes.
+        mask: bool [B, T], response tokens.
+        old_logprobs: float32 [B, T].
+        old_routes: int16 [B, Sp + T, L, K], live choices of the old policy.
+        old_scores: float32 [B, T, L, E], its router logits.
+        prompt_length: Sp.
+        other_logprobs: the same pass with replay switched over; asks for the split of the
+            log-ratio variance into routing part and weight part.
+        replayed: whether `output` was replayed (and `other_logprobs` is the live one).
+        per_position: add churn by response position.
+        gather: joins the rows of all processes.
+    """
+    assert output.routed_experts is not None
+    old = response_positions(old_routes, prompt_length)
+    new = response_positions(output.routed_experts, prompt_length)
+    own = {
+        "mask": mask,
+        "logprobs": output.logprobs,
+        "old_logprobs": old_logprobs,
+        "clipped_low": clipped_low,
+        "clipped_high": clipped_high,
+        "churn": statistics.churn(old, new, mask),
+    }
+    logits = output.router_logits
+    if logits is not None:
+        own["margin"] = statistics.margin(logits, old.shape[-1], mask)
+        if old_scores is not None:
+            own["shift"] = statistics.shift(old_scores, logits, old, mask)
+    if other_logprobs is not None:
+        own["other_logprobs"] = other_logprobs
+    rows = gather(own)
+    of_tokens = rows["logprobs"], rows["old_logprobs"], rows["mask"]
+    metrics: dict[str, Any] = {
+        **clip_shares(rows["clipped_low"], rows["clipped_high"], rows["mask"]),
+        **ratio_statistics(*of_tokens),
+        **_prefixed("routing", _disagreement(rows["churn"])),
+    }
+    if "margin" in rows:
+        metrics |= _by_layer({"routing/margin": statistics.per_layer(rows["margin"])})
+    if "shift" in rows:
+        metrics["routing/shift"] = rows["shift"].nanmean().item()
+    if per_position:
+        metrics["routing/churn_per_position"] = rows["churn"].nanmean(dim=(0, 2)).tolist()
+    if "other_logprobs" in rows:
+        live, replay = rows["logprobs"], rows["other_logprobs"]
+        if replayed:
+            live, replay = replay, live
+        metrics |= split_log_ratio(live, replay, rows["old_logprobs"], rows["mask"])
+    return metrics
+
+
+def router_statistics(logits: Tensor, routes: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Margin, confidence and entropy of the routers, `[B, T, L]`, NaN where they do not count.
+
+    On a GPU one kernel reads the logits `[B, T, L, E]` once for all three; a CPU is faster with one
+    operator after the other. `routing/statistics.py` defines them.
+    """
+    if not _one_pass(logits):
+        return {
+            "margin": statistics.margin(logits, routes.shape[-1], mask),
+            "confidence": statistics.confidence(logits, routes, mask),
+            "entropy": statistics.entropy(logits, mask),
+        }
+    found = routing_statistics(logits, routes)
+    outside = ~mask.unsqueeze(-1)
+    no_record = outside | (routes < 0).any(dim=-1)
+    return {
+        "margin": found.margin.masked_fill(outside, torch.nan),
+        "confidence": found.replay_weights.sum(dim=-1).masked_fill(no_record, torch.nan),
+        "entropy": found.entropy.masked_fill(outside, torch.nan),
+    }
+
+
+def _one_pass(logits: Tensor) -> bool:
+    return logits.is_cuda
+
+
+def _disagreement(churn: Tensor) -> dict[str, Any]:
+    """The three ten-percents: expert slots (GSPO), routers (R3), tokens (R3)."""
+    layers = {
+        "churn": statistics.per_layer(churn),
+        "router_disagreement": statistics.per_layer(statistics.router_disagreement(churn)),
+    }
+    tokens = statistics.token_disagreement(churn).nanmean().item()
+    return {**_by_layer(layers), "token_disagreement": tokens}
+
+
+def _by_layer(layers: dict[str, Tensor]) -> dict[str, Any]:
+    """Each quantity's mean over layers, and its list `<name>_per_layer`; one read for all."""
+    table = torch.stack(list(layers.values())).tolist()
+    metrics: dict[str, Any] = {}
+    for name, values in zip(layers, table, strict=True):
+        metrics[name] = sum(values) / len(values)
+        metrics[f"{name}_per_layer"] = values
+    return metrics
+
+
+def _prefixed(prefix: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}

@@ -1,0 +1,1 @@
+"""The policy: building or loading the model, its forward pass, its tokenizer."""

@@ -1,0 +1,223 @@
+"""The policy: a transformers MoE causal LM built small or loaded, its tokenizer, its backends.
+
+The prompts of a group are read once: their key-value cache is repeated for the G responses, with
+gradients, which halves the tokens of a forward pass when prompt and response are as long.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Cache, PreTrainedTokenizerBase
+
+from moe_rl.config import ConfigError, ModelConfig
+from moe_rl.cpu import FUSED, choose_layers, new_cache, use_fused_layers
+from moe_rl.experts import choose_experts
+from moe_rl.kernels.patch import FinalLogits, final_logits
+from moe_rl.policy.families import family_config
+from moe_rl.policy.loading import load_model, load_tokenizer
+from moe_rl.policy.tokenizer import character_tokenizer
+from moe_rl.routing import find_routers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A causal LM with routers, its tokenizer, and the reasons for its backends."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    experts: str
+    temperature: float = 1.0
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether this pass will recompute activations: transformers does so in training mode."""
+        return any(
+            module.training and getattr(module, "gradient_checkpointing", False)
+            for module in self.model.modules()
+        )
+
+    @property
+    def pad_id(self) -> int:
+        """Token that fills up short rows."""
+        return int(self.tokenizer.pad_token_id)
+
+    @property
+    def eos_id(self) -> int:
+        """Token that ends a response."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.model.device
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token passes through: all of them, but K of E experts a layer."""
+        named = [*self.model.named_parameters()]
+        experts = sum(p.numel() for name, p in named if ".experts." in name)
+        router = find_routers(self.model)[0]
+        shared = sum(p.numel() for _, p in named) - experts
+        return shared + experts * router.top_k // router.num_experts
+
+    def freeze_routers(self) -> None:
+        """Keep every router's weights as they are."""
+        for router in find_routers(self.model):
+            router.module.requires_grad_(False)
+
+    def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Left-padded ids and mask: int64 [P, Sp], bool [P, Sp]."""
+        encoded = self.tokenizer(
+            prompts,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+        return encoded["input_ids"].to(self.device), encoded["attention_mask"].bool().to(
+            self.device
+        )
+
+    def decode(self, response_ids: Tensor) -> list[str]:
+        """Text of each response, without padding and end of sequence."""
+        return self.tokenizer.batch_decode(response_ids, skip_special_tokens=True)
+
+    def read_prompts(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Cache]:
+        """Hidden states [P, Sp, H] and the key-value cache of the prompts."""
+        cache = new_cache(self.model)
+        padded = not bool(prompt_mask.all())
+        positions = (prompt_mask.long().cumsum(1) - 1).clamp(min=0) if padded else None
+        output = self.model.base_model(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask.long() if padded else None,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state, cache
+
+    def read_on(self, ids: Tensor, cache: Cache, prompt_mask: Tensor, group_size: int) -> Tensor:
+        """Hidden states [B, s, H] of the next s tokens of every response."""
+        mask = positions = None
+        if not bool(prompt_mask.all()):
+            start = cache.get_seq_length() - prompt_mask.shape[1]
+            steps = torch.arange(start, start + ids.shape[1], device=ids.device)
+            rows = prompt_mask.repeat_interleave(group_size, dim=0)
+            positions = rows.sum(1, keepdim=True) + steps
+            mask = torch.nn.functional.pad(rows.long(), (0, start + ids.shape[1]), value=1)
+        output = self.model.base_model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 next-token logits at the sampling temperature: [..., H] -> [..., V]."""
+        return self.model.get_output_embeddings()(hidden).float() / self.temperature
+
+
+def build_policy(
+    config: ModelConfig,
+    alphabet: str,
+    *,
+    seed: int = 0,
+    temperature: float = 1.0,
+    fuse: bool = True,
+    sharded: bool = False,
+) -> Policy:
+    """A policy from `config`: built small with seeded weights, or loaded from `config.checkpoint`.
+
+    Args:
+        config: sizes, or the folder of a checkpoint.
+        alphabet: characters of the task; a loaded tokenizer must know them.
+        seed: seed of the initial weights of a built model.
+        temperature: log-probs and samples are taken at this temperature.
+        fuse: on a CPU, swap in the fused layers; False leaves transformers' own.
+        sharded: FSDP2 will cut up the model: only what acts through its modules' forwards is used.
+
+    Raises:
+        ConfigError: no such folder, no MoE, no tokenizer, an unusable device or experts backend.
+    """
+    device = resolve_device(config.device)
+    dtype = getattr(torch, config.dtype)
+    if config.checkpoint is None:
+        tokenizer: PreTrainedTokenizerBase = character_tokenizer(alphabet)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: Any = AutoModelForCausalLM.from_config(family_config(config, len(tokenizer)))
+    else:
+        model, tokenizer = _load(config.checkpoint, alphabet)
+    model = model.to(device=device, dtype=dtype).eval()
+    _check_head(model, config)
+    choice = choose_experts(device, config.experts_implementation, sharded=sharded)
+    model.set_experts_implementation(choice.name)
+    if fuse and not sharded and choose_layers(device, dtype).name == FUSED:
+        use_fused_layers(model)
+    return Policy(model=model, tokenizer=tokenizer, experts=choice.name, temperature=temperature)
+
+
+def _check_head(model: Any, config: ModelConfig) -> None:
+    """Refuse a model that does more to its logits than one product, which training would leave out.
+
+    Raises:
+        ConfigError: names what it does.
+    """
+    name = config.checkpoint or config.family
+    try:
+        final = final_logits(model)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    if final != FinalLogits():
+        raise ConfigError(
+            f"{name}: its logits are scaled or capped ({final}), which training does not support; "
+            "take a model whose logits are those of its head"
+        )
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`: CUDA where there is one, else the CPU. An absent CUDA asked for is an error."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r}: not a torch device; use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name!r}: only cpu and cuda are supported")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={name!r}: {torch.cuda.device_count()} CUDA devices are available here; "
+            "use cpu or auto"
+        )
+    return device
+
+
+def _load(folder: str, alphabet: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    path, name = Path(folder), f"checkpoint={folder!r}"
+    model = load_model(path, name, tokenizer=True)
+    tokenizer = load_tokenizer(path, name)
+    try:
+        find_routers(model)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    words = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > words:
+        raise ConfigError(
+            f"{name}: its tokenizer has {len(tokenizer)} words, its model embeds "
+            f"{words}: they do not belong together"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{name}: its tokenizer has no end-of-sequence token")
+    if tokenizer.decode(tokenizer.encode(alphabet, add_special_tokens=False)) != alphabet:
+        raise ConfigError(
+            f"{name}: its tokenizer cannot spell the task's characters {alphabet!r:.80}"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer

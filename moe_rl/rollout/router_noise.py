@@ -1,0 +1,92 @@
+"""Router noise: the dial that stands for kernel and precision differences between two engines.
+
+Two engines with equal weights disagree on about 10% of routers (R3, arXiv 2510.11370), because
+their kernels round differently. A small fp32 model has no such differences, so they are put in:
+independent Gaussian noise on the router's logits, per forward pass, at the choice only.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_rl.runtime.seeding import generator
+
+NoiseDraw = Callable[[int, Tensor], Tensor]
+
+# Address of a prompt that all samples of its group share; no sample has this number.
+_SHARED_PROMPT = 2**32
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterNoise:
+    """Noise of one forward pass over P prompts and G responses each.
+
+    Every value is a pure function of (seed, purpose, step, prompt, sample, layer, position), so a
+    minibatch or a rank that holds some of the prompts draws the same noise for them.
+    """
+
+    std: float
+    """Standard deviation in logit units."""
+    seed: int
+    step: int
+    purpose: str
+    """Which forward pass: two passes with different purposes are independent."""
+    prompts: range
+    """Numbers of the prompts in the pass."""
+    group_size: int
+
+    def for_prompts(self) -> NoiseDraw:
+        """Draws for a pass over the prompts alone, one row a prompt: logits [P * s, E]."""
+        return self._draw([(prompt, _SHARED_PROMPT) for prompt in self.prompts])
+
+    def for_responses(self) -> NoiseDraw:
+        """Draws for responses read at once or token by token: logits [B * s, E]."""
+        samples = [(prompt, g) for prompt in self.prompts for g in range(self.group_size)]
+        return self._draw(samples)
+
+    def for_sequences(self, prompt_length: int) -> NoiseDraw:
+        """Draws for whole sequences: the same values as the two draws above, put together."""
+        prompts, responses = self.for_prompts(), self.for_responses()
+
+        def draw(layer: int, logits: Tensor) -> Tensor:
+            rows, experts = len(self.prompts) * self.group_size, logits.shape[-1]
+            whole = logits.reshape(rows, -1, experts)
+            head = prompts(layer, whole[:: self.group_size, :prompt_length].reshape(-1, experts))
+            head = head.reshape(len(self.prompts), prompt_length, experts)
+            tail = responses(layer, whole[:, prompt_length:].reshape(-1, experts))
+            tail = tail.reshape(rows, -1, experts)
+            parts = [head.repeat_interleave(self.group_size, dim=0), tail]
+            return torch.cat(parts, dim=1).reshape(logits.shape)
+
+        return draw
+
+    def for_rows(self, prompt_length: int) -> NoiseDraw:
+        """Draws for the rows of all prompts, then of all responses: logits [P * Sp + B * s, E]."""
+        prompts, responses = self.for_prompts(), self.for_responses()
+        split = len(self.prompts) * prompt_length
+
+        def draw(layer: int, logits: Tensor) -> Tensor:
+            return torch.cat([prompts(layer, logits[:split]), responses(layer, logits[split:])])
+
+        return draw
+
+    def _draw(self, rows: list[tuple[int, int]]) -> NoiseDraw:
+        streams: dict[int, list[np.random.Generator]] = {}
+
+        def draw(layer: int, logits: Tensor) -> Tensor:
+            # Successive calls for one layer continue its streams: one call a decoded token.
+            if layer not in streams:
+                purpose = f"router_noise/{self.purpose}/{layer}"
+                streams[layer] = [
+                    generator(self.seed, purpose, step=self.step, prompt=prompt, sample=sample)
+                    for prompt, sample in rows
+                ]
+            shape = (logits.numel() // (len(rows) * logits.shape[-1]), logits.shape[-1])
+            values = [s.standard_normal(shape, dtype=np.float32) for s in streams[layer]]
+            noise = torch.from_numpy(np.stack(values)).reshape(logits.shape)
+            return noise.to(logits.device).mul_(self.std)
+
+        return draw

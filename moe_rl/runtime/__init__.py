@@ -1,0 +1,1 @@
+"""Processes, threads, seeds, signals and clocks."""

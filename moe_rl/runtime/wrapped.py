@@ -1,0 +1,103 @@
+"""One policy on several ranks, by PyTorch's own DistributedDataParallel or FSDP2.
+
+Both act where the module that they wrap is called, while a pass of ours is a function that calls
+parts of the policy. Between the two stands a module whose forward runs any function.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from moe_rl.runtime.ranks import Ranks
+
+Parallelism = Literal["ddp", "fsdp"]
+T = TypeVar("T")
+
+
+class _Inside(nn.Module):
+    """Runs functions of a model as if they were its forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+
+class Wrapped:
+    """Runs a model's passes so that gradients are averaged over the ranks.
+
+    Args:
+        model: sharded in place by `fsdp`, a copy on each rank otherwise.
+        ranks: of this process; alone nothing is wrapped.
+        parallelism: ddp keeps the whole model on each rank, fsdp a part of every layer.
+    """
+
+    def __init__(self, model: Any, ranks: Ranks, parallelism: Parallelism) -> None:
+        self.ranks = ranks
+        self._inside: nn.Module = _Inside(model)
+        self._sharded: list[FSDPModule] = []
+        if ranks.size == 1:
+            return
+        if parallelism == "ddp":
+            # Buffers are alike from the start: nothing here changes them.
+            self._inside = DistributedDataParallel(self._inside, broadcast_buffers=False)
+            return
+        mesh = init_device_mesh(model.device.type, (ranks.size,))
+        for layer in getattr(model.base_model, "layers", ()):
+            self._sharded.append(fully_shard(layer, mesh=mesh))
+        self._sharded.append(fully_shard(self._inside, mesh=mesh))
+
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """function(*args), which may call the model and any part of it."""
+        result: T = self._inside(function, *args)
+        return result
+
+    @contextlib.contextmanager
+    def backward(self, *, last: bool) -> Iterator[None]:
+        """Around a forward and backward pass; gradients are exchanged in an update's last one."""
+        if isinstance(self._inside, DistributedDataParallel) and not last:
+            with self._inside.no_sync():
+                yield
+        else:
+            yield
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """All of the model on this rank: within, ranks need not make equally many passes."""
+        for module in self._sharded:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        try:
+            yield
+        finally:
+            for module in self._sharded:
+                module.set_reshard_after_forward(module is not self._sharded[-1], recurse=False)
+                module.reshard()
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A tensor, put together if each rank holds a part; then all ranks must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, model: Tensor) -> Tensor:
+    """A whole tensor, cut up as `model` is if that is in parts on the ranks."""
+    if not isinstance(model, DTensor) or tensor.shape != model.shape:
+        return tensor
+    whole = tensor.to(model.device)
+    # Every rank has it whole: nothing is sent.
+    return distribute_tensor(whole, model.device_mesh, model.placements, src_data_rank=None)
+
+
+def clip_gradients(parameters: list[nn.Parameter], most: float) -> float:
+    """Scale gradients to a norm of at most `most`; returns the norm over all ranks before that."""
+    return whole_tensor(torch.nn.utils.clip_grad_norm_(parameters, most)).item()

@@ -1,0 +1,1 @@
+"""Training: the run, its loop, its gradients, its state, its cold start."""

@@ -1,0 +1,276 @@
+"""The policy under training on one rank: its passes over a rollout, its gradients, its optimiser.
+
+A rank holds some prompts of each update (see `parallel/share.py`). Losses are divided by the number
+of sequences of the whole update and gradients summed over ranks, so that the number of ranks
+changes nothing but rounding; metrics are of the whole update on every rank.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_rl.batch import RolloutBatch
+from moe_rl.config import RunConfig
+from moe_rl.experience import Experience
+from moe_rl.losses import LossOutput, loss_function
+from moe_rl.metrics import instruments
+from moe_rl.policy.forward import Pass, PassOutput, response_pass
+from moe_rl.policy.policy import Policy
+from moe_rl.rollout.router_noise import RouterNoise
+from moe_rl.runtime.ranks import Ranks
+from moe_rl.runtime.share import Share
+from moe_rl.runtime.stopwatch import Stopwatch
+from moe_rl.runtime.wrapped import Parallelism, Wrapped, clip_gradients
+from moe_rl.training.start import clip_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """One forward pass of an update on this rank."""
+
+    prompts: slice
+    """In the rank's batch."""
+    counts: bool = True
+    """False: made only because another rank has one more."""
+
+    @property
+    def counted(self) -> slice:
+        """The sequences of the pass that count."""
+        return slice(None) if self.counts else slice(0, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """A forward and backward pass and what came out."""
+
+    forward: Forward
+    output: PassOutput
+    loss: LossOutput
+
+
+class Learner:
+    """Gradients of one run's loss, and the steps along them.
+
+    Args:
+        config: the run.
+        policy: trained in place.
+        clock: gets the times of updates and instruments.
+        ranks: processes that train together.
+        parallelism: how they share the policy.
+
+    Raises:
+        ConfigError: more ranks than prompts.
+        ValueError: a clip range of the other algorithm's scale.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        policy: Policy,
+        clock: Stopwatch,
+        ranks: Ranks,
+        parallelism: Parallelism = "ddp",
+    ) -> None:
+        self.config, self.policy, self.clock, self.ranks = config, policy, clock, ranks
+        self.share = Share.of(config, ranks.rank, ranks.size)
+        self.clip = clip_range(config)
+        self.loss = loss_function(config.algorithm)
+        if config.freeze_router:
+            policy.freeze_routers()
+        if config.gradient_checkpointing:
+            model = policy.model
+            # transformers >= 5.2x renames it; the old name warns there.
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)()
+        self._recomputed = [
+            module
+            for module in policy.model.modules()
+            if getattr(module, "gradient_checkpointing", False)
+        ]
+        self.wrapped = Wrapped(policy.model, ranks, parallelism)
+        self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    @torch.no_grad()
+    def old_pass(self, batch: RolloutBatch, step: int) -> PassOutput:
+        """The old policy over the rollout, in the very batches that the updates will use.
+
+        Equal shapes make the first update's ratios 1 up to rounding. Straight from the engine where
+        `old_logprobs` says so.
+        """
+        config = self.config
+        if config.old_logprobs == "rollout":
+            return PassOutput(
+                logprobs=batch.rollout_logprobs,
+                entropy=None,
+                routed_experts=batch.routed_experts,
+                router_logits=batch.router_logits,
+            )
+        outputs = []
+        for update in range(config.updates_per_rollout):
+            for forward in self._forwards(update):
+                part = batch.select(forward.prompts)
+                options = Pass(
+                    replay=part.routed_experts if config.routing_replay == "R3" else None,
+                    scores=config.instruments,
+                    entropy=config.instruments,
+                    noise=self.noise(step, "old", forward.prompts),
+                )
+                output = self.wrapped.run(response_pass, self.policy, part, options)
+                if forward.counts:
+                    outputs.append(output)
+        return PassOutput.concatenate(outputs)
+
+    def gradients(self, experience: Experience, step: int, update: int) -> list[Passed]:
+        """Forward and backward passes of one update; gradients are left at the parameters."""
+        forwards = self._forwards(update)
+        sequences = self.config.prompts_per_rollout // self.config.updates_per_rollout
+        sequences *= self.config.group_size
+        passed = []
+        for number, forward in enumerate(forwards, 1):
+            rows = self._rows(forward.prompts)
+            mask = experience.batch.response_mask[rows]
+            with self.wrapped.backward(last=number == len(forwards)):
+                output = self._forward(experience, forward, step, f"update{update}")
+                loss = self.loss(
+                    output.logprobs,
+                    experience.old_logprobs[rows],
+                    experience.advantages[rows],
+                    mask if forward.counts else torch.zeros_like(mask),
+                    clip_low=self.clip[0],
+                    clip_high=self.clip[1],
+                    num_sequences=sequences,
+                )
+                # The ranks' gradients are averaged, and ours are sums.
+                (loss.loss * self.ranks.size).backward()
+            passed.append(Passed(forward=forward, output=output, loss=loss))
+        return passed
+
+    def update(self, experience: Experience, step: int, update: int) -> dict[str, Any]:
+        """One optimiser update; returns its metrics, of all ranks.
+
+        A step along a gradient or a loss that is not finite is not taken: `skipped` is 1 then, and
+        the gradients are gone.
+        """
+        config = self.config
+        with self.clock.timed("updates"), self._training_mode():
+            passed = self.gradients(experience, step, update)
+        metrics: dict[str, Any] = {
+            "loss": self.ranks.total(sum(part.loss.loss.item() for part in passed))
+        }
+        if config.instruments:
+            with self.clock.timed("instruments"):
+                metrics |= self.observe(experience, passed, step, update)
+        with self.clock.timed("updates"):
+            norm = clip_gradients(self.parameters, config.max_grad_norm)
+            # Both are sums over ranks: all of them decide alike.
+            skipped = not (math.isfinite(norm) and math.isfinite(metrics["loss"]))
+            if not skipped:
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return metrics | {"grad_norm": norm, "skipped": int(skipped)}
+
+    @torch.no_grad()
+    def observe(
+        self, experience: Experience, passed: list[Passed], step: int, update: int
+    ) -> dict[str, Any]:
+        """All metrics of one update, taken before the weights move."""
+        config, batch = self.config, experience.batch
+        every, last = config.attribution_every, update == config.updates_per_rollout - 1
+        attribute = bool(last and every and step % every == 0)
+        outputs = [part.output.select(part.forward.counted) for part in passed]
+        output = PassOutput.concatenate(outputs)
+        other = None
+        if attribute:
+            flipped = [
+                self._forward(
+                    experience, part.forward, step, f"update{update}", flip=True
+                ).logprobs[part.forward.counted]
+                for part in passed
+            ]
+            other = torch.cat(flipped)
+        low = [part.loss.clipped_low[part.forward.counted] for part in passed]
+        high = [part.loss.clipped_high[part.forward.counted] for part in passed]
+        rows = self._rows(self.share.of_update(update))
+        return instruments.update_metrics(
+            output,
+            clipped_low=torch.cat(low),
+            clipped_high=torch.cat(high),
+            mask=batch.response_mask[rows],
+            old_logprobs=experience.old_logprobs[rows],
+            old_routes=experience.old_routes[rows],
+            old_scores=None if experience.old_scores is None else experience.old_scores[rows],
+            prompt_length=batch.prompt_ids.shape[1],
+            other_logprobs=other,
+            replayed=config.routing_replay != "disabled",
+            per_position=attribute,
+            gather=self.ranks.gather,
+        )
+
+    def noise(self, step: int, purpose: str, prompts: slice) -> RouterNoise | None:
+        """The router noise of one pass over some of this rank's prompts."""
+        if self.config.router_noise == 0.0:
+            return None
+        return RouterNoise(
+            std=self.config.router_noise,
+            seed=self.config.seed,
+            step=step,
+            purpose=purpose,
+            prompts=self.share.prompts[prompts],
+            group_size=self.config.group_size,
+        )
+
+    def _forward(
+        self, experience: Experience, forward: Forward, step: int, purpose: str, flip: bool = False
+    ) -> PassOutput:
+        """The current policy over some prompts; `flip` turns replay on where it is off."""
+        rows = self._rows(forward.prompts)
+        replayed = (self.config.routing_replay != "disabled") != flip
+        options = Pass(
+            replay=experience.replay[rows] if replayed else None,
+            record=self.config.instruments and not flip,
+            scores=self.config.instruments and not flip,
+            noise=self.noise(step, purpose, forward.prompts),
+        )
+        part = experience.batch.select(forward.prompts)
+        return self.wrapped.run(response_pass, self.policy, part, options)
+
+    def _forwards(self, update: int) -> list[Forward]:
+        """The forward passes that an update is cut into, equally many on all ranks."""
+        own, most = self.share.of_update(update), self.share.most_of_update(update)
+        size = self.config.prompts_per_forward or most
+        found = [
+            Forward(prompts=slice(start, min(start + size, own.stop)))
+            for start in range(own.start, own.stop, size)
+        ]
+        spare = Forward(prompts=slice(0, 1), counts=False)
+        return found + [spare] * (math.ceil(most / size) - len(found))
+
+    def _rows(self, prompts: slice) -> slice:
+        return slice(prompts.start * self.config.group_size, prompts.stop * self.config.group_size)
+
+    @contextmanager
+    def _training_mode(self) -> Iterator[None]:
+        """Training mode of the very modules that recompute activations, which ask for it.
+
+        Those inside stay in evaluation mode: dropout and jitter would draw from a state that no
+        seed decides. And all of them do while it samples, or their cache would be taken away.
+        """
+        for module in self._recomputed:
+            module.training = True
+        try:
+            yield
+        finally:
+            for module in self._recomputed:
+                module.training = False

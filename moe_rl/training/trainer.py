@@ -1,0 +1,325 @@
+"""The training loop: rollout -> old log-probs and routes -> m minibatch updates -> metrics.
+
+Every random draw is a pure function of (run seed, step, prompt, sample, purpose), so a run is
+decided by its config alone. Minibatches are consecutive whole groups: prompts are drawn
+independently, so no shuffling is needed.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import transformers
+from torch import Tensor
+
+from moe_rl.batch import RolloutBatch
+from moe_rl.config import RunConfig
+from moe_rl.experience import Experience
+from moe_rl.losses.advantages import group_advantages
+from moe_rl.metrics import instruments
+from moe_rl.policy.policy import Policy
+from moe_rl.rollout.engine import make_engine
+from moe_rl.rollout.rewards import score
+from moe_rl.rollout.sampling import sample_responses
+from moe_rl.run_folder.checkpoints import Checkpoint, Checkpoints
+from moe_rl.run_folder.disk import writes_to
+from moe_rl.run_folder.log import NoLog, RunLog
+from moe_rl.runtime.ranks import Ranks
+from moe_rl.runtime.seeding import generator
+from moe_rl.runtime.stopping import Stopped, StopRequest
+from moe_rl.runtime.stopwatch import Stopwatch
+from moe_rl.runtime.wrapped import Parallelism
+from moe_rl.tasks import make_task
+from moe_rl.training.crash import Crash, NonFinite
+from moe_rl.training.learner import Learner
+from moe_rl.training.state import (
+    BegunStep,
+    Fill,
+    Progress,
+    collect_policy,
+    collect_state,
+    load_state,
+)
+
+StepCallback = Callable[[dict[str, Any]], None]
+
+
+class Trainer:
+    """Trains one policy on one task under one config, writing one run folder.
+
+    Args:
+        config: the run.
+        policy: trained in place.
+        log: of the run folder; only the main rank writes.
+        checkpoints: where they go; None: there are none.
+        ranks: processes that train together; alone by default.
+        parallelism: how they share the policy.
+        stop: whether a signal has asked the run to end.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        policy: Policy,
+        log: RunLog | NoLog,
+        checkpoints: Checkpoints | None = None,
+        *,
+        ranks: Ranks | None = None,
+        parallelism: Parallelism = "ddp",
+        stop: StopRequest | None = None,
+    ) -> None:
+        self.config, self.policy, self.log, self.checkpoints = config, policy, log, checkpoints
+        self.ranks, self.stop = ranks or Ranks(), stop or StopRequest()
+        self.progress = Progress()
+        self.task = make_task(config.task.task, **config.task.options())
+        self.engine = make_engine(config.engine, policy)
+        self.clock = Stopwatch(policy.device)
+        self.learner = Learner(config, policy, self.clock, self.ranks, parallelism)
+
+    def go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Stand where a checkpoint was written; the policy is loaded from it already."""
+        self.progress = load_state(checkpoint.path, self.learner)
+        self.clock.seconds.update(self.progress.seconds)
+
+    def run(self, on_step: StepCallback | None = None) -> dict[str, Any]:
+        """Train from where the run stands to the end and return the summary.
+
+        Raises:
+            NonFinite: a loss, a gradient or the policy's logits are not finite (see
+                `on_nonfinite`); nothing was learnt from them.
+            Stopped: a signal has come; the checkpoint is written.
+        """
+        config, rewards = self.config, self.progress.rewards
+        for step in range(self.progress.step, config.steps):
+            begun = self.progress.begun
+            if begun is None:
+                self.progress = Progress(
+                    step=step, rewards=rewards, seconds_before={**self.clock.seconds}
+                )
+            metrics = {"step": step, **self.step(step, begun), **self._seconds_of_step()}
+            rewards.append(metrics["reward"])
+            self.log.step(metrics)
+            if config.save_every and (step + 1) % config.save_every == 0:
+                self.save(f"policy_{step + 1:05d}")
+            if on_step is not None:
+                on_step(metrics)
+            self.progress = Progress(step=step + 1, rewards=rewards)
+            self._between_updates(None)
+        if config.save_every and config.steps % config.save_every:
+            self.save(f"policy_{config.steps:05d}")
+        summary = self._summary(rewards)
+        self.log.finish(summary)
+        return summary
+
+    def step(self, step: int, begun: BegunStep | None = None) -> dict[str, Any]:
+        """One rollout and its updates; writes the update lines, returns the step line.
+
+        `begun` is what an interrupted run had of this step: its rollout, and updates made.
+        """
+        with self.clock.timed("step"):
+            rate = learning_rate(self.config, step)
+            for group in self.learner.optimizer.param_groups:
+                group["lr"] = rate
+            if begun is None:
+                experience, metrics = self._experience_or_crash(step)
+                begun = BegunStep(update=0, experience=experience, metrics=metrics)
+            for update in range(begun.update, self.config.updates_per_rollout):
+                begun = dataclasses.replace(begun, update=update)
+                values = self.learner.update(begun.experience, step, update)
+                line = {"step": step, "update": update, "learning_rate": rate, **values}
+                self.log.update(line)
+                if values["skipped"] and self.config.on_nonfinite == "stop":
+                    self._crash(begun, "the loss or its gradient is not finite", line)
+                if update + 1 < self.config.updates_per_rollout:
+                    self._between_updates(dataclasses.replace(begun, update=update + 1))
+        return {"learning_rate": rate, **begun.metrics}
+
+    def experience(self, step: int) -> tuple[Experience, dict[str, Any]]:
+        """Sample, score, and run the old policy over one rollout.
+
+        Raises:
+            FloatingPointError: the policy's logits are not finite.
+        """
+        config, gather = self.config, self.ranks.gather
+        with self.clock.timed("rollout"):
+            batch, rewards, advantages = self._rollout(step)
+        with self.clock.timed("old_logprobs"):
+            old = self.learner.old_pass(batch, step)
+        assert old.routed_experts is not None
+        replay = old.routed_experts
+        if config.routing_replay == "R3":
+            assert batch.routed_experts is not None
+            replay = batch.routed_experts
+        scored = {"rewards": rewards.flatten().to(self.policy.device), "truncated": batch.truncated}
+        scored |= {"mask": batch.response_mask}
+        metrics = _rollout_metrics(**gather(scored), group_size=config.group_size)
+        if config.instruments:
+            with self.clock.timed("instruments"):
+                metrics |= instruments.rollout_metrics(batch, old, gather=gather)
+                if config.old_logprobs == "trainer":
+                    metrics |= instruments.mismatch_metrics(batch, old, gather=gather)
+        experience = Experience(
+            batch=batch,
+            advantages=advantages,
+            old_logprobs=old.logprobs,
+            old_routes=old.routed_experts,
+            old_scores=old.router_logits,
+            replay=replay,
+        )
+        return experience, metrics
+
+    def _rollout(self, step: int) -> tuple[RolloutBatch, Tensor, Tensor]:
+        """This rank's responses, their rewards float32 [P, G] and advantages float32 [B]."""
+        config, prompts = self.config, self.learner.share.prompts
+        problems = [
+            self.task.prompts(generator(config.seed, "prompts", step=step, prompt=p), 1)[0]
+            for p in prompts
+        ]
+
+        def sample() -> RolloutBatch:
+            return sample_responses(
+                self.policy,
+                self.task,
+                problems,
+                seed=config.seed,
+                purpose="sample",
+                step=step,
+                prompts=prompts,
+                group_size=config.group_size,
+                noise=self.learner.noise(step, "rollout", slice(0, len(prompts))),
+                scores=config.instruments and config.old_logprobs == "rollout",
+                engine=self.engine,
+            )
+
+        failure = ""
+        with self.ranks.together(), torch.no_grad(), self.learner.wrapped.whole():
+            try:
+                batch = self.learner.wrapped.run(sample)
+                rewards = score(
+                    self.policy,
+                    self.task,
+                    problems,
+                    batch.response_ids,
+                    step=step,
+                    numbers=prompts,
+                )
+                advantages = group_advantages(rewards).flatten().to(self.policy.device)
+            except FloatingPointError as error:
+                failure = str(error)
+        if self.ranks.largest(len(failure)):
+            raise FloatingPointError(failure or "another rank's policy cannot be sampled from")
+        # Of one length on all ranks: what they tell each other, and a checkpoint, is one table.
+        longest = (batch.prompt_ids.shape[1], batch.response_ids.shape[1])
+        lengths = [self.ranks.largest(length) for length in longest]
+        return batch.padded(*lengths, pad_id=self.policy.pad_id), rewards, advantages
+
+    def _experience_or_crash(self, step: int) -> tuple[Experience, dict[str, Any]]:
+        try:
+            return self.experience(step)
+        except FloatingPointError as error:
+            self._crash(None, str(error), {"step": step})
+
+    def _crash(self, begun: BegunStep | None, reason: str, line: dict[str, Any]) -> NoReturn:
+        """Leave behind what it takes to see it again, and end the run."""
+        progress, fill = self._state(begun)
+        crash = Crash(
+            folder=self.log.folder,
+            config=self.config,
+            progress=progress,
+            reason=reason,
+            metrics=line,
+        )
+        with self.ranks.together():
+            if self.ranks.main:
+                crash.write(fill, processes=self.ranks.size)
+        raise NonFinite(crash)
+
+    def _seconds_of_step(self) -> dict[str, float]:
+        """What the step that has ended took, by purpose."""
+        before, seconds = self.progress.seconds_before, self.clock.seconds
+        spent = {name: seconds[name] - before.get(name, 0.0) for name in seconds}
+        parts = {f"seconds_{name}": value for name, value in spent.items() if name != "step"}
+        return parts | {"seconds": spent["step"]}
+
+    def _between_updates(self, begun: BegunStep | None) -> None:
+        """Checkpoint if one is due, and stop if a signal has come.
+
+        `begun` is the step under way, if one is.
+
+        Raises:
+            Stopped: a signal has come to any rank.
+        """
+        per_step, every = self.config.updates_per_rollout, self.config.checkpoint_every
+        made = self.progress.step * per_step + (begun.update if begun else 0)
+        stop = self.ranks.largest(self.stop.number)
+        if made == self.config.steps * per_step:
+            stop = 0  # nothing is left to go on with
+        if self.checkpoints is None or not (stop or (every and made % every == 0)):
+            return
+        path = self._checkpoint(self.checkpoints, begun)
+        if stop:
+            raise Stopped(stop, path)
+
+    def _checkpoint(self, checkpoints: Checkpoints, begun: BegunStep | None) -> Path:
+        progress, fill = self._state(begun)
+        step, update = progress.step, progress.update
+        with self.ranks.together():
+            if self.ranks.main:
+                score = progress.rewards[-1] if progress.rewards else 0.0
+                checkpoints.write(step, update, fill, score=score)
+        return checkpoints.path(step, update)
+
+    def _state(self, begun: BegunStep | None) -> tuple[Progress, Fill]:
+        """Where the run stands, and what writes all it takes to go on; all ranks call this."""
+        progress = dataclasses.replace(self.progress, begun=begun, seconds=self.clock.so_far())
+        return progress, collect_state(progress, self.learner, self.log.marks())
+
+    def save(self, name: str) -> None:
+        """Save the policy as a Hugging Face checkpoint folder inside the run folder."""
+        fill = collect_policy(self.policy)
+        with self.ranks.together():
+            if self.ranks.main:
+                with writes_to(self.log.folder / name):
+                    fill(self.log.folder / name)
+
+    def _summary(self, rewards: list[float]) -> dict[str, Any]:
+        tail = rewards[-max(1, len(rewards) // 8) :]
+        seconds = self.clock.seconds
+        return {
+            "steps": len(rewards),
+            "final_reward": sum(tail) / len(tail),
+            "seconds": seconds["step"],
+            **{f"seconds_{k}": v for k, v in seconds.items() if k != "step"},
+            "instruments_share": seconds["instruments"] / seconds["step"],
+            "parameters": sum(p.numel() for p in self.policy.model.parameters()),
+            "active_parameters": self.policy.active_parameters,
+            "experts": self.policy.experts,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
+            "processes": self.ranks.size,
+        }
+
+
+def _rollout_metrics(
+    rewards: Tensor, truncated: Tensor, mask: Tensor, group_size: int
+) -> dict[str, Any]:
+    """Of rewards [B], group after group, truncated [B] and the response mask [B, T]."""
+    rewards = rewards.unflatten(0, (-1, group_size))
+    return {
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std().item(),
+        # Not by their standard deviation, which is rounded: that of three times 0.9 is not 0.
+        "zero_std_groups": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+        "response_length": mask.sum(1).float().mean().item(),
+        "truncated": truncated.float().mean().item(),
+    }
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """Learning rate of a rollout step: linear warm-up, then constant or linear to 0 at the end."""
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    decay = 1 - step / config.steps if config.learning_rate_schedule == "linear" else 1.0
+    return config.learning_rate * warm * decay

@@ -1,0 +1,595 @@
+"""Fused layers and the CPU experts change the time, never the values of stock transformers."""
+
+import copy
+import resource
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
+
+from moe_rl.cpu import (
+    FUSED,
+    GroupCache,
+    choose_layers,
+    keep_freed_memory,
+    new_cache,
+    read_in_one_pass,
+    restore_layers,
+    use_fused_layers,
+)
+from moe_rl.experts import choose_experts
+
+
+def stock(
+    dtype: torch.dtype = torch.float64, experts: int = 6, top_k: int = 2, **sizes: int
+) -> Any:
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, **sizes}
+    config = Qwen3MoeConfig(
+        vocab_size=19,
+        hidden_size=16,
+        intermediate_size=12,
+        moe_intermediate_size=12,
+        num_hidden_layers=2,
+        **sizes,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=True,
+        pad_token_id=None,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    model = Qwen3MoeForCausalLM(config).to(dtype).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+    model.set_experts_implementation("eager")
+    return model
+
+
+def exact(model: Any) -> Any:
+    """Stock norms compute in float32 whatever the input; the reference must not."""
+
+    def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    for module in model.modules():
+        if isinstance(module, Qwen3MoeRMSNorm):
+            module.forward = MethodType(norm, module)
+    return model
+
+
+def fused(model: Any) -> Any:
+    model.set_experts_implementation("cpu_sorted")
+    assert use_fused_layers(model)
+    return model
+
+
+def forward_and_gradients(model: Any, ids: torch.Tensor, **kwargs: Any) -> list[torch.Tensor]:
+    model.zero_grad()
+    logits = model(input_ids=ids, use_cache=False, **kwargs).logits
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    (logits * weights.to(logits.dtype)).sum().backward()
+    gradients = [p.grad for p in model.parameters()]
+    assert all(g is not None for g in gradients)
+    return [logits.detach(), *gradients]
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(6, 2), (6, 1), (2, 2), (20, 3)])
+def test_values_and_gradients_are_those_of_stock_layers(experts: int, top_k: int) -> None:
+    ids = torch.randint(0, 19, (3, 7), generator=torch.Generator().manual_seed(2))
+    ours = forward_and_gradients(fused(stock(experts=experts, top_k=top_k)), ids)
+    theirs = forward_and_gradients(exact(stock(experts=experts, top_k=top_k)), ids)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_float32_is_within_rounding_of_stock() -> None:
+    ids = torch.randint(0, 19, (3, 7), generator=torch.Generator().manual_seed(2))
+    ours = forward_and_gradients(fused(stock(torch.float32)), ids)
+    theirs = forward_and_gradients(stock(torch.float32), ids)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+def test_left_padding_is_masked_as_by_stock_layers() -> None:
+    ids = torch.randint(0, 19, (2, 6), generator=torch.Generator().manual_seed(3))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        ours, theirs = (
+            m(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            for m in (fused(stock()), exact(stock()))
+        )
+    torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=1e-9, atol=1e-9)
+
+
+def grouped(model: Any, prompts: torch.Tensor, responses: torch.Tensor, cache: Any) -> Any:
+    model.model(input_ids=prompts, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(len(responses) // len(prompts))
+    return model.model(input_ids=responses, past_key_values=cache, use_cache=True).last_hidden_state
+
+
+def test_a_shared_prompt_has_the_gradients_of_its_copies() -> None:
+    rng = torch.Generator().manual_seed(4)
+    prompts = torch.randint(0, 19, (2, 5), generator=rng)
+    responses = torch.randint(0, 19, (6, 4), generator=rng)
+    results = []
+    for model in (fused(stock()), exact(stock())):
+        cache = new_cache(model)
+        hidden = grouped(model, prompts, responses, cache)
+        hidden.square().sum().backward()
+        results.append([hidden.detach(), *(p.grad for p in model.model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_decoding_token_by_token_is_reading_at_once() -> None:
+    rng = torch.Generator().manual_seed(5)
+    prompts = torch.randint(0, 19, (2, 5), generator=rng)
+    responses = torch.randint(0, 19, (6, 30), generator=rng)
+    model = fused(stock())
+    with torch.no_grad():
+        at_once = grouped(model, prompts, responses, new_cache(model))
+        cache = new_cache(model)
+        model.model(input_ids=prompts, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(3)
+        by_token = [
+            model.model(
+                input_ids=responses[:, t : t + 1], past_key_values=cache, use_cache=True
+            ).last_hidden_state
+            for t in range(30)
+        ]
+        reference = grouped(exact(stock()), prompts, responses, DynamicCache())
+    torch.testing.assert_close(torch.cat(by_token, dim=1), at_once, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(at_once, reference, rtol=1e-9, atol=1e-9)
+
+
+def test_an_expert_without_tokens_gets_a_gradient_of_zero() -> None:
+    model = fused(stock(experts=20, top_k=1))
+    forward_and_gradients(model, torch.zeros(1, 2, dtype=torch.long))
+    gradient = model.model.layers[0].mlp.experts.gate_up_proj.grad
+    idle = gradient.flatten(1).abs().sum(1) == 0
+    assert 17 <= int(idle.sum()) < 20
+
+
+def test_frozen_experts_get_no_gradient_and_the_rest_keeps_its_own() -> None:
+    ids = torch.randint(0, 19, (3, 7), generator=torch.Generator().manual_seed(2))
+    models = (fused(stock()), exact(stock()))
+    for model in models:
+        model.model.layers[0].mlp.experts.requires_grad_(False)
+        model(input_ids=ids, use_cache=False).logits.square().sum().backward()
+    for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_results_repeat_bitwise() -> None:
+    ids = torch.randint(0, 19, (3, 7), generator=torch.Generator().manual_seed(2))
+    model = fused(stock(torch.float32))
+    first = [t.clone() for t in forward_and_gradients(model, ids)]
+    second = forward_and_gradients(model, ids)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_swapping_keeps_names_and_weights_and_can_be_undone() -> None:
+    model = stock()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    swapped = use_fused_layers(model)
+    assert model.state_dict().keys() == before.keys()
+    assert use_fused_layers(model) == []
+    assert restore_layers(model) == swapped
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_an_unknown_experts_backend_lists_the_valid_ones() -> None:
+    with pytest.raises(ValueError, match=r"'magic' is unknown.*cpu_sorted"):
+        choose_experts("cpu", "magic")
+    assert choose_experts("cpu").name == "cpu_sorted"
+    assert choose_experts("cuda").name in ("grouped_mm", "megablocks")
+
+
+def whole_sequences(
+    model: Any, prompts: torch.Tensor, mask: torch.Tensor, responses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states of prompts [P, Sp, H] and responses [B, T, H], every sequence read whole."""
+    group = len(responses) // len(prompts)
+    ids = torch.cat([prompts.repeat_interleave(group, dim=0), responses], dim=1)
+    seen = torch.nn.functional.pad(
+        mask.long().repeat_interleave(group, dim=0), (0, responses.shape[1]), value=1
+    )
+    hidden = model.model(
+        input_ids=ids,
+        attention_mask=seen,
+        position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+    ).last_hidden_state
+    return hidden[::group, : prompts.shape[1]], hidden[:, prompts.shape[1] :]
+
+
+def tokens(
+    prompts: int, prompt_length: int, group: int, length: int, padded: bool, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prompt ids, prompt mask, response ids."""
+    rng = torch.Generator().manual_seed(seed)
+    mask = torch.ones(prompts, prompt_length, dtype=torch.bool)
+    if padded:
+        mask[0, : prompt_length - 1] = False
+    return (
+        torch.randint(0, 19, (prompts, prompt_length), generator=rng),
+        mask,
+        torch.randint(0, 19, (prompts * group, length), generator=rng),
+    )
+
+
+def exact_routers(model: Any) -> Any:
+    """Stock routers take their softmax in float32 whatever the input; sums in another order may
+    then round to another gate weight."""
+
+    def choose(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = torch.nn.functional.linear(hidden.reshape(-1, self.hidden_dim), self.weight)
+        weights, index = logits.softmax(-1).topk(self.top_k)
+        return logits, weights / weights.sum(-1, keepdim=True), index
+
+    for layer in model.model.layers:
+        layer.mlp.gate.forward = MethodType(choose, layer.mlp.gate)
+    return model
+
+
+def loss(prompt: torch.Tensor, response: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A loss of all hidden states that count."""
+    return (prompt[mask] ** 3).sum() + (response**2 * torch.arange(1, 17)).sum()
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    prompts=st.integers(1, 3),
+    prompt_length=st.integers(1, 5),
+    group=st.integers(1, 3),
+    length=st.integers(1, 5),
+    kv_heads=st.integers(1, 2),
+    repeats=st.integers(1, 3),
+    half_head=st.integers(1, 3),
+    padded=st.booleans(),
+)
+def test_one_pass_has_the_values_and_gradients_of_whole_sequences(
+    prompts: int,
+    prompt_length: int,
+    group: int,
+    length: int,
+    kv_heads: int,
+    repeats: int,
+    half_head: int,
+    padded: bool,
+) -> None:
+    sizes = {
+        "num_key_value_heads": kv_heads,
+        "num_attention_heads": kv_heads * repeats,
+        "head_dim": 2 * half_head,
+    }
+    ids, mask, responses = tokens(prompts, prompt_length, group, length, padded)
+    ours, theirs = exact_routers(fused(stock(**sizes))), exact_routers(exact(stock(**sizes)))
+    results = [
+        read_in_one_pass(ours, ids, responses, mask if padded else None),
+        whole_sequences(theirs, ids, mask, responses),
+    ]
+    gradients = []
+    for model, (prompt, response) in zip((ours, theirs), results, strict=True):
+        loss(prompt, response, mask).backward()
+        gradients.append([p.grad for p in model.model.parameters()])
+    torch.testing.assert_close(results[0][0][mask], results[1][0][mask], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-9, atol=1e-9)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("with_graph", [False, True])
+def test_padded_prompts_in_a_group_cache_are_those_of_whole_sequences(with_graph: bool) -> None:
+    ids, mask, responses = tokens(2, 4, 3, 5, padded=True)
+    model = fused(stock())
+    cache = new_cache(model)
+    rows = mask.long().repeat_interleave(3, dim=0)
+    chunks = [responses] if with_graph else list(responses.split(1, dim=1))
+    hidden = []
+    with torch.set_grad_enabled(with_graph):
+        model.model(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+        )
+        cache.batch_repeat_interleave(3)
+        for chunk in chunks:
+            done = cache.get_seq_length() - ids.shape[1]
+            steps = torch.arange(done, done + chunk.shape[1])
+            output = model.model(
+                input_ids=chunk,
+                attention_mask=torch.nn.functional.pad(rows, (0, int(steps[-1]) + 1), value=1),
+                position_ids=rows.sum(1, keepdim=True) + steps,
+                past_key_values=cache,
+            )
+            hidden.append(output.last_hidden_state)
+        _, theirs = whole_sequences(exact(stock()), ids, mask, responses)
+    torch.testing.assert_close(torch.cat(hidden, dim=1), theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_responses_read_in_chunks_are_those_read_at_once() -> None:
+    ids, mask, responses = tokens(2, 4, 3, 40, padded=False)
+    model = fused(stock())
+    hidden = []
+    with torch.no_grad():
+        cache = new_cache(model)
+        model.model(input_ids=ids, past_key_values=cache)
+        cache.batch_repeat_interleave(3)
+        for chunk in responses.split([1, 15, 3, 20, 1], dim=1):
+            hidden.append(model.model(input_ids=chunk, past_key_values=cache).last_hidden_state)
+        _, theirs = whole_sequences(exact(stock()), ids, mask, responses)
+    torch.testing.assert_close(torch.cat(hidden, dim=1), theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_scores_too_large_to_exponentiate_are_those_of_stock(padded: bool) -> None:
+    models = (fused(stock(torch.float32)), stock(torch.float32))
+    for model in models:
+        for layer in model.model.layers:
+            layer.self_attn.q_norm.weight.data.mul_(40)
+            layer.self_attn.k_norm.weight.data.mul_(40)
+    ids, mask, responses = tokens(2, 5, 3, 4, padded)
+    with torch.no_grad():
+        prompt, response = read_in_one_pass(models[0], ids, responses, mask if padded else None)
+        theirs = whole_sequences(models[1], ids, mask, responses)
+    assert bool(prompt.isfinite().all())
+    torch.testing.assert_close(prompt[mask], theirs[0][mask], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(response, theirs[1], rtol=1e-3, atol=1e-3)
+
+
+def checkpoint(model: Any, reentrant: bool) -> None:
+    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": reentrant})
+
+
+def test_a_checkpointed_layer_is_computed_again_by_the_backward() -> None:
+    model = fused(stock()).train()
+    checkpoint(model, reentrant=False)
+    router = model.model.layers[1].mlp.gate
+    forward, calls = router.forward, []
+    router.forward = lambda hidden: calls.append(1) or forward(hidden)
+    out = model(input_ids=torch.arange(6).view(1, 6), use_cache=False).logits.sum()
+    assert len(calls) == 1
+    out.backward()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(one_pass: bool, reentrant: bool) -> None:
+    ids, mask, responses = tokens(2, 4, 2, 3, padded=False)
+    gradients = []
+    for checkpointing in (False, True):
+        model = fused(stock()).train()
+        if checkpointing:
+            checkpoint(model, reentrant)
+        # Reentrant checkpointing gives parameters no gradient unless its input has one.
+        model.enable_input_require_grads()
+        if one_pass:
+            prompt, response = read_in_one_pass(model, ids, responses)
+            loss(prompt, response, mask).backward()
+        else:
+            model(input_ids=ids, use_cache=False).logits.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "name", ["self_attn.q_proj", "self_attn", "post_attention_layernorm", "mlp", "mlp.experts"]
+)
+def test_a_hook_on_a_submodule_is_called(name: str) -> None:
+    ids = torch.arange(6).view(1, 6)
+    model = fused(stock())
+    expected = model(input_ids=ids, use_cache=False).logits
+    calls = []
+    hook = model.get_submodule(f"model.layers.1.{name}").register_forward_hook(
+        lambda *_: calls.append(1)
+    )
+    torch.testing.assert_close(
+        model(input_ids=ids, use_cache=False).logits, expected, rtol=1e-10, atol=1e-10
+    )
+    assert calls == [1]
+    hook.remove()
+
+
+def test_the_router_is_called_as_the_module_it_is() -> None:
+    model = fused(stock())
+    router = model.model.layers[1].mlp.gate
+    forward, seen = router.forward, []
+    router.forward = lambda hidden: seen.append(hidden.shape) or forward(hidden)
+    model(input_ids=torch.arange(6).view(2, 3), use_cache=False)
+    assert seen == [torch.Size([6, 16])]
+
+
+def test_an_adapter_put_on_a_projection_is_not_bypassed() -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    ids = torch.arange(6).view(1, 6)
+    models = (fused(stock()), exact(stock()))
+    for model in models:
+        attention = model.model.layers[0].self_attn
+        adapter = Doubled(16, attention.v_proj.out_features, bias=False, dtype=torch.float64)
+        adapter.weight = attention.v_proj.weight
+        attention.v_proj = adapter
+    ours, theirs = (model(input_ids=ids, use_cache=False).logits for model in models)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_weights_changed_while_decoding_are_used() -> None:
+    ids, _, responses = tokens(1, 4, 2, 2, padded=False)
+    steps = []
+    for change_after_prompt in (True, False):
+        model = fused(stock())
+        norm = model.model.layers[1].input_layernorm.weight
+        with torch.no_grad():
+            cache = new_cache(model)
+            model.model(input_ids=ids, past_key_values=cache)
+            cache.batch_repeat_interleave(2)
+            if not change_after_prompt:
+                cache.layers[1].folded = None
+            norm.mul_(1.5)
+            step = model.model(input_ids=responses[:, :1], past_key_values=cache)
+        steps.append(step.last_hidden_state)
+    assert torch.equal(*steps)
+
+
+def test_bfloat16_runs_stock_code() -> None:
+    ids = torch.arange(12).view(2, 6)
+    ours, theirs = stock(torch.bfloat16), stock(torch.bfloat16)
+    assert use_fused_layers(ours)
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=ids, use_cache=False).logits for m in (ours, theirs))
+    assert torch.equal(ours, theirs)
+
+
+def test_autocast_runs_stock_code() -> None:
+    ids = torch.arange(12).view(2, 6)
+    ours, theirs = stock(torch.float32), stock(torch.float32)
+    use_fused_layers(ours)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (m(input_ids=ids, use_cache=False).logits for m in (ours, theirs))
+    # The norms are computed in float32 by either, in another order.
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05 * float(theirs.abs().max()))
+
+
+def test_a_foreign_cache_is_filled_as_stock_does() -> None:
+    ids = torch.arange(12).view(2, 6)
+    caches = []
+    for model in (fused(stock()), exact(stock())):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache)
+        caches.append(cache)
+    for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-9, atol=1e-9)
+
+
+def test_layers_of_another_family_are_left_alone() -> None:
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    model = OlmoeForCausalLM(
+        OlmoeConfig(
+            vocab_size=19,
+            hidden_size=16,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_experts=4,
+            num_experts_per_tok=2,
+            pad_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    assert use_fused_layers(model) == []
+    assert isinstance(new_cache(model), DynamicCache)
+    with pytest.raises(ValueError, match="OlmoeForCausalLM is not fused"):
+        read_in_one_pass(model, torch.zeros(1, 2).long(), torch.zeros(1, 2).long())
+
+
+def test_a_forward_that_somebody_replaced_is_left_alone() -> None:
+    model = stock()
+    norm = model.model.norm
+    norm.forward = lambda x: x
+    assert "model.norm" not in use_fused_layers(model)
+    restore_layers(model)
+    assert "forward" in vars(norm)
+
+
+def test_a_copy_of_a_fused_model_is_a_fused_model_of_its_own() -> None:
+    ids = torch.arange(6).view(1, 6)
+    model = fused(stock())
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert isinstance(new_cache(twin), GroupCache)
+    expected = fused(stock())(input_ids=ids, use_cache=False).logits
+    assert torch.equal(twin(input_ids=ids, use_cache=False).logits, expected)
+
+
+def test_restored_layers_give_stock_values_bitwise() -> None:
+    ids = torch.arange(12).view(2, 6)
+    model = stock(torch.float32)
+    before = model(input_ids=ids).logits
+    use_fused_layers(model)
+    restore_layers(model)
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_misuse_of_a_group_cache_says_what_to_do() -> None:
+    model = fused(stock())
+    ids, _, responses = tokens(2, 4, 3, 2, padded=False)
+    cache = new_cache(model)
+    model.model(input_ids=ids, past_key_values=cache)
+    cache.batch_repeat_interleave(3)
+    with pytest.raises(ValueError, match="repeat it once"):
+        cache.batch_repeat_interleave(2)
+    with pytest.raises(ValueError, match=r"batch of 5, but the cache holds 6 sequences"):
+        model.model(input_ids=responses[:5], past_key_values=cache)
+    model.model(input_ids=responses, past_key_values=cache)
+    with pytest.raises(ValueError, match="one continuation"):
+        model.model(input_ids=responses, past_key_values=cache)
+    with pytest.raises(ValueError, match="new_cache"):
+        stock().model(input_ids=ids, past_key_values=GroupCache(2))
+    with pytest.raises(ValueError, match="pass a DynamicCache"):
+        fused(stock(torch.bfloat16)).model(input_ids=ids, past_key_values=GroupCache(2))
+
+
+def test_groups_of_unequal_size_are_refused() -> None:
+    ids, _, responses = tokens(2, 4, 3, 2, padded=False)
+    with pytest.raises(ValueError, match="5 rows for 2 prompts"):
+        read_in_one_pass(fused(stock()), ids, responses[:5])
+
+
+def test_memory_freed_once_is_had_again_without_page_faults() -> None:
+    taken = keep_freed_memory()
+    torch.empty(2 << 20).fill_(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.empty(2 << 20).fill_(1)
+    # 8 MiB are 2048 pages of 4 KiB; taken anew each time they would be 40960 faults.
+    assert not taken or resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 3 * 2048
+
+
+def test_angles_from_a_table_are_stock_angles_bitwise() -> None:
+    model = stock(torch.float32)
+    positions = torch.tensor([[0, 3, 3, 700], [1, 2, 255, 256]])
+    x = torch.zeros(1)
+    expected = model.model.rotary_emb(x, positions)
+    rotary = fused(model).model.rotary_emb
+    for _ in range(2):  # made, and read again
+        for ours, theirs in zip(rotary(x, positions), expected, strict=True):
+            assert torch.equal(ours, theirs)
+    with torch.no_grad():
+        rotary.inv_freq.mul_(2.0)
+    assert not torch.equal(rotary(x, positions)[0], expected[0]), "the table outlived its angles"
+
+
+def test_angles_that_change_with_the_length_are_left_to_stock() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = stock(torch.float32, rope_parameters=rope)  # type: ignore[arg-type]
+    fused(model)
+    assert "forward" not in vars(model.model.rotary_emb)
+
+
+def test_layers_are_fused_in_full_precision_on_a_cpu_alone() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert choose_layers(cpu, torch.float32).name == choose_layers(cpu, torch.float64).name == FUSED
+    for device, dtype, why in ((gpu, torch.float32, "cuda"), (cpu, torch.bfloat16, "bfloat16")):
+        choice = choose_layers(device, dtype)
+        assert choice.name != FUSED and why in choice.reason

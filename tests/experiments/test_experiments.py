@@ -1,0 +1,138 @@
+"""Studies: what they run, and what they refuse before anything runs."""
+
+from pathlib import Path
+
+import pytest
+
+from moe_rl.config import ConfigError, preset
+from moe_rl.experiments import collapse, collapse_map
+from moe_rl.experiments.arms import ARMS, RESTARTS, arm_config
+from moe_rl.experiments.bench.training import useful_operations
+from moe_rl.experiments.runner import check_study, run_all, run_folder
+from moe_rl.experiments.study import Study
+from moe_rl.tasks import make_task
+
+
+def small_map(**changes: object) -> Study:
+    axes = {
+        "learning_rates": (2e-4,),
+        "updates": (4,),
+        "noises": (0.0,),
+        "arms": ("grpo",),
+        "seeds": (1,),
+    }
+    return collapse_map.grid(base=preset("tiny"), **(axes | changes))  # type: ignore[arg-type]
+
+
+def test_arms_differ_in_what_they_are_for_alone() -> None:
+    base = preset("staleness")
+    for name in ARMS:
+        config = arm_config(name, base, replay="R2", seed=3)
+        ours, theirs = config.to_dict(), base.to_dict()
+        changed = {k for k in ours if ours[k] != theirs[k]} - {"arm", "seed"}
+        assert config.on_nonfinite == "skip", "a study keeps its worst runs"
+        changed.remove("on_nonfinite")
+        allowed = {
+            "grpo": set(),
+            "grpo+replay": {"routing_replay"},
+            "gspo": {"algorithm"},
+            "gspo+replay": {"algorithm", "routing_replay"},
+            "dense": {"model"},
+            "frozen-router": {"freeze_router"},
+        }
+        assert changed == allowed[name]
+        assert config.arm == name
+
+
+def test_the_dense_control_has_the_active_size_of_the_moe() -> None:
+    base = preset("staleness")
+    dense = arm_config("dense", base, replay="R2", seed=1)
+    assert dense.model.num_experts == dense.model.experts_per_token == base.model.experts_per_token
+    assert dense.model.expert_size == base.model.expert_size
+
+
+def test_close_learning_rates_have_folders_of_their_own(tmp_path: Path) -> None:
+    configs = small_map(learning_rates=(2e-4, 2.4e-4)).configs
+    assert len({run_folder(tmp_path, config) for config in configs}) == 2
+
+
+def test_a_value_named_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="share it"):
+        check_study(small_map(seeds=(1, 1)).configs, tmp_path, jobs=1)
+
+
+def test_another_study_in_the_folder_is_refused_and_kept(tmp_path: Path) -> None:
+    small_map().write(tmp_path / "map", "moe-rl map")
+    before = (tmp_path / "map" / "study.json").read_bytes()
+    small_map().write(tmp_path / "map", "moe-rl map")
+    with pytest.raises(ConfigError, match=r"seeds=\[1\], this one has \[2\]"):
+        small_map(seeds=(2,)).write(tmp_path / "map", "moe-rl map")
+    with pytest.raises(ConfigError, match="holds a study"):
+        collapse.quick().write(tmp_path / "map", "moe-rl reproduce")
+    assert (tmp_path / "map" / "study.json").read_bytes() == before
+
+
+def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "chapter1.tex").write_text("precious")
+    with pytest.raises(ConfigError, match="no study"):
+        small_map().write(tmp_path, "moe-rl map")
+
+
+def test_the_quick_study_is_three_arms_on_two_paired_seeds() -> None:
+    configs = collapse.quick().configs
+    assert [(c.arm, c.seed) for c in configs] == [
+        (arm, seed) for seed in (6, 7) for arm in ("grpo", "grpo+replay", "gspo")
+    ]
+
+
+def test_useful_operations_are_those_of_a_dense_count() -> None:
+    config = preset("tiny")
+    task = make_task("running_sum", digits=config.task.digits)
+    work = useful_operations(config, task)
+    # By hand: 8 prompts of 3 tokens, 64 responses of 3 of which 2 are read again.
+    tokens = 8 * 3 + 64 * 2
+    weights = 2 * (4 * 32 * 32 + 8 * 32 + 3 * 2 * 32 * 16)
+    seen = 8 * (1 + 2 + 3) + 64 * (4 + 5)
+    head = 2 * 32 * 13 * 64 * 3
+    assert work.rollout == 2 * weights * tokens + 4 * 32 * 2 * seen + head
+    assert work.total == 5 * work.rollout
+
+
+@pytest.mark.parametrize(("arm", "rate"), [*RESTARTS.items()])
+def test_a_restart_is_grpo_from_what_the_original_saves_before_it_ends(
+    tmp_path: Path, arm: str, rate: float
+) -> None:
+    configs = {(c.arm, c.seed): c for c in collapse.full(tmp_path, ["engine-noise"]).configs}
+    original, restarted = configs["grpo", 7], configs[arm, 7]
+    folder = run_folder(tmp_path, original)
+    saved = Path(restarted.model.checkpoint or "")
+    assert saved.parent == folder
+    step = int(saved.name.removeprefix("policy_"))
+    assert step % original.save_every == 0 and 0 < step < original.steps / 2
+    assert restarted.sft_steps == 0, "a restart gets no second cold start"
+    assert restarted.learning_rate == rate * original.learning_rate
+    assert restarted.steps == original.steps - step
+
+
+def test_a_run_waits_for_the_checkpoint_it_starts_from(tmp_path: Path) -> None:
+    """The restart is first in line, and starts once the other run has saved its policy."""
+    base = preset("tiny").replace(sft_steps=1, steps=1, save_every=1, arm="grpo")
+    saved = run_folder(tmp_path, base) / "policy_00001"
+    restarted = base.replace(arm="grpo-restart", checkpoint=str(saved), save_every=0, sft_steps=0)
+    cache = tmp_path / "cold"
+    assert run_all([restarted, base], tmp_path, jobs=2, cold_start_cache=cache) == []
+    never = restarted.replace(checkpoint=str(tmp_path / "never"), seed=2)
+    (failure,) = run_all([never], tmp_path, jobs=1, cold_start_cache=cache)
+    assert "never saved" in failure.reason
+
+
+def test_a_setting_that_the_study_lacks_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'engine-noise'"):
+        collapse.full(tmp_path, ["engine-nois"])
+    named = {config.setting for config in collapse.full(tmp_path, []).configs}
+    assert named == set(collapse.settings()), "none named: all"
+
+
+def test_a_map_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no router to perturb"):
+        small_map(arms=("dense",), noises=(0.1,))

@@ -1,0 +1,82 @@
+"""Group advantages: the formula, groups without a difference, bad rewards."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_rl.losses.advantages import group_advantages
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 10**6), prompts=st.integers(1, 5), group=st.integers(2, 9))
+def test_advantages_equal_the_formula(seed: int, prompts: int, group: int) -> None:
+    rewards = np.random.default_rng(seed).normal(size=(prompts, group))
+    expected = (rewards - rewards.mean(1, keepdims=True)) / rewards.std(1, ddof=1, keepdims=True)
+    advantages = group_advantages(torch.from_numpy(rewards))
+    np.testing.assert_allclose(advantages.numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_one_success_in_four() -> None:
+    advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(advantages, torch.tensor([[1.5, -0.5, -0.5, -0.5]]))
+    assert advantages.dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -1e30, 1e-310])
+@pytest.mark.parametrize("group", [2, 3, 7])
+def test_a_group_of_equal_rewards_is_exactly_zero(value: float, group: int) -> None:
+    rewards = torch.full((3, group), value, dtype=torch.float64)
+    rewards[1, 0] += 1e30
+    advantages = group_advantages(rewards)
+    assert torch.equal(advantages[[0, 2]], torch.zeros(2, group, dtype=torch.float64))
+    assert advantages[1].any()
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False, width=64), min_size=2, max_size=8))
+def test_finite_rewards_of_any_size_give_finite_advantages(rewards: list[float]) -> None:
+    advantages = group_advantages(torch.tensor([rewards], dtype=torch.float64))
+    assert advantages.isfinite().all()
+    assert abs(advantages.sum().item()) < 1e-9
+    spread = advantages.std().item()
+    assert spread == 0.0 or math.isclose(spread, 1.0, rel_tol=1e-6)
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 10**6), scale=st.floats(1e-6, 1e6), shift=st.floats(-10, 10))
+def test_the_unit_of_the_reward_does_not_matter(seed: int, scale: float, shift: float) -> None:
+    rewards = torch.randn(2, 5, generator=torch.Generator().manual_seed(seed)).double()
+    torch.testing.assert_close(
+        group_advantages(scale * (rewards + shift)), group_advantages(rewards), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_integer_and_boolean_rewards_are_numbers() -> None:
+    expected = group_advantages(torch.tensor([[1.0, 0.0, 1.0]]))
+    for dtype in (torch.int64, torch.bool, torch.float16):
+        assert torch.equal(group_advantages(torch.tensor([[1, 0, 1]]).to(dtype)), expected)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2, 2)])
+def test_rewards_of_another_rank_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"rewards has shape .*expected \[P, G\].*view"):
+        group_advantages(torch.zeros(shape))
+
+
+def test_a_group_of_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="group size 1; expected at least 2"):
+        group_advantages(torch.zeros(4, 1))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_is_named_by_prompt_and_sample(value: float) -> None:
+    rewards = torch.zeros(3, 4)
+    rewards[2, 1] = value
+    with pytest.raises(ValueError, match=rf"rewards\[2, 1\] is {value}.*prompt 2, sample 1"):
+        group_advantages(rewards)

@@ -1,0 +1,142 @@
+"""Several ranks train as one does: gradients, metrics, checkpoints, failures."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import assert_same_run
+from runtime import ranks as processes
+from runtime import workers
+from safetensors.torch import load_file
+
+from moe_rl.config import ConfigError
+from moe_rl.runtime.share import Share
+from moe_rl.training.run import train
+
+
+@pytest.mark.parametrize(("prompts", "updates"), [(32, 8), (6, 2), (4, 4), (9, 3), (5, 1)])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_shares_cover_every_update_evenly(prompts: int, updates: int, size: int) -> None:
+    config = workers.tiny(prompts_per_rollout=prompts, updates_per_rollout=updates)
+    shares = [Share.of(config, rank, size) for rank in range(size)]
+    joined = [prompt for share in shares for prompt in share.prompts]
+    assert [joined[place] for place in shares[0].order()] == list(range(prompts))
+    each = prompts // updates
+    for update in range(updates):
+        parts = [share.prompts[share.of_update(update)] for share in shares]
+        assert sorted(p for part in parts for p in part) == [
+            *range(update * each, (update + 1) * each)
+        ]
+        assert max(map(len, parts)) == shares[0].most_of_update(update)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for share in shares:  # what a rank holds of the updates is its whole batch, in order
+        ends = [share.of_update(update) for update in range(updates)]
+        assert ends[0].start == 0 and ends[-1].stop == len(share.prompts)
+        assert all(a.stop == b.start for a, b in itertools.pairwise(ends))
+
+
+def test_more_ranks_than_prompts_are_refused() -> None:
+    config = workers.tiny(prompts_per_rollout=2, updates_per_rollout=2)
+    with pytest.raises(ConfigError, match="prompts_per_rollout=2 on 3 processes"):
+        Share.of(config, 0, 3)
+
+
+@pytest.mark.distributed
+def test_what_ranks_tell_each_other(tmp_path: Path) -> None:
+    processes.run_worker("exchange", 2, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gradients")
+    processes.run_worker("gradients", 1, folder, "ddp")
+    for name in workers.VARIANTS:
+        (folder / f"{name}.ddp.0.json").rename(folder / f"{name}.alone.json")
+        (folder / f"{name}.ddp.safetensors").rename(folder / f"{name}.alone.safetensors")
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "parallelism"), [(2, "ddp"), (2, "fsdp"), (3, "ddp")])
+def test_ranks_give_the_gradients_and_metrics_of_one(
+    size: int, parallelism: str, alone: Path
+) -> None:
+    processes.run_worker("gradients", size, alone, parallelism)
+    for name in workers.VARIANTS:
+        ours = load_file(alone / f"{name}.{parallelism}.safetensors")
+        theirs = load_file(alone / f"{name}.alone.safetensors")
+        assert ours.keys() == theirs.keys(), name
+        assert any(gradient.abs().max() > 1e-4 for gradient in theirs.values()), name
+        for key, gradient in theirs.items():
+            scale = gradient.abs().max().item()
+            assert torch.allclose(ours[key], gradient, rtol=0, atol=1e-7 + 2e-4 * scale), (
+                name,
+                key,
+            )
+        ranks = [
+            json.loads((alone / f"{name}.{parallelism}.{rank}.json").read_text())
+            for rank in range(size)
+        ]
+        assert all(rank == ranks[0] for rank in ranks), name
+        expected = json.loads((alone / f"{name}.alone.json").read_text())
+        assert_close(ranks[0][:2], expected[:2], name)
+
+
+def assert_close(ours: Any, theirs: Any, where: str) -> None:
+    """The rollout's metrics and the first update's; later ones stand behind a step."""
+    for line, expected in zip(ours, theirs, strict=True):
+        assert line.keys() == expected.keys()
+        for key, value in expected.items():
+            pairs = (
+                zip(line[key], value, strict=True)
+                if isinstance(value, list)
+                else [(line[key], value)]
+            )
+            for a, b in pairs:
+                same = math.isclose(a, b, rel_tol=2e-3, abs_tol=1e-6)
+                assert same or a == b or (math.isnan(a) and math.isnan(b)), (where, key, a, b)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+def test_two_ranks_interrupted_after_every_update_are_bitwise_the_same(
+    parallelism: str, tmp_path: Path
+) -> None:
+    processes.run_worker("die_at_every_update", 2, tmp_path, parallelism)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_checkpoint_of_two_ranks_opens_on_one(tmp_path: Path) -> None:
+    """And the run then ends where one rank alone would have, up to rounding."""
+    processes.run_worker("die_in_the_middle", 2, tmp_path)
+    cold = tmp_path / "cold"
+    train(workers.moving(), tmp_path / "run", cold_start_cache=cold, resume=True)
+    train(workers.moving(), tmp_path / "alone", cold_start_cache=cold)
+    weights = [
+        load_file(tmp_path / run / "policy_00002" / "model.safetensors") for run in ("run", "alone")
+    ]
+    moved = load_file(next(cold.iterdir()) / "model.safetensors")
+    for name, weight in weights[1].items():
+        step = (weight - moved[name]).abs().max().item()
+        assert (weights[0][name] - weight).abs().max().item() <= 0.05 * step + 1e-7, name
+    config = json.loads((tmp_path / "run" / "policy_00002" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3MoeForCausalLM"]
+
+
+@pytest.mark.distributed
+def test_nan_on_one_rank_stops_both_before_the_step(tmp_path: Path) -> None:
+    processes.run_worker("nan_on_one_rank", 2, tmp_path)
+    said = [(tmp_path / f"said{rank}").read_text() for rank in range(2)]
+    assert said[0] == said[1]
+    assert "rollout step 1, update 1: the loss or its gradient is not finite" in said[0]
+    assert (tmp_path / "run" / "crash" / "00001-01" / "crash.json").is_file()
+    last = json.loads((tmp_path / "run" / "updates.jsonl").read_text().splitlines()[-1])
+    assert last["skipped"] == 1 and last["grad_norm"] == "NaN"

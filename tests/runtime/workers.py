@@ -1,0 +1,183 @@
+"""What the ranks of the tests do: python workers.py NAME FOLDER [ARGUMENTS], once a rank."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from runs import Killed, killed_after
+from safetensors.torch import save_file
+
+from moe_rl.config import RunConfig, preset
+from moe_rl.run_folder.log import NoLog
+from moe_rl.runtime.process import prepare_process
+from moe_rl.runtime.ranks import Ranks, join
+from moe_rl.runtime.stopping import PeerFailed
+from moe_rl.runtime.wrapped import whole_tensor
+from moe_rl.training.learner import Learner
+from moe_rl.training.run import train
+from moe_rl.training.start import starting_policy
+from moe_rl.training.trainer import Trainer
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "uneven": {"prompts_per_rollout": 6, "updates_per_rollout": 2},
+    "empty": {"prompts_per_rollout": 4, "updates_per_rollout": 4},
+    "accumulated": {
+        "prompts_per_rollout": 6,
+        "updates_per_rollout": 2,
+        "prompts_per_forward": 1,
+    },
+    "R2, noise": {"routing_replay": "R2", "router_noise": 0.3},
+    "R3, gspo": {"routing_replay": "R3", "router_noise": 0.3, "algorithm": "gspo"},
+    "engine's log-probs": {"old_logprobs": "rollout"},
+    "frozen router": {"freeze_router": True},
+    "unequal prompts": {"task": "countdown", "sft_steps": 10},
+    "checkpointing": {"gradient_checkpointing": True, "routing_replay": "R2"},
+}
+
+
+def tiny(**changes: Any) -> RunConfig:
+    small = {"steps": 2, "prompts_per_rollout": 8, "group_size": 4, "learning_rate": 2e-3}
+    return preset("tiny").replace(**small | {"sft_steps": 60} | changes).named()
+
+
+def gradients(trainer: Trainer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Gradients of each update of one rollout, weights unmoved, and all metrics."""
+    experience, metrics = trainer.experience(0)
+    found, lines = {}, [metrics]
+    learner = trainer.learner
+    # Of the policy's own rewards nearly all groups are equal: nothing to learn from.
+    share, config = learner.share, trainer.config
+    drawn = torch.randn(
+        share.num_prompts, config.group_size, generator=torch.Generator().manual_seed(0)
+    )
+    own = drawn[share.rank :: share.size].flatten()
+    experience = dataclasses.replace(experience, advantages=own)
+    for update in range(trainer.config.updates_per_rollout):
+        learner.gradients(experience, 0, update)
+        for name, parameter in trainer.policy.model.named_parameters():
+            if parameter.grad is not None:
+                found[f"{update}/{name}"] = whole_tensor(parameter.grad).clone()
+        learner.optimizer.zero_grad(set_to_none=True)
+    for update in range(trainer.config.updates_per_rollout):
+        lines.append(learner.update(experience, 0, update))
+    return found, lines
+
+
+def all_gradients(ranks: Ranks, folder: Path, parallelism: Any) -> None:
+    prepare_process(1)
+    for name, changes in VARIANTS.items():
+        config = tiny(**changes)
+        policy = starting_policy(
+            config, folder / "cold", ranks=ranks, sharded=parallelism == "fsdp"
+        )
+        trainer = Trainer(config, policy, NoLog(folder), ranks=ranks, parallelism=parallelism)
+        found, lines = gradients(trainer)
+        if ranks.main:
+            kept = {key: value.contiguous() for key, value in found.items()}
+            save_file(kept, folder / f"{name}.{parallelism}.safetensors")
+        (folder / f"{name}.{parallelism}.{ranks.rank}.json").write_text(json.dumps(lines))
+
+
+def exchange(ranks: Ranks, folder: Path) -> None:
+    """What ranks tell each other; each finds its own errors."""
+    for dtype in (
+        torch.float32,
+        torch.float64,
+        torch.int16,
+        torch.int64,
+        torch.bool,
+        torch.bfloat16,
+    ):
+        for counts in ((2, 3), (0, 2), (1, 0), (0, 0)):
+            rows = [torch.arange(6 * n).view(n, 2, 3).to(dtype) for n in counts]
+            numbers = [torch.arange(2 * n + 1) + 10 * rank for rank, n in enumerate(counts)]
+            own = {"odd": rows[ranks.rank] > 3, "rows": rows[ranks.rank]}
+            found = ranks.gather(own | {"numbers": numbers[ranks.rank]})
+            assert torch.equal(found["rows"], torch.cat(rows)), (dtype, counts)
+            assert torch.equal(found["odd"], torch.cat(rows) > 3), (dtype, counts)
+            assert torch.equal(found["numbers"], torch.cat(numbers)), (dtype, counts)
+    strange = ranks.gather({"x": torch.tensor([float("nan"), -0.0])})["x"]
+    assert strange.isnan().sum() == 2 and strange.signbit().sum() == 2
+    assert ranks.largest(3 - ranks.rank) == 3
+    assert ranks.total(0.5 + ranks.rank) == 2.0
+    with ranks.together():
+        pass
+    caught = ""
+    try:
+        with ranks.together():
+            if ranks.rank == 1:
+                raise OSError("disk full")
+    except (OSError, PeerFailed) as error:
+        caught = type(error).__name__
+    assert caught == ("OSError" if ranks.rank == 1 else "PeerFailed")
+
+
+def die_at_every_update(folder: Path, parallelism: Any) -> None:
+    """A whole run, and one that dies in each of its 8 updates and goes on."""
+    config = tiny(checkpoint_every=1, save_every=2, routing_replay="R2", router_noise=0.2)
+    options: dict[str, Any] = {"cold_start_cache": folder / "cold", "parallelism": parallelism}
+    train(config, folder / "whole", **options)
+    deaths = 0
+    while True:
+        with contextlib.suppress(Killed), killed_after(1):
+            train(config, folder / "run", resume=True, **options)
+            break
+        deaths += 1
+    assert deaths == 7, deaths
+
+
+def die_in_the_middle(folder: Path) -> None:
+    """A run of two ranks that another number of ranks is to go on with."""
+    with contextlib.suppress(Killed), killed_after(6):
+        train(moving(), folder / "run", cold_start_cache=folder / "cold", parallelism="fsdp")
+
+
+def moving() -> RunConfig:
+    return tiny(checkpoint_every=1, save_every=2, routing_replay="R2", router_noise=0.2)
+
+
+def nan_on_one_rank(ranks: Ranks, folder: Path) -> None:
+    """The last rank's loss is NaN in the sixth update."""
+    real, calls = Learner.gradients, [0]
+
+    def gradients(self: Learner, *arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 6 and self.ranks.rank == 1:
+            loss = self.loss
+            self.loss = lambda logprobs, *a, **k: loss(logprobs * float("nan"), *a, **k)
+        return real(self, *arguments)
+
+    Learner.gradients = gradients  # type: ignore[method-assign]
+    try:
+        train(moving(), folder / "run", cold_start_cache=folder / "cold")
+        said = "nothing"
+    except FloatingPointError as error:
+        said = str(error)
+    (folder / f"said{ranks.rank}").write_text(said)
+
+
+def main() -> None:
+    name, folder, *rest = sys.argv[1:]
+    torch.set_num_threads(1)
+    with join() as ranks:
+        if name == "gradients":
+            all_gradients(ranks, Path(folder), rest[0])
+        elif name == "exchange":
+            exchange(ranks, Path(folder))
+        elif name == "nan_on_one_rank":
+            nan_on_one_rank(ranks, Path(folder))
+        elif name == "die_at_every_update":
+            die_at_every_update(Path(folder), rest[0])
+        elif name == "die_in_the_middle":
+            die_in_the_middle(Path(folder))
+        else:
+            raise SystemExit(f"no worker {name!r}")
+
+
+if __name__ == "__main__":
+    main()
