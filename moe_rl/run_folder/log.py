@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import IO, Any, TypedDict
 
 from moe_rl.config import SCHEMA, ConfigError, RunConfig, load_config
-from moe_rl.run_folder.trackers import Axis, Resume, TrackedRun, Tracker
-from moe_rl.run_folder.trackers.fan_out import FanOut
+from moe_rl.run_folder.trackers import TrackedRun, Tracker, Trackers
 from moe_rl.runtime.json_text import parse_json
 
 LOCK = "lock"
 OUTPUT = "output.txt"
 """What a run of a study prints."""
-_LOG_OF: dict[Axis, str] = {"step": "steps.jsonl", "update": "updates.jsonl"}
-_LOGS = tuple(_LOG_OF.values())
+_LOGS = ("steps.jsonl", "updates.jsonl")
 _PARTIAL = ".partial"
 
 
@@ -180,22 +178,25 @@ class RunLog:
         # A run is complete by its summary: one that starts anew has none.
         (folder / "summary.json").unlink(missing_ok=True)
         write_config(folder / "config.json", config)
-        resume = None if marks is None else _resume(folder, held)
         self._steps, self._updates = (_Log(folder / name, held.get(name, b"")) for name in _LOGS)
         tracked = TrackedRun(
-            name=run_name(config), config=config.to_dict(), folder=folder, resume=resume
+            name=run_name(config),
+            config=config.to_dict(),
+            folder=folder,
+            updates_per_rollout=config.updates_per_rollout,
+            resumed=marks is not None,
         )
-        self._trackers = FanOut(trackers, tracked, config.updates_per_rollout)
+        self._trackers = Trackers(trackers, tracked)
 
     def step(self, values: Mapping[str, Any]) -> None:
         """Append one line to steps.jsonl."""
         self._steps.append(values)
-        self._trackers.step(values)
+        self._trackers.log_step(values)
 
     def update(self, values: Mapping[str, Any]) -> None:
         """Append one line to updates.jsonl."""
         self._updates.append(values)
-        self._trackers.update(values)
+        self._trackers.log_update(values)
 
     def marks(self) -> Marks:
         """What each log holds, all of it on the disk."""
@@ -205,12 +206,12 @@ class RunLog:
         """Write summary.json, which marks the run as complete."""
         self._close_files()
         write_json(self.folder / "summary.json", {"schema": SCHEMA, "complete": True, **summary})
-        self._trackers.finish(summary)
+        self._trackers.finish()
 
     def close(self) -> None:
         """Close the files; the run stays incomplete unless `finish` was called."""
         self._close_files()
-        self._trackers.finish(None)
+        self._trackers.finish()
 
     def _close_files(self) -> None:
         self._steps.close()
@@ -282,17 +283,9 @@ def _in_use(folder: Path) -> ConfigError:
     )
 
 
-def _resume(folder: Path, held: Mapping[str, bytes]) -> Resume:
-    """Where the logs go on, by the lines of a checkpoint and those that are there."""
-    return Resume(
-        first={axis: held[name].count(b"\n") for axis, name in _LOG_OF.items()},
-        shown={axis: _content(folder / name).count(b"\n") for axis, name in _LOG_OF.items()},
-    )
-
-
 def logged_updates(folder: Path) -> int:
     """How many updates a run folder has lines of."""
-    return _content(folder / _LOG_OF["update"]).count(b"\n")
+    return _content(folder / "updates.jsonl").count(b"\n")
 
 
 def _content(log: Path) -> bytes:

@@ -49,7 +49,7 @@ def train(
             none. The rest of the run is bitwise that of one which was never interrupted, on equally
             many processes.
         parallelism: how processes share the policy.
-        trackers: show the lines of the logs, of the main rank; see moe_rl/trackers.
+        trackers: show the lines of the logs, of the main rank; see moe_rl/run_folder/trackers.py.
         on_step: called with the metrics of each rollout step.
         on_cold_start: called with (supervised step, loss).
         on_damage: told about each checkpoint that had to be passed over, and of a run that starts
