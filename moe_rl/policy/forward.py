@@ -130,10 +130,10 @@ def routing(
             stack.enter_context(router_noise(model, noise))
         if replay is not None:
             yield stack.enter_context(
-                replay_routing(model, replay, scores=options.scores, validate=False)
+                replay_routing(model, replay, router_logits=options.scores, validate=False)
             )
         elif options.record or options.scores:
-            yield stack.enter_context(record_routing(model, scores=options.scores))
+            yield stack.enter_context(record_routing(model, router_logits=options.scores))
         else:
             yield None
 

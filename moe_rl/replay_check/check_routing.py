@@ -76,13 +76,13 @@ def law_weights(subject: Subject) -> None:
     if subject.formula is None:
         raise NotApplicable("no formula is written down for this router")
     try:
-        with record_routing(subject.model, scores=True):
+        with record_routing(subject.model, router_logits=True):
             subject.output()
     except ValueError as why:  # the law `record` has passed without logits
         raise NotApplicable(str(why)) from why
     routes = subject.foreign()
     with (
-        replay_routing(subject.model, routes, scores=True) as replayed,
+        replay_routing(subject.model, routes, router_logits=True) as replayed,
         watching(subject) as seen,
     ):
         subject.output()

@@ -7,15 +7,13 @@ This room depends on torch and transformers only, so it can be lifted into any t
     router_call.py     listen to, or answer, the topk of one router call
     switchboard.py     the taps on a model, shared by every context on it
     recomputation.py   gradient checkpointing: which forward's routes a recomputation gets
-    record.py, replay.py, noise.py   the three contexts
-    logits.py          router logits with their graph, for load-balancing losses
+    record.py, replay.py, noise.py   the contexts that a user opens
     statistics.py      churn, disagreement, margin, load: pure functions of tensors
     top_k.py           topk for the few scores of a router, fast on a CPU
 """
 
-from .logits import collect_router_logits
 from .noise import router_noise
-from .record import RecordedRouting, record_routing
+from .record import RecordedRouting, collect_router_logits, record_routing
 from .replay import ReplayedRouting, replay_routing
 from .routed_experts import check_routed_experts
 from .taps import ChoosesExperts, RouterTap, find_routers

@@ -1,4 +1,4 @@
-"""Routing room: record which experts a model chooses."""
+"""Routing room: record which experts a model chooses, and collect the logits of its routers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from .routed_experts import RoutingBuffer
-from .switchboard import Recorder, tapped
+from .switchboard import tapped
 
 
 class RecordedRouting:
@@ -25,13 +25,13 @@ class RecordedRouting:
         """Raw router logits `[B, S, L, E]` float32, detached, NaN where nothing ran.
 
         Raises:
-            ValueError: the context was opened without `scores=True`.
+            ValueError: the context was opened without `router_logits=True`.
         """
         return self._buffer.router_logits()
 
 
 @contextmanager
-def record_routing(model: nn.Module, *, scores: bool = False) -> Iterator[RecordedRouting]:
+def record_routing(model: nn.Module, *, router_logits: bool = False) -> Iterator[RecordedRouting]:
     """Record the experts that every token of every forward in the block is sent to.
 
         with record_routing(model) as recorded:
@@ -46,15 +46,36 @@ def record_routing(model: nn.Module, *, scores: bool = False) -> Iterator[Record
 
     Args:
         model: a transformers MoE model, or a wrapper that contains one.
-        scores: keep the raw router logits `[B, S, L, E]` too.
+        router_logits: keep the raw router logits `[B, S, L, E]` too.
 
     Raises:
         ValueError: the model has no router that can be recorded, see `find_routers`.
     """
     with tapped(model) as board:
-        recorder = Recorder(RoutingBuffer(len(board.taps), scores=scores))
-        board.recorders.append(recorder)
+        buffer = RoutingBuffer(len(board.taps), router_logits=router_logits)
+        board.recorders.append(buffer)
         try:
-            yield RecordedRouting(recorder.buffer)
+            yield RecordedRouting(buffer)
         finally:
-            board.recorders.remove(recorder)
+            board.recorders.remove(buffer)
+
+
+@contextmanager
+def collect_router_logits(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the raw logits `[..., E]` of each router of each forward in the block, in order.
+
+    They keep their graph, for load-balancing losses. What a router chooses and returns stays as it
+    is. Families whose forward does not return its router logits (DeepSeek-V3) are served like those
+    that do.
+
+    Raises:
+        ValueError: the model has no router (see `find_routers`), or one that computes no product
+            of width E.
+    """
+    found: list[Tensor] = []
+    with tapped(model) as board:
+        board.collectors.append(found)
+        try:
+            yield found
+        finally:
+            board.collectors = [other for other in board.collectors if other is not found]

@@ -8,36 +8,10 @@ scores, so the router still learns.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
-from .routed_experts import Cursor, RoutingBuffer, Span, check_routed_experts, check_shape
+from .routed_experts import Replay, RoutingBuffer, check_routed_experts, check_shape
 from .switchboard import tapped
-
-
-class Replay:
-    """A record laid out for serving: `[L, B, S, K]` on the device of the routers."""
-
-    def __init__(self, routed_experts: Tensor, *, device: torch.device, scores: bool) -> None:
-        # A copy, even of a record that lies so already: whoever made it may change it.
-        routes = routed_experts.detach().permute(2, 0, 1, 3)
-        self.routes = routes.to(device).clone(memory_format=torch.contiguous_format)
-        num_layers, num_rows, self.length, _ = self.routes.shape
-        self.has_gaps: list[bool] = (self.routes < 0).flatten(1).any(dim=1).tolist()
-        self.cursor = Cursor(num_rows, self.length)
-        self.live = RoutingBuffer(num_layers, scores=scores)
-
-    def ids(self, layer: int, span: Span, live: Tensor) -> Tensor:
-        """Ids of the shape of `live`: recorded, and live where there is no record."""
-        rows = slice(span.row, span.row + span.batch)
-        routes = self.routes[layer, rows, span.start : span.start + span.length]
-        beyond = span.length - routes.shape[1]
-        if beyond:
-            routes = torch.nn.functional.pad(routes, (0, 0, 0, beyond), value=-1)
-        ids = routes.to(live.device, live.dtype).reshape(live.shape)
-        if beyond or self.has_gaps[layer]:
-            ids = torch.where((ids < 0).any(dim=-1, keepdim=True), live, ids)
-        return ids
 
 
 class ReplayedRouting:
@@ -59,14 +33,14 @@ class ReplayedRouting:
         """Raw router logits `[B, S, L, E]` float32, detached.
 
         Raises:
-            ValueError: the context was opened without `scores=True`.
+            ValueError: the context was opened without `router_logits=True`.
         """
         return self._live.router_logits()
 
 
 @contextmanager
 def replay_routing(
-    model: nn.Module, routed_experts: Tensor, *, scores: bool = False, validate: bool = True
+    model: nn.Module, routed_experts: Tensor, *, router_logits: bool = False, validate: bool = True
 ) -> Iterator[ReplayedRouting]:
     """Send every token of every forward in the block to the recorded experts.
 
@@ -90,7 +64,7 @@ def replay_routing(
     Args:
         model: a transformers MoE model, or a wrapper that contains one.
         routed_experts: int16, int32 or int64 ids `[B, S, L, K]`; negative: no record.
-        scores: keep the raw router logits `[B, S, L, E]` too.
+        router_logits: keep the raw router logits `[B, S, L, E]` too.
         validate: check ids for range, uniqueness and emptiness; False in hot loops over a record
             that has been checked, where a bad id would then fail inside a kernel.
 
@@ -109,14 +83,7 @@ def replay_routing(
             )
         else:
             check_shape(routed_experts, num_layers=len(board.taps), top_k=tap.top_k)
-        if board.replay is not None:
-            raise ValueError(
-                "routed_experts: this model is replaying another record. Close that context first."
-            )
         device = next(iter(tap.module.parameters()), routed_experts).device
-        replay = Replay(routed_experts, device=device, scores=scores)
-        board.replay = replay
-        try:
+        replay = Replay(routed_experts, device=device, router_logits=router_logits)
+        with board.hold("replay", replay):
             yield ReplayedRouting(replay.live)
-        finally:
-            board.replay = None

@@ -4,15 +4,12 @@ B sequences, S positions, L MoE layers, K experts per token. int16 expert ids; a
 "no record: use the live choice" for its token at its layer.
 """
 
-import contextlib
 import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from .taps import RouterTap
 
 NO_RECORD = -1
 
@@ -22,8 +19,8 @@ def check_routed_experts(
 ) -> None:
     """Raise ValueError unless `routed_experts` can be replayed on a model of that shape.
 
-    Checked: an integer tensor `[B, S, L, K]`, L and K those of the model, ids in [-1, E), the K
-    ids of a token different from each other, and not a record of nothing but zeros.
+    Checked: an integer tensor `[B, S, L, K]`, L and K those of the model, ids in [-1, E), and the K
+    ids of a token different from each other.
     """
     check_shape(routed_experts, num_layers=num_layers, top_k=top_k)
     if routed_experts.numel() == 0:
@@ -32,12 +29,7 @@ def check_routed_experts(
     if low < NO_RECORD or high >= num_experts:
         raise ValueError(
             f"routed_experts: ids range from {low} to {high}, but the model has {num_experts} "
-            f"experts. Ids must lie in [0, {num_experts}); use -1 where there is no record."
-        )
-    if high == 0 and num_experts > 1:
-        raise ValueError(
-            "routed_experts: every recorded id is 0: the engine that made this record recorded "
-            "nothing. Turn its routing record on; to replay it as it is, pass validate=False."
+            f"experts; pass ids in [0, {num_experts}), and -1 where there is no record"
         )
     # Comparing with every rotation by up to K // 2 places compares every pair, without a sort.
     for shift in range(1, top_k // 2 + 1):
@@ -48,23 +40,20 @@ def check_routed_experts(
             b, s, layer, _ = (int(value) for value in same.nonzero()[0])
             raise ValueError(
                 f"routed_experts: [{b}, {s}, {layer}] holds {routed_experts[b, s, layer].tolist()}"
-                ", which names an expert twice. The K ids of a token must differ; use -1 where "
-                "there is no record."
+                ", which names an expert twice; pass K different ids, or -1 where there is no "
+                "record (all zeros: the engine recorded nothing)"
             )
 
 
 def check_shape(routed_experts: Tensor, *, num_layers: int, top_k: int) -> None:
-    """Raise ValueError unless `routed_experts` is an integer tensor `[B, S, L, K]`."""
-    if routed_experts.dtype not in (torch.int16, torch.int32, torch.int64):
+    """Raise ValueError unless `routed_experts` is a signed integer tensor `[B, S, L, K]`."""
+    shape, dtype = tuple(routed_experts.shape), routed_experts.dtype
+    integers = dtype in (torch.int16, torch.int32, torch.int64)
+    if not integers or len(shape) != 4 or shape[2:] != (num_layers, top_k):
         raise ValueError(
-            f"routed_experts: dtype is {routed_experts.dtype}; pass int16, int32 or int64 ids."
-        )
-    shape = tuple(routed_experts.shape)
-    if len(shape) != 4 or shape[2:] != (num_layers, top_k):
-        raise ValueError(
-            f"routed_experts: shape is {list(shape)}, but the model has {num_layers} routers that "
-            f"choose {top_k} experts each. Pass [B, S, {num_layers}, {top_k}], one layer for each "
-            "MoE layer (leave dense layers out)."
+            f"routed_experts: shape is {list(shape)} of {dtype}, but the model has {num_layers} "
+            f"routers that choose {top_k} experts each; pass int16, int32 or int64 ids "
+            f"[B, S, {num_layers}, {top_k}], without dense layers"
         )
 
 
@@ -78,9 +67,9 @@ class Span:
     length: int
 
     @property
-    def tokens(self) -> int:
-        """Tokens of the forward, N = batch * length."""
-        return self.batch * self.length
+    def end(self) -> int:
+        """Position behind the last one."""
+        return self.start + self.length
 
 
 class Cursor:
@@ -97,92 +86,72 @@ class Cursor:
 
     def __init__(self, num_rows: int | None = None, length: int | None = None) -> None:
         self.num_rows, self.length = num_rows, length
-        self.base: int | None = None
-        self.block: Span | None = None
+        self._base: int | None = None
+        self._last: Span | None = None
         self._before: tuple[int | None, Span | None] = (None, None)
         self._rows_of: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
+    @property
+    def span(self) -> Span:
+        """Where the last forward lies."""
+        assert self._last is not None
+        return self._last
+
+    def place(self, *, batch: int, length: int, cached: int, cache: Any, position_ids: Any) -> None:
+        """Take the span of a forward of `[batch, length]` tokens on a `cache` of `cached`.
+
+        Args:
+            position_ids: None where padding may have put anything into them.
+        """
+        base = cached if self._base is None else self._base
+        start = cached - base
+        if start == 0:
+            row = self._next_row(batch, length, position_ids)
+        else:
+            row = self._same_row(batch, start, cached, cache)
+        self._before = (self._base, self._last)
+        self._base = base
+        self._last = Span(row=row, batch=batch, start=start, length=length)
+
     def undo(self) -> None:
         """Forget the last forward: it failed."""
-        self.base, self.block = self._before
+        self._base, self._last = self._before
 
-    def own(self, cache: Any, span: Span) -> None:
-        """Note which rows a KV cache holds, if it is an object that can be told from others."""
-        with contextlib.suppress(TypeError):
-            self._rows_of[cache] = span.row
+    def own(self, cache: Any) -> None:
+        """Note which rows the cache of the last forward holds."""
+        if cache is not None:
+            self._rows_of[cache] = self.span.row
 
-    def place(self, *, batch: int, length: int, cached: int, cache: Any = None) -> Span:
-        """Return the span of a forward of `[batch, length]` tokens on a `cache` of `cached`."""
-        base = cached if self.base is None else self.base
-        start = cached - base
-        if start < 0:
-            raise ValueError(
-                f"past_key_values: the cache holds {cached} positions, fewer than the {base} it "
-                "held when this context began. Open one context for each cache."
-            )
-        if start > 0 and self.block is not None:
-            self._check_cache(cache, start, self.block)
-        span = Span(row=self._row(batch, start), batch=batch, start=start, length=length)
-        self._before = (self.base, self.block)
-        self.base, self.block = base, span
-        return span
-
-    def _check_cache(self, cache: Any, start: int, block: Span) -> None:
-        """Refuse a cache that is another than the last forward's, as far as that can be told."""
-        try:
-            row = self._rows_of.get(cache)
-        except TypeError:  # no object that can be told from others
-            return
-        behind = row is None and start < block.start + block.length
-        if behind or row not in (None, block.row):
-            held = f"row {row}" if row is not None else f"position {start}"
-            raise ValueError(
-                f"past_key_values: this cache goes on from {held}, and another one from row "
-                f"{block.row}, position {block.start + block.length} has come since. A context "
-                "follows one cache at a time: finish a batch before the next, or open a context "
-                "for each."
-            )
-
-    def check_packed(self, span: Span, position_ids: Any) -> None:
-        """Refuse sequences that are packed into rows of another length than the record's."""
-        if self.length is None or span.start > 0 or span.length == self.length:
-            return
-        if isinstance(position_ids, Tensor) and bool((position_ids.diff(dim=-1) < 0).any()):
-            raise ValueError(
-                f"routed_experts: position_ids start over within a forward of [{span.batch}, "
-                f"{span.length}] tokens, on a record of [{self.num_rows}, {self.length}]. Of "
-                "packed sequences pass a packed record, [1, sum of lengths, L, K]."
-            )
-
-    def _row(self, batch: int, start: int) -> int:
-        if start > 0:
-            return self._same_row(batch, start)
-        row = 0 if self.block is None else self.block.row + self.block.batch
+    def _next_row(self, batch: int, length: int, position_ids: Any) -> int:
+        row = 0 if self._last is None else self._last.row + self._last.batch
         if self.num_rows is None:
             return row
         row = 0 if row == self.num_rows else row
-        if row + batch > self.num_rows:
+        # Packed sequences would take the routes of other tokens wherever the record is not packed.
+        packed = isinstance(position_ids, Tensor) and length != self.length
+        packed = packed and bool((position_ids.diff(dim=-1) < 0).any())
+        if row + batch > self.num_rows or packed:
             raise ValueError(
                 f"routed_experts: a forward of {batch} sequences starts at row {row} of a record "
-                f"of {self.num_rows}. Pass the rows of exactly the sequences of the batch, in "
-                "their order, and let the sizes of the forwards add up to them."
+                f"of {self.num_rows}; pass the rows of exactly the sequences of the batch in their "
+                "order, and of packed sequences a packed record, [1, sum of lengths, L, K]"
             )
         return row
 
-    def _same_row(self, batch: int, start: int) -> int:
-        assert self.block is not None
-        if batch != self.block.batch:
+    def _same_row(self, batch: int, start: int, cached: int, cache: Any) -> int:
+        last = self.span
+        row = None if cache is None else self._rows_of.get(cache)
+        # A cache that no forward of this context has filled, as a copy of another one, may be of
+        # any rows; known ones may have been cut back.
+        fits = start == last.end if row is None else row == last.row and 0 < start <= last.end
+        if not fits or batch != last.batch:
             raise ValueError(
-                f"input_ids: {batch} sequences continue a cache of {self.block.batch}. Open one "
-                "context for each batch."
+                f"past_key_values: a cache of {cached} positions of {batch} sequences does not "
+                f"continue the last forward of this context ({last.batch} sequences up to "
+                f"position {cached - start + last.end}); finish a batch before the next, or "
+                "open a context for each cache"
             )
-        if start > self.block.start + self.block.length:
-            raise ValueError(
-                f"past_key_values: the cache is {start - self.block.start - self.block.length} "
-                "positions longer than what passed through the model in this context. Open the "
-                "context before the cache is filled, or after."
-            )
-        return self.block.row
+        return last.row
 
 
 class RoutingBuffer:
@@ -190,53 +159,42 @@ class RoutingBuffer:
 
     Args:
         num_layers: L, routers of the model.
-        scores: keep the raw router logits too.
+        router_logits: keep the raw router logits too.
+        num_rows, length: B and S of the record that the forwards replay, if they do.
     """
 
-    def __init__(self, num_layers: int, *, scores: bool) -> None:
-        self.num_layers = num_layers
-        self.scores = scores
+    def __init__(
+        self,
+        num_layers: int,
+        *,
+        router_logits: bool,
+        num_rows: int | None = None,
+        length: int | None = None,
+    ) -> None:
+        self.keeps_logits = router_logits
+        self.cursor = Cursor(num_rows, length)
         self._ids: list[tuple[Span, Tensor]] = []
         self._logits: list[tuple[Span, Tensor]] = []
-        self._open_ids: list[Tensor | None] = []
-        self._open_logits: list[Tensor | None] = []
+        # Of the forward under way, by layer; a later forward overwrites what a failed one left.
+        self._layer_ids: list[Tensor] = [torch.empty(0)] * num_layers
+        self._layer_logits = list(self._layer_ids)
 
-    def open(self, span: Span) -> None:
-        """Begin a forward. A second pass over the first rows replaces the first pass."""
-        self._open_ids = [None] * self.num_layers
-        self._open_logits = [None] * self.num_layers
-        if span.row == 0 and span.start == 0:
+    def keep(self, layer: int, ids: Tensor, logits: Tensor | None) -> None:
+        """Note the ids `[..., K]` and, if they are kept, the logits `[..., E]` of one router."""
+        self._layer_ids[layer] = ids.detach().flatten(0, -2).to(torch.int16)
+        if logits is not None:
+            self._layer_logits[layer] = logits.detach().flatten(0, -2).float()
+
+    def close(self, cache: Any) -> None:
+        """End a forward that passed every layer. A second pass over the first rows replaces all."""
+        span = self.cursor.span
+        if span.row == span.start == 0:
             self._ids.clear()
             self._logits.clear()
-
-    def keep(self, layer: int, ids: Tensor, logits: Tensor | None, tap: RouterTap) -> None:
-        """Note the ids `[..., K]` and logits `[..., E]` of one router."""
-        if self._open_ids[layer] is not None:
-            raise ValueError(
-                f"model: router {tap.name!r} was called twice in one forward. A record holds one "
-                "choice for each token and layer; record modules that share a router one by one."
-            )
-        self._open_ids[layer] = ids.detach().flatten(0, -2).to(torch.int16)
-        if not self.scores:
-            return
-        if logits is None:
-            raise ValueError(
-                f"scores: router {tap.name!r} computes no product of {tap.num_experts} columns, so "
-                "it has no raw logits to keep. Open the context with scores=False."
-            )
-        self._open_logits[layer] = logits.detach().flatten(0, -2).float()
-
-    def missing(self) -> list[int]:
-        """Layers that the forward has not passed."""
-        return [layer for layer, ids in enumerate(self._open_ids) if ids is None]
-
-    def close(self, span: Span) -> None:
-        """End a forward that passed every layer."""
-        ids = [ids for ids in self._open_ids if ids is not None]
-        self._ids.append((span, torch.stack([i.to(ids[0].device) for i in ids])))
-        logits = [logits for logits in self._open_logits if logits is not None]
-        if logits:
-            self._logits.append((span, torch.stack([x.to(logits[0].device) for x in logits])))
+        self._ids.append((span, _stack(self._layer_ids)))
+        if self.keeps_logits:
+            self._logits.append((span, _stack(self._layer_logits)))
+        self.cursor.own(cache)
 
     def routed_experts(self) -> Tensor:
         """Return int16 ids `[B, S, L, K]`, -1 where nothing ran."""
@@ -244,24 +202,55 @@ class RoutingBuffer:
 
     def router_logits(self) -> Tensor:
         """Return raw logits `[B, S, L, E]` float32, NaN where nothing ran."""
-        if not self.scores:
-            raise ValueError("router_logits: not kept. Open the context with scores=True.")
         return _assemble(self._logits, fill=float("nan"))
+
+
+class Replay:
+    """A record laid out for serving: `[L, B, S, K]` on the device of the routers."""
+
+    def __init__(
+        self, routed_experts: Tensor, *, device: torch.device, router_logits: bool
+    ) -> None:
+        # A copy, even of a record that lies so already: whoever made it may change it.
+        routes = routed_experts.detach().permute(2, 0, 1, 3)
+        self.routes = routes.to(device).clone(memory_format=torch.contiguous_format)
+        num_layers, num_rows, length, _ = self.routes.shape
+        self.has_gaps: list[bool] = (self.routes < 0).flatten(1).any(dim=1).tolist()
+        self.live = RoutingBuffer(
+            num_layers, router_logits=router_logits, num_rows=num_rows, length=length
+        )
+
+    def ids(self, layer: int, live: Tensor) -> Tensor:
+        """Ids of the shape of `live`: recorded, and live where there is no record."""
+        span = self.live.cursor.span
+        routes = self.routes[layer, span.row : span.row + span.batch, span.start : span.end]
+        beyond = span.length - routes.shape[1]
+        if beyond:
+            routes = torch.nn.functional.pad(routes, (0, 0, 0, beyond), value=NO_RECORD)
+        ids = routes.to(live.device, live.dtype).reshape(live.shape)
+        if beyond or self.has_gaps[layer]:
+            ids = torch.where((ids < 0).any(dim=-1, keepdim=True), live, ids)
+        return ids
+
+
+def _stack(layers: list[Tensor]) -> Tensor:
+    """Layers `[N, X]`, which may lie on several devices, as `[L, N, X]`."""
+    return torch.stack([layer.to(layers[0].device) for layer in layers])
 
 
 def _assemble(pieces: list[tuple[Span, Tensor]], *, fill: float) -> Tensor:
     """Put pieces `[L, N, X]` to their places in one `[B, S, L, X]`; later pieces win."""
     if not pieces:
         raise ValueError(
-            "nothing is recorded: no forward of the model has completed in this context. Run the "
-            "model inside the `with` block before reading."
+            "nothing is recorded: no forward of the model has completed in this context; run the "
+            "model inside the `with` block before reading, and open it with router_logits=True to "
+            "read logits"
         )
     # The last piece of a block says how long it is: a cache may have been cut back before it.
-    ends = {span.row: span.start + span.length for span, _ in pieces}
+    ends = {span.row: span.end for span, _ in pieces}
     rows = max(span.row + span.batch for span, _ in pieces)
-    first = pieces[0][1]
+    span, first = pieces[0]
     layers, _, width = first.shape
-    span = pieces[0][0]
     if len(pieces) == 1 and span.row == span.start == 0:
         return first.view(layers, span.batch, span.length, width).permute(1, 2, 0, 3).contiguous()
     out = first.new_full((rows, max(ends.values()), layers, width), fill)

@@ -8,8 +8,7 @@ it would receive had it chosen those ids itself. Of a router that is a `ChoosesE
 `select_experts` is answered instead.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,29 +31,25 @@ _PRODUCTS = frozenset(
     }
 )
 
-Decide = Callable[[Tensor, Tensor | None, Callable[[], Tensor]], Tensor]
-
 
 class RouterCall(TorchFunctionMode):
-    """One call of one router.
+    """One call of one router. Afterwards `chosen` holds its ids, `logits` its raw logits.
 
     Args:
         tap: the router.
-        decide: given the scores `x [..., E]`, the raw logits `[..., E]` (None if the router
-            computed no product of width E) and a function that makes the router's own choice,
-            return the ids `[..., K]` to choose. None leaves the router's own choice.
+        decide: given a function that makes the router's own choice, return the ids `[..., K]` to
+            choose; `logits` are known by then. None leaves the router's own choice.
         ids: ids `[..., K]` fixed before the call. Needed by group-limited routers, whose choice
             of groups comes first: the groups of the ids must be open, or their scores are masked
             away and neither weights nor gradients survive.
-        perturb: given the raw logits `[..., E]`, what the router is to see in their place;
-            `logits` keeps the raw ones.
+        perturb: given the raw logits `[..., E]`, what the router is to see in their place.
     """
 
     def __init__(
         self,
         tap: RouterTap,
         *,
-        decide: Decide | None = None,
+        decide: Callable[[Callable[[], Tensor]], Tensor] | None = None,
         ids: Tensor | None = None,
         perturb: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -65,27 +60,44 @@ class RouterCall(TorchFunctionMode):
         self.perturb = perturb
         self.logits: Tensor | None = None
         self.chosen: Tensor | None = None
-        self._has_method = hasattr(type(tap.module), "select_experts")
 
     def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call the router; afterwards `chosen` holds its ids and `logits` its raw logits."""
-        with self, self._answering_method():
-            output = forward(*args, **kwargs)
+        """Call the router."""
+        module: Any = self.tap.module
+        if self.tap.has_method:
+            select = module.select_experts
+            module.select_experts = lambda scores: self._choose(scores, lambda: select(scores))
+        try:
+            with self:
+                output = forward(*args, **kwargs)
+        finally:
+            if self.tap.has_method:
+                del module.select_experts
         if self.chosen is None:
-            call = "select_experts" if self._has_method else f"topk(k={self.tap.top_k})"
+            call = "select_experts" if self.tap.has_method else f"topk(k={self.tap.top_k})"
             raise ValueError(
-                f"model: router {self.tap.name!r} ({type(self.tap.module).__name__}) did not call "
-                f"{call} over {self.tap.num_experts} experts, so its choice can "
-                "be neither recorded nor replayed. Give it the method of ChoosesExperts."
+                f"model: router {self.tap.name!r} ({type(module).__name__}) did not call {call} "
+                f"over {self.tap.num_experts} experts, so its choice can be neither recorded nor "
+                "replayed; give it the method of moe_rl.routing.ChoosesExperts"
             )
         return output
+
+    def raw_logits(self) -> Tensor:
+        """The raw logits `[..., E]`, for a context that cannot do without them."""
+        if self.logits is None:
+            raise ValueError(
+                f"model: router {self.tap.name!r} computes no product of {self.tap.num_experts} "
+                "columns, so it has no raw logits to keep, balance or perturb; leave "
+                "router_logits, load_balance_coef and router_noise off"
+            )
+        return self.logits
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if self.chosen is None:
-            if func in _TOPKS and not self._has_method:
+            if func in _TOPKS and not self.tap.has_method:
                 return self._topk(func, args, kwargs)
             if func in _PRODUCTS:
                 product = func(*args, **kwargs)
@@ -98,18 +110,19 @@ class RouterCall(TorchFunctionMode):
     def _topk(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         scores: Tensor = args[0] if args else kwargs["input"]
         k = args[1] if len(args) > 1 else kwargs["k"]
-        if self._chooses_experts(scores, k):
+        tap = self.tap
+        # A group-limited router also scores its groups by a topk over [tokens, groups, E/groups],
+        # which for one group has the width and the k of the choice itself.
+        plain = tap.num_groups is None or scores.ndim == 2
+        if plain and k == tap.top_k and scores.shape[-1] == tap.num_experts:
             if self.ids is None and self.decide is None:
                 own = func(*args, **kwargs)
                 self.chosen = own.indices
                 return own
             chosen = self._choose(scores, lambda: func(*args, **kwargs).indices)
             return torch.return_types.topk((scores.gather(-1, chosen), chosen))
-        if self.ids is not None and self._chooses_groups(scores):
-            assert self.tap.num_groups is not None
-            groups = self.ids.view(scores.shape[0], -1) // (
-                self.tap.num_experts // self.tap.num_groups
-            )
+        if self.ids is not None and plain and scores.shape[-1] == tap.num_groups:
+            groups = self.ids.view(scores.shape[0], -1) // (tap.num_experts // tap.num_groups)
             return torch.return_types.topk((scores.gather(-1, groups), groups))
         return func(*args, **kwargs)
 
@@ -117,34 +130,7 @@ class RouterCall(TorchFunctionMode):
         with torch.no_grad():
             if self.ids is not None:
                 ids = self.ids.view(*scores.shape[:-1], self.tap.top_k)
-            elif self.decide is not None:
-                ids = self.decide(scores, self.logits, own)
             else:
-                ids = own()
+                ids = own() if self.decide is None else self.decide(own)
         self.chosen = ids
         return ids
-
-    @contextlib.contextmanager
-    def _answering_method(self) -> Iterator[None]:
-        module: Any = self.tap.module
-        if not self._has_method:
-            yield
-            return
-        select = module.select_experts
-        module.select_experts = lambda scores: self._choose(scores, lambda: select(scores))
-        try:
-            yield
-        finally:
-            del module.select_experts
-
-    def _chooses_experts(self, scores: Tensor, k: int) -> bool:
-        # A group-limited router also scores its groups by a topk over [tokens, groups, E/groups],
-        # which for one group has the width and the k of the choice itself.
-        return (
-            k == self.tap.top_k
-            and scores.shape[-1] == self.tap.num_experts
-            and (self.tap.num_groups is None or scores.ndim == 2)
-        )
-
-    def _chooses_groups(self, scores: Tensor) -> bool:
-        return scores.ndim == 2 and scores.shape[-1] == self.tap.num_groups

@@ -90,14 +90,15 @@ class RouterTap:
     """Expert groups of a group-limited router (DeepSeek), None for a plain router."""
 
     @property
-    def corrects_scores(self) -> bool:
-        """True if a bias is added to the scores before the choice (DeepSeek-V3 and others)."""
-        return _correction_bias(self.module) is not None
+    def has_method(self) -> bool:
+        """True if the router is a `ChoosesExperts`."""
+        return hasattr(type(self.module), "select_experts")
 
     @property
     def follows_logits(self) -> bool:
-        """False if groups or a correction bias may choose others than the K largest logits."""
-        return self.num_groups is None and not self.corrects_scores
+        """False if groups, a correction bias or its own method may choose by more than logits."""
+        plain = self.num_groups is None and not self.has_method
+        return plain and _correction_bias(self.module) is None
 
     @property
     def decoder_layer(self) -> int:
@@ -215,10 +216,8 @@ def _tap(path: str, module: nn.Module, model: nn.Module) -> RouterTap:
         name=strip_wrappers(path),
         module=module,
         # One entry a choice, also for experts without weights that num_experts leaves out.
-        num_experts=_setting(module, model, NUM_EXPERTS_NAMES, path)
-        if bias is None
-        else bias.numel(),
-        top_k=_setting(module, model, TOP_K_NAMES, path),
+        num_experts=_setting(module, model, NUM_EXPERTS_NAMES) if bias is None else bias.numel(),
+        top_k=_setting(module, model, TOP_K_NAMES),
         num_groups=groups,
     )
 
@@ -240,16 +239,20 @@ def strip_wrappers(path: str) -> str:
     return WRAPPERS.sub("", path)
 
 
-def _setting(module: nn.Module, model: nn.Module, names: tuple[str, ...], path: str) -> int:
+def _setting(module: nn.Module, model: nn.Module, names: tuple[str, ...]) -> int:
+    """The first of `names` that a router or its config has.
+
+    Raises:
+        AttributeError: none has any; a router of your own must.
+    """
     for owner in _owners(module, model):
         for name in names:
             value = getattr(owner, name, None)
             if isinstance(value, int):
                 return value
-    raise ValueError(
-        f"model: router {path!r} ({type(module).__name__}) tells none of {', '.join(names)}, "
-        "neither itself nor in its config. Set the attribute on the router module."
-    )
+    value = getattr(module, names[0])
+    assert isinstance(value, int)
+    return value
 
 
 def _owners(module: nn.Module, model: nn.Module) -> Iterator[Any]:

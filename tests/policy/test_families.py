@@ -81,7 +81,7 @@ def test_families_have_equal_sizes(family: str) -> None:
 def test_router_logits_are_what_a_record_sees_and_have_a_graph(family: str) -> None:
     policy = built(family)
     ids = torch.randint(2, len(ALPHABET), (3, 5), generator=torch.Generator().manual_seed(0))
-    with record_routing(policy.model, scores=True) as recorded:
+    with record_routing(policy.model, router_logits=True) as recorded:
         policy.model(ids)
     with collect_router_logits(policy.model) as logits:
         policy.model(ids)

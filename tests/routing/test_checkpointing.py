@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 
 import pytest
 import torch
@@ -80,11 +79,11 @@ def test_gradients_equal_those_without_checkpointing(
 @BOTH_KINDS
 def test_recording_under_checkpointing_records_each_forward_once(model, tokens, reentrant) -> None:
     train_with_checkpointing(model, None)
-    with record_routing(model, scores=True) as plain:
+    with record_routing(model, router_logits=True) as plain:
         loss_of(model, tokens).backward()
     expected = gradient(model)
     train_with_checkpointing(model, reentrant)
-    with record_routing(model, scores=True) as recorded:
+    with record_routing(model, router_logits=True) as recorded:
         loss_of(model, tokens).backward()
     assert torch.equal(gradient(model), expected)
     assert torch.equal(recorded.routed_experts, plain.routed_experts)
@@ -323,13 +322,6 @@ def test_a_copy_made_while_a_graph_is_alive_has_its_own_routers(
         loss.backward()
     assert not clean(model)
     reference = copy.deepcopy(model).eval()
-    router = find_routers(model)[0].module
-    saved = io.BytesIO()
-    torch.save(router, saved)
-    saved.seek(0)
-    loaded = torch.load(saved, weights_only=False)  # of our own making
-    hidden = torch.randn(5, 32)
-    assert torch.equal(_first(loaded(hidden)), _first(type(router).forward(router, hidden)))
     with torch.no_grad():
         expected = model.eval()(tokens).logits
         for tap in find_routers(model):
@@ -342,10 +334,6 @@ def test_a_copy_made_while_a_graph_is_alive_has_its_own_routers(
         with replay_routing(reference, recorded.routed_experts):
             assert torch.equal(reference(tokens).logits, expected)
     del loss
-
-
-def _first(output) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def test_a_copy_made_inside_a_context_is_a_model_like_any(model, tokens) -> None:

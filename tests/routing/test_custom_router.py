@@ -114,12 +114,17 @@ def test_a_forward_that_does_not_call_the_method_is_refused(own, ids) -> None:
         own(ids)
 
 
-def test_noise_on_its_choice_is_refused(own) -> None:
-    with (
-        pytest.raises(ValueError, match="chooses by a method of its own"),
-        router_noise(own, lambda layer, logits: torch.zeros_like(logits)),
-    ):
-        pass
+def test_its_method_chooses_under_noise_and_its_weights_stay_clean(own, ids) -> None:
+    noise = torch.randn(2, 2, 5, 6, generator=torch.Generator().manual_seed(2))
+    router, seen = own.layers[0].router, []
+    handle = router.register_forward_hook(lambda m, a, out: seen.append(out))
+    with torch.no_grad(), router_noise(own, lambda layer, logits: noise[layer]):
+        own(ids)
+    handle.remove()
+    logits = router.proj(own.embed(ids))
+    used, weights = seen[-1]
+    assert torch.equal(used, router.select_experts((logits + noise[0]).sigmoid()))
+    assert torch.allclose(weights, logits.sigmoid().gather(-1, used))
 
 
 class Actor(nn.Module):

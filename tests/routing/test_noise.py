@@ -45,7 +45,7 @@ def test_the_choice_is_the_topk_of_noisy_logits_and_is_recorded(build, tokens, f
         drawn[layer] = noise(layer, logits)
         return drawn[layer]
 
-    with router_noise(model, draw), record_routing(model, scores=True) as recorded:
+    with router_noise(model, draw), record_routing(model, router_logits=True) as recorded:
         model(tokens)
     noisy = recorded.router_logits + torch.stack([drawn[0], drawn[1]], dim=1).view(4, 7, 2, 8)
     assert torch.equal(recorded.routed_experts.long(), noisy.topk(2, dim=-1).indices)
@@ -146,36 +146,10 @@ def test_weights_of_a_noisy_choice_in_groups_are_clean(build, tokens, family) ->
         assert torch.equal(model(tokens).logits, noisy)
 
 
-def test_a_choice_in_another_order_than_the_logits_is_refused(model, tokens) -> None:
-    router = find_routers(model)[0].module
-
-    def by_smallest(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = F.linear(hidden.reshape(-1, 32), router.weight)
-        weights, ids = torch.topk(-logits, 2, dim=-1)
-        return logits, weights, ids
-
-    router.forward = by_smallest
-    with (
-        torch.no_grad(),
-        router_noise(model, gaussian(1.0)),
-        pytest.raises(ValueError, match="does not choose the experts of the highest logits"),
-    ):
-        model(tokens)
-
-
-def test_noise_of_another_shape_is_refused(model, tokens) -> None:
-    with (
-        torch.no_grad(),
-        router_noise(model, lambda layer, logits: logits[:1]),
-        pytest.raises(ValueError, match=r"draw: returned \[1, 8\] for the logits \[28, 8\] of la"),
-    ):
-        model(tokens)
-
-
 def test_nested_noise_is_refused(model) -> None:
     with (
         router_noise(model, gaussian(1.0)),
-        pytest.raises(ValueError, match="router noise already"),
+        pytest.raises(ValueError, match="another noise context is open"),
         router_noise(model, gaussian(1.0)),
     ):
         pass

@@ -22,15 +22,18 @@ def test_a_good_record_passes() -> None:
     check_routed_experts(torch.full_like(routes, -1), **SHAPE)
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 3, 2), (3, 4, 2, 1), (3, 8, 2)])
-def test_a_record_of_another_model_is_refused(shape) -> None:
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((3, 4, 3, 2), torch.int32),
+        ((3, 4, 2, 1), torch.int32),
+        ((3, 8, 2), torch.int32),
+        ((3, 4, 2, 2), torch.float32),
+    ],
+)
+def test_a_record_of_another_model_or_of_no_integers_is_refused(shape, dtype) -> None:
     with pytest.raises(ValueError, match=r"shape is .*has 2 routers that choose 2 experts each"):
-        check_routed_experts(torch.ones(shape).int(), **SHAPE)
-
-
-def test_ids_must_be_integers() -> None:
-    with pytest.raises(ValueError, match=r"dtype is torch.float32; pass int16"):
-        check_routed_experts(good().float(), **SHAPE)
+        check_routed_experts(torch.ones(shape, dtype=dtype), **SHAPE)
 
 
 @pytest.mark.parametrize("value", [8, 300, -2])
@@ -46,13 +49,8 @@ def test_a_token_that_names_an_expert_twice_is_refused() -> None:
     routes[1, 2, 0] = 5
     with pytest.raises(ValueError, match=r"\[1, 2, 0\] holds \[5, 5\].*names an expert twice"):
         check_routed_experts(routes, **SHAPE)
-
-
-def test_a_record_of_zeros_is_refused() -> None:
-    routes = torch.zeros(3, 4, 2, 2, dtype=torch.int32)
-    routes[:, -1] = -1
-    with pytest.raises(ValueError, match="recorded nothing"):
-        check_routed_experts(routes, **SHAPE)
+    with pytest.raises(ValueError, match="all zeros: the engine recorded nothing"):
+        check_routed_experts(torch.zeros_like(routes), **SHAPE)
 
 
 def test_validation_can_be_left_out(model, tokens) -> None:
@@ -78,8 +76,7 @@ def test_uniqueness_is_judged_like_sets(rows) -> None:
     top_k = routes.shape[-1]
     complete = [row for row in rows if min(row) >= 0]
     repeats = any(len(set(row)) < top_k for row in complete)
-    zeros = max(max(row) for row in rows) == 0
-    if repeats or zeros:
+    if repeats:
         with pytest.raises(ValueError):
             check_routed_experts(routes, num_layers=1, num_experts=7, top_k=top_k)
     else:
