@@ -39,15 +39,15 @@ if __name__ == "kernels":
     _hand_over()
     del _hand_over, sys, PathFinder, module_from_spec, Path
 else:
-    from moe_rl.kernels.choose import Choice, choose_backend
-    from moe_rl.kernels.logprobs import token_logprobs
+    from moe_rl.kernels.choose import choose_backend
+    from moe_rl.kernels.logprobs import TokenLogprobs, token_logprobs
     from moe_rl.kernels.patch import Patch, patch
     from moe_rl.kernels.routing_stats import RoutingStatistics, routing_statistics
 
     __all__ = [
-        "Choice",
         "Patch",
         "RoutingStatistics",
+        "TokenLogprobs",
         "choose_backend",
         "patch",
         "routing_statistics",

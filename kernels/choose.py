@@ -2,22 +2,16 @@
 
 import importlib.util
 import os
-from typing import NamedTuple
 
 import torch
+
+from moe_rl.runtime.choice import Choice
 
 BACKENDS = ("auto", "reference", "chunked", "triton")
 
 SMALL_LOGITS = 2**18
 """Logits that are best materialised: 1 MiB in float32, a core's own cache. Measured on a CPU, the
 chunked backend draws level there; a minibatch of the small study (V = 13) has a tenth of it."""
-
-
-class Choice(NamedTuple):
-    """A backend's name, as the function that uses it takes it, and why it was taken."""
-
-    name: str
-    reason: str
 
 
 def choose_backend(

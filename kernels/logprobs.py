@@ -1,6 +1,6 @@
 """`token_logprobs`, the one public function: checks its arguments, chooses a backend, calls it."""
 
-from typing import Literal, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,68 +16,15 @@ from moe_rl.kernels.choose import choose_backend
 from moe_rl.kernels.reference import reference_logprobs
 
 
-@overload
-def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    temperature: float | Tensor = ...,
-    softcap: float | None = ...,
-    ignore_index: int | None = ...,
-    entropy: Literal[False] = ...,
-    return_lse: Literal[False] = ...,
-    backend: str = ...,
-) -> Tensor: ...
+class TokenLogprobs(NamedTuple):
+    """What `token_logprobs` returns: tensors of the targets' shape, float32 or float64."""
 
-
-@overload
-def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    temperature: float | Tensor = ...,
-    softcap: float | None = ...,
-    ignore_index: int | None = ...,
-    entropy: Literal[True],
-    return_lse: bool = ...,
-    backend: str = ...,
-) -> tuple[Tensor, ...]: ...
-
-
-@overload
-def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    temperature: float | Tensor = ...,
-    softcap: float | None = ...,
-    ignore_index: int | None = ...,
-    entropy: Literal[False] = ...,
-    return_lse: Literal[True],
-    backend: str = ...,
-) -> tuple[Tensor, ...]: ...
-
-
-@overload
-def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    temperature: float | Tensor = ...,
-    softcap: float | None = ...,
-    ignore_index: int | None = ...,
-    entropy: bool,
-    return_lse: bool = ...,
-    backend: str = ...,
-) -> Tensor | tuple[Tensor, ...]: ...
+    logprobs: Tensor
+    """nats, at most 0."""
+    entropy: Tensor | None
+    """nats; None unless asked for."""
+    logsumexp: Tensor | None
+    """nats; None unless asked for."""
 
 
 def token_logprobs(
@@ -92,7 +39,7 @@ def token_logprobs(
     entropy: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, ...]:
+) -> TokenLogprobs:
     """Log-probability of each target token under a language-model head, without storing logits.
 
         z = hidden @ weight.T + bias
@@ -124,9 +71,8 @@ def token_logprobs(
         backend: `auto` (see `choose_backend`), `reference`, `chunked` or `triton`.
 
     Returns:
-        `logprobs` `[...]` alone; if more is asked for, a tuple of `logprobs`, `entropy`, `lse` in
-        this order without those that are not. All `[...]`, float32 or float64, and all
-        differentiable once, to hidden, weight and bias.
+        Log-probabilities, and entropy and logsumexp where asked for, each `[...]`, float32 or
+        float64; all are differentiable once, to hidden, weight and bias.
 
     Raises:
         ValueError: a shape, dtype, device or number that does not fit the above, a partitioned
@@ -159,8 +105,9 @@ def token_logprobs(
         outputs = fused_logprobs(
             flat, weight, flat_targets, bias, head, entropy=entropy, backend=choice.name
         )
-    asked = zip(outputs, (True, entropy, return_lse), strict=True)
-    shaped = tuple(
-        out.reshape(targets.shape) for out, wanted in asked if wanted and out is not None
+    logprobs, spread, lse = outputs
+    return TokenLogprobs(
+        logprobs=logprobs.reshape(targets.shape),
+        entropy=None if spread is None else spread.reshape(targets.shape),
+        logsumexp=None if lse is None or not return_lse else lse.reshape(targets.shape),
     )
-    return shaped if len(shaped) > 1 else shaped[0]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from moe_rl.kernels.logprobs import token_logprobs
+from moe_rl.kernels.logprobs import TokenLogprobs, token_logprobs
 
 _METHOD = "token_logprobs"
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -96,7 +96,7 @@ def patch(model: nn.Module) -> Patch:
         return_lse: bool = False,
         backend: str = "auto",
         **forward: Any,
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> TokenLogprobs:
         """Log-probabilities of tokens under this model; see `moe_rl.kernels.patch`."""
         # Of this model now: a copy has a head of its own, and a head can be replaced.
         head = _head(self, name)

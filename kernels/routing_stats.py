@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from moe_rl.kernels.arguments import can_look
-from moe_rl.kernels.choose import Choice, triton_obstacle
+from moe_rl.kernels.choose import triton_obstacle
+from moe_rl.runtime.choice import Choice
 
 _ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 

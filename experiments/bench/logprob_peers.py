@@ -54,7 +54,7 @@ def _try(contestant: Contestant, device: torch.device) -> None:
 
 
 def _ours(_: torch.device) -> Contestant:
-    return lambda hidden, weight, targets: token_logprobs(hidden, weight, targets)
+    return lambda hidden, weight, targets: token_logprobs(hidden, weight, targets).logprobs
 
 
 def _materialised(_: torch.device) -> Contestant:

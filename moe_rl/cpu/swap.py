@@ -23,7 +23,7 @@ from moe_rl.cpu.decoder_layer import decoder_layer_forward
 from moe_rl.cpu.rms_norm import EXACT_DTYPES, rms_norm_forward
 from moe_rl.cpu.rotary import TABLE, rotary_forward
 from moe_rl.cpu.router import router_forward
-from moe_rl.kernels import Choice
+from moe_rl.runtime.choice import Choice
 
 _FUSED: dict[type[Any], Callable[..., Any]] = {
     Qwen3MoeRMSNorm: rms_norm_forward,

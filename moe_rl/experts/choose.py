@@ -6,7 +6,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moe_rl.experts import megablocks_package
 from moe_rl.experts.cpu_sorted import NAME as CPU_SORTED
 from moe_rl.experts.megablocks import GROUPED, SPARSE
-from moe_rl.kernels import Choice
+from moe_rl.runtime.choice import Choice
 
 # torch never frees a tensor that numpy has looked into.
 _NOT_SHARDED = "numpy multiplies by the weights, and FSDP2 could not free them"

@@ -97,10 +97,9 @@ def response_pass(
         ignore_index=None,  # what counts is the caller's mask to say
         entropy=options.entropy,
     )
-    logprobs, entropy = (found, None) if isinstance(found, Tensor) else found[:2]
     return PassOutput(
-        logprobs=logprobs,
-        entropy=None if entropy is None else entropy.detach(),
+        logprobs=found.logprobs,
+        entropy=None if found.entropy is None else found.entropy.detach(),
         routed_experts=routes,
         router_logits=scores,
     )

@@ -12,10 +12,10 @@ import torch
 
 from moe_rl.batch import RolloutBatch
 from moe_rl.config import EngineName
-from moe_rl.kernels import Choice
 from moe_rl.policy.policy import Policy
 from moe_rl.rollout.cached import generate
 from moe_rl.rollout.router_noise import RouterNoise
+from moe_rl.runtime.choice import Choice
 from moe_rl.runtime.seeding import uniforms
 
 

@@ -68,6 +68,11 @@ def problem(
     )
 
 
+def logprobs_of(*inputs: Tensor, **settings: Any) -> Tensor:
+    """The log-probabilities alone."""
+    return token_logprobs(*inputs, **settings).logprobs
+
+
 def solve(p: Problem, backend: str, *, entropy: bool = True) -> dict[str, Tensor]:
     """Outputs and gradients of one call; the loss weighs each output of each token differently."""
     leaves = [
@@ -76,19 +81,14 @@ def solve(p: Problem, backend: str, *, entropy: bool = True) -> dict[str, Tensor
     ]
     hidden, weight, bias = leaves
     assert hidden is not None and weight is not None
-    outputs = token_logprobs(
-        *(hidden, weight, p.targets),
-        bias=bias,
-        entropy=entropy,
-        return_lse=True,
-        backend=backend,
-        **p.settings,
-    )
+    settings = p.settings | {"bias": bias, "entropy": entropy, "return_lse": True}
+    found = token_logprobs(hidden, weight, p.targets, backend=backend, **settings)
+    outputs = [out for out in found if out is not None]
     upstream = p.upstream if entropy else p.upstream[[0, 2]]
     sum((out * up).sum() for out, up in zip(outputs, upstream, strict=True)).backward()
     names = NAMES if entropy else ("logprobs", "lse", *NAMES[3:])
-    found = [*(out.detach() for out in outputs), hidden.grad, weight.grad]
-    return dict(zip(names, found if bias is None else [*found, bias.grad], strict=False))
+    results = [*(out.detach() for out in outputs), hidden.grad, weight.grad]
+    return dict(zip(names, results if bias is None else [*results, bias.grad], strict=False))
 
 
 def truth(p: Problem, *, entropy: bool = True) -> dict[str, Tensor]:

@@ -8,7 +8,16 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import DEVICE, FUSED, assert_as_exact_as_torch, errors, problem, solve, truth
+from problems import (
+    DEVICE,
+    FUSED,
+    assert_as_exact_as_torch,
+    errors,
+    logprobs_of,
+    problem,
+    solve,
+    truth,
+)
 
 from moe_rl.kernels import chunks, product, rows, token_logprobs
 from moe_rl.kernels.triton_tile import tanh
@@ -39,8 +48,8 @@ def test_half_precision_inputs_are_as_exact_as_torch(backend: str, dtype: torch.
 @pytest.mark.parametrize("backend", FUSED)
 def test_inputs_of_different_dtypes_meet_in_float32(backend: str) -> None:
     p = problem(9, 16, 300)
-    mixed = token_logprobs(p.hidden, p.weight.bfloat16(), p.targets, backend=backend)
-    upcast = token_logprobs(p.hidden, p.weight.bfloat16().float(), p.targets, backend=backend)
+    mixed = logprobs_of(p.hidden, p.weight.bfloat16(), p.targets, backend=backend)
+    upcast = logprobs_of(p.hidden, p.weight.bfloat16().float(), p.targets, backend=backend)
     assert mixed.dtype == torch.float32
     torch.testing.assert_close(mixed, upcast, rtol=0, atol=2e-6)
 
@@ -136,7 +145,7 @@ def test_the_entropy_is_shifted_before_it_is_summed(backend: str) -> None:
 def test_float64_is_computed_in_float64() -> None:
     p = problem(9, 16, 5000, bias=True, temperature=0.7, softcap=4.0)
     found, exact = solve(p.to(torch.float64), "chunked"), truth(p)
-    unlikely = token_logprobs(
+    unlikely = logprobs_of(
         *(torch.tensor([[0.0, 20.5]]).double(), torch.eye(2).double(), torch.tensor([0])),
         backend="chunked",
     )

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from problems import problem
+from problems import logprobs_of, problem
 
 from moe_rl.kernels import choose_backend, product, token_logprobs
 from moe_rl.kernels.choose import SMALL_LOGITS
@@ -26,7 +26,7 @@ def test_backward_inside_autocast_is_float32() -> None:
     for autocast in (False, True):
         weight = p.weight.clone().requires_grad_()
         with torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=autocast):
-            token_logprobs(p.hidden, weight, p.targets).sum().backward()
+            logprobs_of(p.hidden, weight, p.targets).sum().backward()
         found.append(weight.grad)
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
     few = choose_backend(num_tokens=8, vocab=30, autocast=True)
@@ -36,8 +36,8 @@ def test_backward_inside_autocast_is_float32() -> None:
 def test_auto_is_the_backend_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(5, 8, 300)
     monkeypatch.setattr("moe_rl.kernels.choose.SMALL_LOGITS", 100)
-    expected = token_logprobs(p.hidden.cpu(), p.weight.cpu(), p.targets.cpu(), backend="chunked")
-    found = token_logprobs(p.hidden.cpu(), p.weight.cpu(), p.targets.cpu())
+    expected = logprobs_of(p.hidden.cpu(), p.weight.cpu(), p.targets.cpu(), backend="chunked")
+    found = logprobs_of(p.hidden.cpu(), p.weight.cpu(), p.targets.cpu())
     assert torch.equal(found, expected)
 
 

@@ -63,7 +63,7 @@ def test_the_method_is_the_models_own_distribution(family: str, backend: str) ->
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     with patch(model):
-        logprobs = model.token_logprobs(ids, backend=backend)
+        logprobs = model.token_logprobs(ids, backend=backend).logprobs
     torch.testing.assert_close(logprobs, expected, rtol=1e-4, atol=1e-4)
     logprobs.sum().backward()
     for name, parameter in model.named_parameters():
@@ -79,8 +79,8 @@ def test_padding_gives_zeros_and_targets_can_be_given() -> None:
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
     with patch(model), torch.no_grad():
-        logprobs, entropy = model.token_logprobs(ids, attention_mask=mask, entropy=True)
-        given = model.token_logprobs(ids, targets=ids.roll(-1, 1), attention_mask=mask)
+        logprobs, entropy, _ = model.token_logprobs(ids, attention_mask=mask, entropy=True)
+        given = model.token_logprobs(ids, targets=ids.roll(-1, 1), attention_mask=mask).logprobs
     assert (logprobs[1, 3:] == 0).all() and (entropy[1, 3:] == 0).all()
     kept = mask[:, 1:].bool()
     torch.testing.assert_close(logprobs[kept], own(model, ids, mask)[kept], rtol=1e-4, atol=1e-5)
@@ -138,10 +138,10 @@ def test_a_copy_and_a_new_head_are_read_anew() -> None:
     with torch.no_grad(), patch(model):
         reference = copy.deepcopy(model)
         model.lm_head.weight.normal_()
-        torch.testing.assert_close(reference.token_logprobs(ids), own(reference, ids))
-        torch.testing.assert_close(model.token_logprobs(ids), own(model, ids))
+        torch.testing.assert_close(reference.token_logprobs(ids).logprobs, own(reference, ids))
+        torch.testing.assert_close(model.token_logprobs(ids).logprobs, own(model, ids))
         model.set_output_embeddings(nn.Linear(16, 61, bias=True))
-        torch.testing.assert_close(model.token_logprobs(ids), own(model, ids))
+        torch.testing.assert_close(model.token_logprobs(ids).logprobs, own(model, ids))
         model.set_output_embeddings(nn.Sequential(model.lm_head))
         with pytest.raises(ValueError, match="its output head is Sequential"):
             model.token_logprobs(ids)

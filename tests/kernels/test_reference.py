@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import logprobs_of
 
 from moe_rl.kernels import token_logprobs
 
@@ -43,7 +44,7 @@ def test_values_equal_the_float64_formula(
 ) -> None:
     hidden, weight, targets, bias = inputs(n, hidden_size, vocab)
     p = probabilities(hidden, weight, bias, temperature)
-    logprobs, entropy = token_logprobs(
+    logprobs, entropy, _ = token_logprobs(
         hidden, weight, targets, bias=bias, temperature=temperature, entropy=True
     )
     np.testing.assert_allclose(logprobs, np.log(p[np.arange(n), targets]), rtol=1e-5, atol=1e-5)
@@ -54,7 +55,7 @@ def test_gradients_equal_the_closed_form() -> None:
     """d logprob / d h = (W[target] - p W) / T; d logprob / d W[v] = (1[v = target] - p_v) h / T."""
     hidden, weight, targets, bias = inputs(6, 5, 11, torch.float64)
     hidden, weight, bias = (tensor.requires_grad_() for tensor in (hidden, weight, bias))
-    token_logprobs(hidden, weight, targets, bias=bias, temperature=0.7).sum().backward()
+    logprobs_of(hidden, weight, targets, bias=bias, temperature=0.7).sum().backward()
     p = torch.from_numpy(probabilities(hidden, weight, bias, 0.7))
     residual = (torch.nn.functional.one_hot(targets, 11) - p) / 0.7
     torch.testing.assert_close(hidden.grad, residual @ weight)
@@ -74,18 +75,18 @@ def test_the_gradient_of_the_entropy_passes_a_numerical_check() -> None:
 
 def test_probabilities_of_all_words_sum_to_one() -> None:
     hidden, weight, _, _ = inputs(4, 8, 9)
-    every = [token_logprobs(hidden, weight, torch.full((4,), v)).exp() for v in range(9)]
+    every = [logprobs_of(hidden, weight, torch.full((4,), v)).exp() for v in range(9)]
     torch.testing.assert_close(torch.stack(every).sum(0), torch.ones(4))
 
 
 def test_asking_for_the_entropy_does_not_change_the_logprobs() -> None:
     hidden, weight, targets, _ = inputs(40, 16, 50)
-    alone = token_logprobs(hidden, weight, targets)
+    alone = logprobs_of(hidden, weight, targets)
     assert torch.equal(alone, token_logprobs(hidden, weight, targets, entropy=True)[0])
 
 
 def test_equal_logits_give_log_v() -> None:
-    logprobs, entropy = token_logprobs(
+    logprobs, entropy, _ = token_logprobs(
         torch.zeros(2, 3), torch.randn(7, 3), torch.tensor([0, 6]), entropy=True
     )
     torch.testing.assert_close(logprobs, torch.full((2,), -math.log(7)))
@@ -94,38 +95,38 @@ def test_equal_logits_give_log_v() -> None:
 
 def test_any_leading_shape_is_kept() -> None:
     hidden, weight, targets, _ = inputs(6, 5, 11)
-    flat = token_logprobs(hidden, weight, targets)
+    flat = logprobs_of(hidden, weight, targets)
     for shape in ((2, 3), (1, 3, 2)):
         shaped = token_logprobs(hidden.view(*shape, 5), weight, targets.view(shape), entropy=True)
         assert torch.equal(shaped[0], flat.view(shape)) and shaped[1].shape == shape
-    torch.testing.assert_close(token_logprobs(hidden[0], weight, targets[0]), flat[0])
+    torch.testing.assert_close(logprobs_of(hidden[0], weight, targets[0]), flat[0])
 
 
 def test_half_precision_inputs_are_computed_in_float32() -> None:
     hidden, weight, targets, bias = inputs(8, 32, 64, torch.bfloat16)
-    logprobs = token_logprobs(hidden, weight, targets, bias=bias)
+    logprobs = logprobs_of(hidden, weight, targets, bias=bias)
     assert logprobs.dtype == torch.float32
-    upcast = token_logprobs(hidden.float(), weight.float(), targets, bias=bias.float())
+    upcast = logprobs_of(hidden.float(), weight.float(), targets, bias=bias.float())
     assert torch.equal(logprobs, upcast)
 
 
 def test_autocast_does_not_change_the_result() -> None:
     hidden, weight, targets, _ = inputs(8, 32, 64)
-    expected = token_logprobs(hidden, weight, targets)
+    expected = logprobs_of(hidden, weight, targets)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(token_logprobs(hidden, weight, targets, backend="reference"), expected)
+        assert torch.equal(logprobs_of(hidden, weight, targets, backend="reference"), expected)
 
 
 def test_float64_stays_float64() -> None:
     hidden, weight, targets, _ = inputs(8, 32, 64, torch.float64)
-    assert token_logprobs(hidden, weight, targets).dtype == torch.float64
-    assert token_logprobs(hidden.float(), weight, targets).dtype == torch.float64
+    assert logprobs_of(hidden, weight, targets).dtype == torch.float64
+    assert logprobs_of(hidden.float(), weight, targets).dtype == torch.float64
 
 
 def test_huge_logits_stay_finite() -> None:
     hidden, weight, targets, _ = inputs(8, 32, 64, scale=1e4)
     hidden.requires_grad_()
-    logprobs, entropy = token_logprobs(hidden, weight, targets, entropy=True)
+    logprobs, entropy, _ = token_logprobs(hidden, weight, targets, entropy=True)
     (logprobs.sum() + entropy.sum()).backward()
     assert logprobs.isfinite().all() and entropy.isfinite().all() and hidden.grad.isfinite().all()
 
@@ -135,11 +136,11 @@ def test_a_bias_of_minus_infinity_removes_a_word() -> None:
     targets = torch.tensor([0, 1, 2, 3])
     bias[8] = -torch.inf
     hidden.requires_grad_()
-    logprobs, entropy = token_logprobs(hidden, weight, targets, bias=bias, entropy=True)
+    logprobs, entropy, _ = token_logprobs(hidden, weight, targets, bias=bias, entropy=True)
     (logprobs.sum() + entropy.sum()).backward()
     assert hidden.grad.isfinite().all()
     fewer = token_logprobs(hidden, weight[:8], targets, bias=bias[:8], entropy=True)
-    torch.testing.assert_close((logprobs, entropy), fewer)
+    torch.testing.assert_close((logprobs, entropy), fewer[:2])
 
 
 @pytest.mark.parametrize("target", [-100, -1, 9])
@@ -192,6 +193,6 @@ def test_a_gpu_agrees_with_float64() -> None:
     on_gpu = token_logprobs(
         hidden.cuda(), weight.cuda(), targets.cuda(), bias=bias.cuda(), entropy=True
     )
-    for gpu, cpu, truth in zip(on_gpu, on_cpu, exact, strict=True):
+    for gpu, cpu, truth in zip(on_gpu[:2], on_cpu[:2], exact[:2], strict=True):
         cpu_error = (cpu.double() - truth).abs().max()
         assert (gpu.cpu().double() - truth).abs().max() <= 2 * cpu_error + 1e-6

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from problems import DEVICE, FUSED, problem, solve, truth
+from problems import DEVICE, FUSED, logprobs_of, problem, solve, truth
 from torch import Tensor
 
 from moe_rl.kernels import token_logprobs
@@ -72,9 +72,9 @@ def test_a_likely_target_keeps_its_gradient(backend: str, gap: float) -> None:
     weight[7] = gap + math.log(vocab - 1)
     target = torch.tensor([7], device=DEVICE)
     leaf = weight.clone().requires_grad_()
-    token_logprobs(hidden, leaf, target, backend=backend).sum().backward()
+    logprobs_of(hidden, leaf, target, backend=backend).sum().backward()
     exact = weight.double().requires_grad_()
-    token_logprobs(hidden.double(), exact, target, backend="reference").sum().backward()
+    logprobs_of(hidden.double(), exact, target, backend="reference").sum().backward()
     assert leaf.grad is not None and exact.grad is not None
     torch.testing.assert_close(leaf.grad[7].double(), exact.grad[7], rtol=3e-6, atol=0)
 
@@ -85,7 +85,7 @@ def test_no_logprob_is_above_zero(backend: str, scale: float) -> None:
     """The target's score and the logsumexp round apart unless they share the same number."""
     p = problem(200, 48, 40, scale=scale)
     best = (p.hidden @ p.weight.T).argmax(1)
-    logprobs = token_logprobs(p.hidden, p.weight, best, backend=backend)
+    logprobs = logprobs_of(p.hidden, p.weight, best, backend=backend)
     assert logprobs.max() <= 0
 
 
@@ -221,7 +221,7 @@ def test_a_tied_embedding_gets_both_gradients(backend: str) -> None:
     def embedding_gradient(chosen: str, dtype: torch.dtype) -> Tensor:
         table = problem(1, 8, 60).weight.to(dtype).requires_grad_()
         ids = torch.tensor([3, 59, 0, 3], device=DEVICE)
-        token_logprobs(table[ids].tanh(), table, ids.flip(0), backend=chosen).sum().backward()
+        logprobs_of(table[ids].tanh(), table, ids.flip(0), backend=chosen).sum().backward()
         assert table.grad is not None
         return table.grad
 
@@ -239,8 +239,8 @@ def test_partitioned_weights_are_refused_by_name(backend: str) -> None:
         token_logprobs(p.hidden, shard, p.targets, backend=backend)
     gathered = torch.nn.Parameter(p.weight.clone())
     gathered.ds_shape = torch.Size([5, 4])  # which stays there while it is gathered
-    whole = token_logprobs(p.hidden, gathered, p.targets, backend=backend)
-    assert torch.equal(whole, token_logprobs(p.hidden, p.weight, p.targets, backend=backend))
+    whole = logprobs_of(p.hidden, gathered, p.targets, backend=backend)
+    assert torch.equal(whole, logprobs_of(p.hidden, p.weight, p.targets, backend=backend))
     p.weight.full_tensor = lambda: p.weight
     with pytest.raises(ValueError, match="full_tensor"):
         token_logprobs(p.hidden, p.weight, p.targets, backend=backend)
@@ -250,10 +250,10 @@ def test_partitioned_weights_are_refused_by_name(backend: str) -> None:
 def test_each_token_has_its_own_temperature(backend: str) -> None:
     p = problem(5, 8, 300)
     values = torch.tensor([0.2, 0.7, 1.0, 2.0, 9.0], device=DEVICE)
-    together = token_logprobs(p.hidden, p.weight, p.targets, temperature=values, backend=backend)
+    together = logprobs_of(p.hidden, p.weight, p.targets, temperature=values, backend=backend)
     for i, value in enumerate(values.tolist()):
         row = slice(i, i + 1)
-        alone = token_logprobs(
+        alone = logprobs_of(
             *(p.hidden[row], p.weight, p.targets[row]), temperature=value, backend=backend
         )
         torch.testing.assert_close(together[row], alone, rtol=1e-5, atol=1e-6)
@@ -265,8 +265,8 @@ def test_offsets_past_two_to_the_31_are_read_right() -> None:
     weight = far.as_strided((3, 8), (2**30, 1))
     p = problem(4, 8, 3, dtype=torch.float16)
     weight.copy_(p.weight)
-    near = token_logprobs(p.hidden, p.weight, p.targets, backend="triton")
-    assert torch.equal(token_logprobs(p.hidden, weight, p.targets, backend="triton"), near)
+    near = logprobs_of(p.hidden, p.weight, p.targets, backend="triton")
+    assert torch.equal(logprobs_of(p.hidden, weight, p.targets, backend="triton"), near)
 
 
 @pytest.mark.gpu
@@ -315,7 +315,7 @@ def test_a_frozen_head_costs_no_weight_gradient(
     monkeypatch.setattr(triton_backward, "_product", counted)
     p = problem(6, 8, 300)
     hidden = p.hidden.clone().requires_grad_()
-    token_logprobs(hidden, p.weight, p.targets, backend=backend).sum().backward()
+    logprobs_of(hidden, p.weight, p.targets, backend=backend).sum().backward()
     assert (300, 8) not in calls.shapes and (6, 8) in calls.shapes
     assert hidden.grad is not None and p.weight.grad is None
 
@@ -376,7 +376,7 @@ def test_compiled_gradients_lie_as_they_are_said_to(backend: str, compiler: str)
     p = problem(6, 8, 300)
     leaves = [t.t().contiguous().t().requires_grad_() for t in (p.hidden, p.weight)]
     compiled = torch.compile(
-        lambda hidden, weight: token_logprobs(hidden, weight, p.targets, backend=backend),
+        lambda hidden, weight: logprobs_of(hidden, weight, p.targets, backend=backend),
         backend=compiler,
         fullgraph=True,
     )
@@ -394,11 +394,11 @@ def test_a_compiled_call_takes_another_temperature(backend: str) -> None:
     @torch.compile(backend="aot_eager", fullgraph=True)
     def compiled(hidden: Tensor, temperature: float, softcap: float) -> Tensor:
         settings = {"temperature": temperature, "softcap": softcap}
-        return token_logprobs(hidden, p.weight, p.targets, backend=backend, **settings)
+        return logprobs_of(hidden, p.weight, p.targets, backend=backend, **settings)
 
     for temperature, softcap in ((0.7, 5.0), (0.8, 6.0), (1.3, 7.0)):
         settings = {"temperature": temperature, "softcap": softcap}
-        expected = token_logprobs(p.hidden, p.weight, p.targets, backend=backend, **settings)
+        expected = logprobs_of(p.hidden, p.weight, p.targets, backend=backend, **settings)
         found = compiled(p.hidden, temperature, softcap)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
@@ -407,7 +407,7 @@ def test_a_compiled_call_takes_another_temperature(backend: str) -> None:
 def test_a_second_derivative_says_where_there_is_one(backend: str) -> None:
     p = problem(4, 8, 300)
     hidden = p.hidden.clone().requires_grad_()
-    logprobs = token_logprobs(hidden, p.weight, p.targets, backend=backend)
+    logprobs = logprobs_of(hidden, p.weight, p.targets, backend=backend)
     (slope,) = torch.autograd.grad(logprobs.sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match=r"for second derivatives use .*'reference'"):
         slope.sum().backward()
