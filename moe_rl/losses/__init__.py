@@ -1,9 +1,7 @@
-"""Losses: one algorithm a file, each a pure function of tensors; this file finds them by name.
+"""Losses: one algorithm per file, each a pure function of tensors; this file finds them by name.
 
 loss_function("gspo")(logprobs, old_logprobs, advantages, mask).loss.backward()
 """
-
-from __future__ import annotations
 
 import difflib
 from typing import NamedTuple
@@ -45,14 +43,14 @@ ALGORITHMS: dict[str, _Algorithm] = {
 }
 
 
-def _find(algorithm: str) -> _Algorithm:
-    if algorithm in ALGORITHMS:
-        return ALGORITHMS[algorithm]
-    nearest = difflib.get_close_matches(algorithm, ALGORITHMS, n=1, cutoff=0.0)[0]
-    raise ValueError(
-        f"algorithm is {algorithm!r}; expected one of {', '.join(ALGORITHMS)}: "
-        f"did you mean {nearest!r}?"
-    )
+def _find_algorithm(algorithm: str) -> _Algorithm:
+    if algorithm not in ALGORITHMS:
+        nearest = difflib.get_close_matches(algorithm, ALGORITHMS, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"algorithm={algorithm!r}: unknown; use one of {', '.join(ALGORITHMS)}, "
+            f"did you mean {nearest!r}?"
+        )
+    return ALGORITHMS[algorithm]
 
 
 def loss_function(algorithm: str) -> LossFunction:
@@ -61,7 +59,7 @@ def loss_function(algorithm: str) -> LossFunction:
     Raises:
         ValueError: for another name, with the nearest one.
     """
-    return _find(algorithm).loss
+    return _find_algorithm(algorithm).loss
 
 
 def resolve_clip(
@@ -73,7 +71,7 @@ def resolve_clip(
 ) -> tuple[float, float]:
     """(clip_low, clip_high) of a run: what was given, else the GSPO paper's (2507.18071, 5.1).
 
-    Under the other algorithm's range a run goes on without an error and means little: GSPO at 0.2
+    With the other algorithm's range a run would train without an error and mean little: GSPO at 0.2
     clips nothing, GRPO at 3e-4 nearly everything. So that is refused.
 
     Args:
@@ -86,7 +84,7 @@ def resolve_clip(
         ValueError: for an unknown algorithm, a range outside the bounds, or a scale on the other
             side of SCALE_BOUNDARY.
     """
-    found = _find(algorithm)
+    found = _find_algorithm(algorithm)
     low = found.clip_low if low is None else low
     high = found.clip_high if high is None else high
     check_clip_bounds(low, high)
@@ -94,10 +92,9 @@ def resolve_clip(
         scale = "token" if value >= SCALE_BOUNDARY else "sequence"
         if scale != found.ratio and not allow_any_scale:
             raise ValueError(
-                f"{name} is {value:g}, the scale of {scale} ratios; {algorithm} has one ratio a "
-                f"{found.ratio}. Token ratios (grpo) take about 0.2 and 0.27, "
-                "sequence ratios (gspo, gspo_token) about 3e-4 and 4e-4; the boundary is "
-                f"{SCALE_BOUNDARY:g}. Pass allow_any_scale=True "
-                "(--allow-any-clip-scale) to clip at this scale on purpose"
+                f"{name}={value:g}: on the scale of {scale} ratios, but {algorithm} clips "
+                f"{found.ratio} ratios; use about 0.2 and 0.27 for token ratios (grpo), 3e-4 and "
+                "4e-4 for sequence ratios (gspo, gspo_token), or pass allow_any_scale=True "
+                "(--allow-any-clip-scale)"
             )
     return low, high

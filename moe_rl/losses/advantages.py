@@ -1,7 +1,5 @@
 """Group-relative advantages: a response is compared with the others to the same prompt."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -22,26 +20,20 @@ def group_advantages(rewards: Tensor) -> Tensor:
         all 0.
 
     Raises:
-        ValueError: rewards not [P, G], G below 2, or a reward that is not finite.
+        ValueError: rewards not [P, G], G below 2, or a reward that is NaN or inf.
     """
-    if rewards.ndim != 2:
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(
-            f"rewards has shape {list(rewards.shape)}; expected [P, G], prompts by samples: "
-            "reshape it with rewards.view(-1, group_size)"
-        )
-    if rewards.shape[1] < 2:
-        raise ValueError(
-            f"rewards has group size {rewards.shape[1]}; expected at least 2: a sample alone has "
-            "no other to be compared with"
+            f"rewards.shape={list(rewards.shape)}: expected [P, G], prompts by at least 2 samples; "
+            "reshape with rewards.view(-1, group_size)"
         )
     exact = rewards.detach().to(torch.float64)
     bad = (~exact.isfinite()).nonzero()
     if len(bad):
         prompt, sample = bad[0].tolist()
         raise ValueError(
-            f"rewards[{prompt}, {sample}] is {exact[prompt, sample].item()} (prompt {prompt}, "
-            f"sample {sample}; {len(bad)} not finite in all); expected finite numbers: mend the "
-            "reward function"
+            f"rewards[{prompt}, {sample}]={exact[prompt, sample].item()}: NaN or inf at prompt "
+            f"{prompt}, sample {sample} ({len(bad)} in all); fix the reward function"
         )
     # An advantage is the same for any shift and scale of the rewards, so they are first brought to
     # [0, 1]: squares of very small or very large rewards would under- or overflow. Halved, because

@@ -1,9 +1,7 @@
-"""What every loss shares: its result, the masked log ratio, the clipped surrogate.
+"""What every loss shares: its signature, its result, checked inputs and the clipped surrogate.
 
-Shapes: B sequences, T response positions (right padded).
+Shapes: B sequences, T response positions (right padded), N sequences of the whole minibatch.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -19,16 +17,14 @@ class LossOutput:
 
     loss: Tensor
     """Scalar to minimise, float32 or wider; differentiable in `logprobs` only."""
-
     clipped_low: Tensor
     """bool [B, T]: response tokens with ratio < 1 - clip_low and advantage < 0."""
-
     clipped_high: Tensor
     """bool [B, T]: response tokens with ratio > 1 + clip_high and advantage > 0."""
 
 
 class LossFunction(Protocol):
-    """Signature shared by all algorithms of this package."""
+    """The signature of every algorithm in this package."""
 
     def __call__(
         self,
@@ -41,117 +37,84 @@ class LossFunction(Protocol):
         clip_high: float = ...,
         num_sequences: int | None = None,
     ) -> LossOutput:
-        """Logprobs and mask [B, T], advantages [B], and what `grpo_loss` says of the rest."""
+        """The loss of a minibatch, or of the part of it that one process or micro-batch holds.
+
+        A sequence without a token adds 0 to the loss and still counts in N.
+
+        Args:
+            logprobs: [B, T], nats, of the policy being trained; only this input gets a gradient.
+            old_logprobs: [B, T], nats, of the policy that the ratio is taken against.
+            advantages: [B], one per sequence; `gspo_token_loss` also takes [B, T].
+            mask: bool [B, T], True at response tokens; padding may hold anything, NaN included.
+            clip_low: the ratio's lower bound is 1 - clip_low; from 0 to 1.
+            clip_high: the ratio's upper bound is 1 + clip_high; at least 0.
+            num_sequences: N over all micro-batches and ranks, so that the losses of the parts sum
+                to the loss of the whole; B by default.
+
+        Raises:
+            ValueError: a tensor of another shape, a mask that is not bool, or a clip range out of
+                bounds.
+        """
         ...
 
 
-def check_inputs(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    token_advantages: bool = False,
-) -> None:
-    """Raise ValueError unless the tensors are [B, T], [B, T], [B] (or [B, T]) and bool [B, T].
-
-    Nothing broadcasts: a [T] or [B, 1] tensor that would broadcast is nearly always a forgotten
-    batch dimension, and the loss would be wrong without a sign of it.
-    """
-    if logprobs.ndim != 2:
-        raise ValueError(
-            f"logprobs has shape {list(logprobs.shape)}; expected [B, T]: sequences by response "
-            "positions (unsqueeze(0) a single sequence)"
-        )
-    if not logprobs.is_floating_point():
-        raise ValueError(f"logprobs has dtype {logprobs.dtype}; expected a floating-point dtype")
-    shape = logprobs.shape
-    if old_logprobs.shape != shape:
-        raise ValueError(
-            f"old_logprobs has shape {list(old_logprobs.shape)}; expected that of logprobs, "
-            f"{list(shape)}: pass the old log-prob of each token, padded alike"
-        )
-    if mask.shape != shape:
-        raise ValueError(
-            f"mask has shape {list(mask.shape)}; expected that of logprobs, {list(shape)}: "
-            "pass the mask of response positions only, without the prompt"
-        )
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask has dtype {mask.dtype}; expected torch.bool: pass mask.bool()")
-    if advantages.shape == shape[:1] or (token_advantages and advantages.shape == shape):
-        return
-    if advantages.shape == shape:
-        fix = "use gspo_token_loss for per-token advantages"
-    else:
-        fix = "pass one advantage a sequence (flatten the [P, G] of group_advantages)"
-    expected = f"[{shape[0]}]" + (f" or {list(shape)}" if token_advantages else "")
-    raise ValueError(f"advantages has shape {list(advantages.shape)}; expected {expected}: {fix}")
-
-
-def check_clip_bounds(clip_low: float, clip_high: float) -> None:
-    """Raise ValueError unless 0 <= clip_low <= 1 and clip_high >= 0."""
-    if not 0.0 <= clip_low <= 1.0:
-        raise ValueError(
-            f"clip_low is {clip_low}; expected a number from 0 to 1: it is subtracted from 1 to "
-            "give the lower bound of a ratio"
-        )
-    if not clip_high >= 0.0:
-        raise ValueError(
-            f"clip_high is {clip_high}; expected a number >= 0: it is added to 1 to give the "
-            "upper bound of a ratio"
-        )
-
-
-class Prepared(NamedTuple):
+class LossInputs(NamedTuple):
     """Checked inputs, in the form that every loss starts from."""
 
     log_ratio: Tensor
     """log w [B, T], 0 in padding; see `masked_log_ratio`."""
-
     advantages: Tensor
     """[B] or [B, T], without gradient, in the dtype of log_ratio."""
-
+    mask: Tensor
+    """bool [B, T]."""
     lengths: Tensor
     """int64 [B], response tokens of each sequence, at least 1: they divide."""
+    num_sequences: int
+    """N, which the sum over sequences is divided by."""
 
-    divisor: int
-    """The number of sequences to divide by."""
 
-
-def prepare(
+def prepare_inputs(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    clip_low: float,
-    clip_high: float,
     num_sequences: int | None,
     *,
     token_advantages: bool = False,
-) -> Prepared:
-    """Check what a loss was given, and compute what all of them need.
+) -> LossInputs:
+    """Check the tensors that a loss was given, and compute what all losses need.
+
+    Nothing broadcasts: a [T] or [B, 1] tensor that would broadcast is nearly always a forgotten
+    batch dimension, and the loss would be wrong without a sign of it.
 
     Raises:
-        ValueError: see `check_inputs` and `check_clip_bounds`; or fewer than one sequence.
+        ValueError: see `LossFunction`; `token_advantages` allows advantages [B, T].
     """
-    check_inputs(logprobs, old_logprobs, advantages, mask, token_advantages=token_advantages)
-    check_clip_bounds(clip_low, clip_high)
-    divisor = logprobs.shape[0] if num_sequences is None else num_sequences
-    if divisor < 1:
-        raise ValueError(
-            f"num_sequences is {divisor}; expected at least 1: pass the number of sequences of "
-            "the whole minibatch, over all micro-batches and ranks"
-        )
+    shape = logprobs.shape
+    per_sequence = advantages.shape == shape[:1]
+    for name, value, fits, expected in (
+        ("logprobs", logprobs, logprobs.ndim == 2, "[B, T]"),
+        ("old_logprobs", old_logprobs, old_logprobs.shape == shape, f"{list(shape)}"),
+        ("mask", mask, mask.shape == shape, f"{list(shape)}, response positions only"),
+        (
+            "advantages",
+            advantages,
+            per_sequence or (token_advantages and advantages.shape == shape),
+            f"one per sequence, {list(shape[:1])} (gspo_token also takes one per token)",
+        ),
+    ):
+        if not fits:
+            raise ValueError(f"{name}.shape={list(value.shape)}: expected {expected}; reshape it")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask.dtype={mask.dtype}: expected torch.bool; pass mask.bool()")
     log_ratio = masked_log_ratio(logprobs, old_logprobs, mask)
-    advantages = advantages.detach().to(log_ratio.dtype)
-    return Prepared(log_ratio, advantages, mask.sum(1).clamp(min=1), divisor)
-
-
-def spread_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
-    """One advantage a response token, [B, T], from [B] or [B, T]; 0 in padding."""
-    if advantages.ndim == 1:
-        advantages = advantages[:, None].expand_as(mask)
-    return advantages.masked_fill(~mask, 0.0)
+    return LossInputs(
+        log_ratio=log_ratio,
+        advantages=advantages.detach().to(log_ratio.dtype),
+        mask=mask,
+        lengths=mask.sum(1).clamp(min=1),
+        num_sequences=shape[0] if num_sequences is None else num_sequences,
+    )
 
 
 def masked_log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -163,6 +126,15 @@ def masked_log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Te
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
     log_ratio = logprobs.to(dtype) - old_logprobs.detach().to(dtype)
     return log_ratio.masked_fill(~mask, 0.0)
+
+
+def check_clip_bounds(clip_low: float, clip_high: float) -> None:
+    """Raise ValueError unless 0 <= clip_low <= 1 and clip_high >= 0."""
+    if not (0.0 <= clip_low <= 1.0 and clip_high >= 0.0):
+        raise ValueError(
+            f"clip_low={clip_low}, clip_high={clip_high}: a ratio is clipped to "
+            "[1 - clip_low, 1 + clip_high]; use clip_low from 0 to 1 and clip_high of at least 0"
+        )
 
 
 def clip_log_ratio(
@@ -178,7 +150,11 @@ def clip_log_ratio(
     never enters the graph (its gradient would be 0 * inf = NaN). Where A = 0 log w' is 0 for the
     same reason. Left raw is A < 0 with w > 1: the surrogate is unbounded there by design (the
     papers have no dual clip), so that loss and gradient become inf, not NaN, once exp overflows.
+
+    Raises:
+        ValueError: see `check_clip_bounds`.
     """
+    check_clip_bounds(clip_low, clip_high)
     log_low = math.log1p(-clip_low) if clip_low < 1.0 else -math.inf
     log_high = math.log1p(clip_high)
     with torch.no_grad():
@@ -187,3 +163,23 @@ def clip_log_ratio(
         inert = advantages == 0
     picked = log_ratio.masked_fill(clipped_low, log_low).masked_fill(clipped_high, log_high)
     return picked.masked_fill(inert, 0.0), clipped_low, clipped_high
+
+
+def clipped_token_loss(
+    log_ratio: Tensor, inputs: LossInputs, clip_low: float, clip_high: float
+) -> LossOutput:
+    """-1/N sum_i 1/|y_i| sum_t min(w_it A_it, clip(w_it, 1 - low, 1 + high) A_it).
+
+    Args:
+        log_ratio: log w_it [B, T], which need not be the token's own ratio.
+        inputs: advantages (one per sequence is repeated over its tokens), mask and divisors.
+        clip_low, clip_high: see `LossFunction`.
+    """
+    advantages = inputs.advantages
+    if advantages.ndim == 1:
+        advantages = advantages[:, None].expand_as(inputs.mask)
+    advantages = advantages.masked_fill(~inputs.mask, 0.0)
+    picked, low, high = clip_log_ratio(log_ratio, advantages, clip_low, clip_high)
+    surrogate = picked.exp() * advantages
+    loss = -(surrogate.sum(1) / inputs.lengths).sum() / inputs.num_sequences
+    return LossOutput(loss=loss, clipped_low=low, clipped_high=high)

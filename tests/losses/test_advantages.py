@@ -63,20 +63,15 @@ def test_integer_and_boolean_rewards_are_numbers() -> None:
         assert torch.equal(group_advantages(torch.tensor([[1, 0, 1]]).to(dtype)), expected)
 
 
-@pytest.mark.parametrize("shape", [(4,), (2, 2, 2)])
-def test_rewards_of_another_rank_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"rewards has shape .*expected \[P, G\].*view"):
+@pytest.mark.parametrize("shape", [(4,), (2, 2, 2), (4, 1)])
+def test_rewards_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"rewards.shape=.*expected \[P, G\].*view"):
         group_advantages(torch.zeros(shape))
-
-
-def test_a_group_of_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="group size 1; expected at least 2"):
-        group_advantages(torch.zeros(4, 1))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_reward_that_is_not_finite_is_named_by_prompt_and_sample(value: float) -> None:
     rewards = torch.zeros(3, 4)
     rewards[2, 1] = value
-    with pytest.raises(ValueError, match=rf"rewards\[2, 1\] is {value}.*prompt 2, sample 1"):
+    with pytest.raises(ValueError, match=rf"rewards\[2, 1\]={value}.*prompt 2, sample 1"):
         group_advantages(rewards)
