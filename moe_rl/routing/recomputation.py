@@ -88,8 +88,8 @@ class Recomputations:
             raise ValueError(
                 f"model: router {tap.name!r} is recomputed twice in one backward pass, so two "
                 "checkpointed forwards share it and their routes cannot be told apart (one was "
-                "made before the routing context, or on another device). Call backward for each "
-                "forward by itself."
+                "made before the routing context, or on another device); call backward for each "
+                "forward by itself"
             )
         used.recomputed.add(layer)
         return used.ids[layer]

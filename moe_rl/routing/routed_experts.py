@@ -19,8 +19,8 @@ def check_routed_experts(
 ) -> None:
     """Raise ValueError unless `routed_experts` can be replayed on a model of that shape.
 
-    Checked: an integer tensor `[B, S, L, K]`, L and K those of the model, ids in [-1, E), and the K
-    ids of a token different from each other.
+    Checked: an integer tensor `[B, S, L, K]`, L and K those of the model, ids in [-1, E), the K ids
+    of a token different from each other, and not a record of nothing but zeros.
     """
     check_shape(routed_experts, num_layers=num_layers, top_k=top_k)
     if routed_experts.numel() == 0:
@@ -30,6 +30,11 @@ def check_routed_experts(
         raise ValueError(
             f"routed_experts: ids range from {low} to {high}, but the model has {num_experts} "
             f"experts; pass ids in [0, {num_experts}), and -1 where there is no record"
+        )
+    if high == 0 and num_experts > 1:
+        raise ValueError(
+            "routed_experts: every id is 0, so the engine that made this record recorded nothing; "
+            "turn its routing record on, or pass validate=False to replay it as it is"
         )
     # Comparing with every rotation by up to K // 2 places compares every pair, without a sort.
     for shift in range(1, top_k // 2 + 1):
@@ -41,7 +46,7 @@ def check_routed_experts(
             raise ValueError(
                 f"routed_experts: [{b}, {s}, {layer}] holds {routed_experts[b, s, layer].tolist()}"
                 ", which names an expert twice; pass K different ids, or -1 where there is no "
-                "record (all zeros: the engine recorded nothing)"
+                "record"
             )
 
 

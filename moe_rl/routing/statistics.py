@@ -1,7 +1,9 @@
 """Routing room: what is measured about routing, as pure functions of tensors.
 
 Shapes: `...` any token axes (usually `[B, T]`), L MoE layers, E experts, K experts per token.
-`mask` is boolean over the token axes: True for the tokens M that count; None counts all.
+`router_logits` are raw, `[..., L, E]`; `routed_experts` are ids `[..., L, K]`, any integer dtype.
+`mask` is boolean over the token axes: True for the tokens M that count; None counts all. Another
+mask, or two routings that differ in shape, are a ValueError.
 
 Functions of tokens return float32 with NaN at tokens outside of `mask` and at (token, layer) pairs
 without a record (a negative id in either routing), so that callers average what they want:
@@ -31,10 +33,6 @@ def churn(e_a: Tensor, e_b: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Args:
         e_a, e_b: ids `[..., L, K]` of the same tokens, any integer dtype.
-        mask: `[...]`.
-
-    Raises:
-        ValueError: the two routings differ in shape.
     """
     _require_same_shape("e_a", e_a, "e_b", e_b)
     shared = e_b == e_a[..., :1]
@@ -68,17 +66,9 @@ def margin(router_logits: Tensor, top_k: int, mask: Tensor | None = None) -> Ten
     """Logit of the K-th choice minus that of the (K+1)-th. `[..., L]`, at least 0.
 
     How far the router is from a different set. +inf where E == K: there is no other set.
-
-    Args:
-        router_logits: `[..., L, E]`.
-        top_k: K.
-        mask: `[...]`.
     """
-    num_experts = router_logits.shape[-1]
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k: {top_k} of {num_experts} experts. Pass 1 to {num_experts}.")
     logits = router_logits.detach().float()
-    if top_k == num_experts:
+    if top_k == logits.shape[-1]:
         gap = torch.full_like(logits[..., 0], float("inf"))
     else:
         best = largest(logits, top_k + 1)
@@ -96,12 +86,8 @@ def shift(
     leave the mean.
 
     Args:
-        old_logits, new_logits: raw router logits `[..., L, E]` of the same tokens.
+        old_logits, new_logits: of the same tokens.
         e_old: ids `[..., L, K]` that the old policy chose.
-        mask: `[...]`.
-
-    Raises:
-        ValueError: the logits differ in shape.
     """
     _require_same_shape("old_logits", old_logits, "new_logits", new_logits)
     ids = e_old.clamp_min(0).long()
@@ -112,13 +98,7 @@ def shift(
 
 
 def confidence(router_logits: Tensor, routed_experts: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax mass of the experts in use, sum_k r(e_k). `[..., L]` in (0, 1].
-
-    Args:
-        router_logits: `[..., L, E]`.
-        routed_experts: ids `[..., L, K]`.
-        mask: `[...]`.
-    """
+    """Softmax mass of the experts in use, sum_k r(e_k). `[..., L]` in (0, 1]."""
     ids = routed_experts.clamp_min(0).long()
     mass = router_logits.detach().float().softmax(dim=-1).gather(-1, ids).sum(dim=-1)
     return _only(mass, mask, _recorded(routed_experts))
@@ -136,11 +116,6 @@ def load(routed_experts: Tensor, num_experts: int, mask: Tensor | None = None) -
     """Share of a layer's expert slots that goes to each expert. `[L, E]`, rows sum to 1.
 
     Counted over the tokens of `mask` that have a record at the layer; a layer without any has NaN.
-
-    Args:
-        routed_experts: ids `[..., L, K]`.
-        num_experts: E.
-        mask: `[...]`.
     """
     num_layers = routed_experts.shape[-2]
     counted = _recorded(routed_experts)
@@ -194,14 +169,14 @@ def _only(values: Tensor, mask: Tensor | None, recorded: Tensor | None) -> Tenso
 def _require_mask(mask: Tensor, values: Tensor) -> None:
     if mask.dtype != torch.bool or mask.shape != values.shape[:-1]:
         raise ValueError(
-            f"mask: {mask.dtype} {list(mask.shape)} for tokens {list(values.shape[:-1])}. "
-            "Pass a boolean mask over the token axes, without the layer axis."
+            f"mask: {mask.dtype} {list(mask.shape)} for tokens {list(values.shape[:-1])}; pass a "
+            "boolean mask over the token axes, without the layer axis"
         )
 
 
 def _require_same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     if a.shape != b.shape:
         raise ValueError(
-            f"{name_b}: shape {list(b.shape)} differs from {name_a} {list(a.shape)}. Pass the same "
-            "tokens, layers and width for both."
+            f"{name_b}: shape {list(b.shape)} differs from {name_a} {list(a.shape)}; pass the same "
+            "tokens, layers and width for both"
         )

@@ -133,18 +133,23 @@ def survey(model: nn.Module) -> tuple[list[RouterTap], nn.Module]:
     if not paths:
         raise ValueError(
             f"model: {type(model).__name__} has no top-k router, so there is no routing to record "
-            "or replay. Pass a Mixture-of-Experts model (Qwen3-MoE, OLMoE, Mixtral, ...), or give "
-            "your own router the method of moe_rl.routing.ChoosesExperts."
+            "or replay; pass a Mixture-of-Experts model (Qwen3-MoE, OLMoE, Mixtral, ...), or give "
+            "your own router the method of moe_rl.routing.ChoosesExperts"
         )
     for path in paths:
         if {"modules_to_save", "original_module"} & set(path.split(".")):
             raise ValueError(
                 f"model: PEFT keeps two copies of the router {path!r} (modules_to_save), of which "
-                "adapters decide the one that routes. Adapt it by LoRA (target_modules or "
-                "target_parameters), or merge the adapter first."
+                "adapters decide the one that routes; adapt it by LoRA (target_modules or "
+                "target_parameters), or merge the adapter first"
             )
     taps = [_tap(path, by_path[path], model) for path in paths]
-    _require_uniform(taps, model)
+    shapes = sorted({(tap.num_experts, tap.top_k) for tap in taps})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"model: the routers of {type(model).__name__} differ in (experts, experts per token): "
+            f"{shapes}, and one record holds one kind; pass the submodel whose routers agree"
+        )
     return taps, _deepest_model(modules, paths) or model
 
 
@@ -154,14 +159,14 @@ def _refuse(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
         if reason is not None:
             raise ValueError(
                 f"model: the routing of {type(model).__name__} cannot be recorded or replayed: "
-                f"{reason}. Use a model with a plain top-k router."
+                f"{reason}; use a model with a plain top-k router"
             )
         if _is_compiled(module) and _router_paths(list(module.named_modules())):
             raise ValueError(
                 f"model: {path or type(module).__name__!r} is compiled by torch.compile, so "
-                "whether a record or a replay reaches its routers depends on what was traced when. "
-                "Pass and call the model that is not compiled; parts without a router (attention, "
-                "the output head) may be compiled one by one."
+                "whether a record or a replay reaches its routers depends on what was traced when; "
+                "pass and call the model that is not compiled (parts without a router, as "
+                "attention or the output head, may be compiled one by one)"
             )
 
 
@@ -263,15 +268,6 @@ def _owners(module: nn.Module, model: nn.Module) -> Iterator[Any]:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     yield text
     yield getattr(text, "ffn_config", None)
-
-
-def _require_uniform(taps: list[RouterTap], model: nn.Module) -> None:
-    shapes = sorted({(tap.num_experts, tap.top_k) for tap in taps})
-    if len(shapes) > 1:
-        raise ValueError(
-            f"model: the routers of {type(model).__name__} differ in (experts, experts per token): "
-            f"{shapes}. One record holds one kind; pass the submodel whose routers agree."
-        )
 
 
 def _deepest_model(modules: list[tuple[str, nn.Module]], paths: list[str]) -> nn.Module | None:

@@ -5,18 +5,13 @@ import gc
 
 import pytest
 import torch
+from routes import clean, foreign
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moe_rl.routing import find_routers, record_routing, replay_routing, router_noise
 
 BOTH_KINDS = pytest.mark.parametrize("reentrant", [True, False])
-
-
-def foreign(model, shape, seed: int = 3) -> Tensor:
-    layers, experts = len(find_routers(model)), find_routers(model)[0].num_experts
-    draws = torch.rand(*shape, layers, experts, generator=torch.Generator().manual_seed(seed))
-    return draws.topk(2, dim=-1).indices.to(torch.int16)
 
 
 def train_with_checkpointing(model, reentrant: bool | None):
@@ -37,12 +32,6 @@ def loss_of(model, tokens) -> Tensor:
 
 def gradient(model) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
-def clean(model) -> bool:
-    inside = model.model
-    hooks = (*inside._forward_hooks, *inside._forward_pre_hooks)
-    return not hooks and all("forward" not in tap.module.__dict__ for tap in find_routers(model))
 
 
 @pytest.fixture(params=["qwen3_moe", "deepseek_v3"])

@@ -2,18 +2,13 @@
 
 import pytest
 import torch
+from routes import clean, record
 from torch.nn import functional as F
 
 from moe_rl.routing import find_routers, record_routing, replay_routing
 
 KINDS = ["qwen3_moe", "olmoe", "mixtral", "gpt_oss", "deepseek_v3", "deepseek_v2", "jetmoe"]
 SOFTMAX = ["qwen3_moe", "olmoe", "mixtral"]
-
-
-def record(model, tokens, **kwargs):
-    with torch.no_grad(), record_routing(model) as recorded:
-        model(tokens, **kwargs)
-    return recorded.routed_experts
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -132,18 +127,6 @@ def test_records_nest(model, tokens) -> None:
             model(tokens[1:])
     assert outer.routed_experts.shape[0] == 4
     assert torch.equal(outer.routed_experts[1:], inner.routed_experts)
-
-
-def test_a_dense_control_records_both_experts(build, tokens) -> None:
-    recorded = record(build(num_experts=2), tokens)
-    assert torch.equal(recorded.sort(dim=-1).values, torch.tensor([0, 1]).expand(4, 7, 2, 2))
-
-
-def clean(model) -> bool:
-    inside = model.model
-    taps = find_routers(model)
-    hooks = (*inside._forward_hooks, *inside._forward_pre_hooks)
-    return not hooks and all("forward" not in tap.module.__dict__ for tap in taps)
 
 
 def test_the_model_is_clean_afterwards(model, tokens) -> None:

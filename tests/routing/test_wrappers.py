@@ -5,18 +5,12 @@ import copy
 
 import pytest
 import torch
+from routes import foreign
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from moe_rl.routing import find_routers, record_routing, replay_routing
-
-
-def foreign(model, tokens):
-    taps = find_routers(model)
-    shape = (*tokens.shape, len(taps), taps[0].num_experts)
-    draws = torch.rand(shape, generator=torch.Generator().manual_seed(3))
-    return draws.topk(taps[0].top_k, dim=-1).indices.to(torch.int16)
 
 
 @pytest.mark.parametrize("what", ["model", "layer"])
@@ -39,7 +33,7 @@ def test_a_compiled_part_without_a_router_is_no_matter(model, tokens) -> None:
 def test_a_sharded_model_replays_as_the_whole_one(build, tokens, family, tmp_path) -> None:
     """FSDP2 changes the classes of modules and gathers their weights around each forward."""
     model = build(family)
-    routes = foreign(model, tokens)
+    routes = foreign(model, tokens.shape)
     sharded = copy.deepcopy(model)
     with replay_routing(model, routes):
         model(tokens, labels=tokens).loss.backward()
@@ -65,7 +59,7 @@ def test_a_sharded_model_replays_as_the_whole_one(build, tokens, family, tmp_pat
 def test_adapters_on_attention_and_experts_learn_under_replay(model, tokens) -> None:
     from peft import LoraConfig, get_peft_model
 
-    routes = foreign(model, tokens)
+    routes = foreign(model, tokens.shape)
     names = [tap.name for tap in find_routers(model)]
     config = LoraConfig(
         r=2,
