@@ -1,9 +1,11 @@
-"""Integrations: routes that a rollout engine hands over, laid out as the trainer pads its batch.
+"""Integrations: routes that a rollout engine returns, laid out as the trainer pads its batch.
 
 A sequence of an engine is prompt and response without padding; a trainer's batch has prompts padded
 on the left and responses on the right. Layouts of engines: moe_rl/traces/foreign.py.
 """
 
+import base64
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_rl.routing.routed_experts import NO_RECORD
-from moe_rl.traces.foreign import decode_base64, from_vllm, npy_bytes, record_for_model
+from moe_rl.traces.foreign import from_vllm, record_for_model
 
 FIELD = "routed_experts"
 PROMPT_FIELD = "prompt_routed_experts"
@@ -29,60 +31,48 @@ def vllm_routes(outputs: Sequence[Any]) -> list[np.ndarray]:
     Raises:
         ValueError: a completion without routes.
     """
-    rows: list[np.ndarray] = []
-    for output in outputs:
-        prompt = getattr(output, PROMPT_FIELD, None)
-        for completion in output.outputs:
-            generated = as_array(getattr(completion, FIELD, None), len(rows))
-            whole = None if prompt is None else as_array(prompt, len(rows))
-            rows.append(from_vllm(generated, whole))
-    return rows
+    pairs = [(output, completion) for output in outputs for completion in output.outputs]
+    routes = [getattr(completion, FIELD, None) for _, completion in pairs]
+    prompts = [getattr(output, PROMPT_FIELD, None) for output, _ in pairs]
+    return join_prompts(routes, prompts)
 
 
 def join_prompts(routes: Sequence[Any], prompts: Sequence[Any] | None) -> list[np.ndarray]:
-    """Rows of whole sequences, where an engine may hand over prompts and responses apart.
+    """Rows of whole sequences, where an engine may return prompts and responses apart.
+
+    Args:
+        routes: of each completion, see `as_array`.
+        prompts: of the prompt of each completion; None where `routes` hold the prompt already.
 
     Raises:
         ValueError: a sequence without routes, or the two differ in number.
     """
-    if prompts is None:
-        return [as_array(value, index) for index, value in enumerate(routes)]
-    if len(prompts) != len(routes):
-        raise ValueError(
-            f"{PROMPT_FIELD}: {len(prompts)} prompts for {len(routes)} completions. Repeat the "
-            "routes of a prompt for each of its completions."
-        )
-    pairs = enumerate(zip(routes, prompts, strict=True))
-    return [from_vllm(as_array(row, i), as_array(prompt, i)) for i, (row, prompt) in pairs]
+    prompts = [None] * len(routes) if prompts is None else prompts
+    return [
+        from_vllm(as_array(row, i), None if prompt is None else as_array(prompt, i))
+        for i, (row, prompt) in enumerate(zip(routes, prompts, strict=True))
+    ]
 
 
 def as_array(value: Any, index: int) -> np.ndarray:
     """Ids of sequence `index` from an array, a tensor, nested lists, or base64 of an npy file.
 
+    Flat bytes (SGLang) do not say their shape: pass moe_rl.traces.foreign.from_sglang(...) of them.
+
     Raises:
-        ValueError: None, lists of uneven length, or a text that is something else.
+        ValueError: None, or numpy's own of uneven lists or of a text that is no npy file.
     """
     if value is None:
         raise ValueError(
-            f"{FIELD}: sequence {index} has none. Turn the engine's record on (vLLM: "
-            "enable_return_routed_experts=True)."
+            f"{FIELD}: sequence {index} has none; turn the engine's record on (vLLM: "
+            "enable_return_routed_experts=True)"
         )
     if isinstance(value, Tensor):
         return value.detach().cpu().numpy()
     if isinstance(value, str):
-        array = npy_bytes(decode_base64(value))
-        if array is None:
-            raise ValueError(
-                f"{FIELD}: the text of sequence {index} is no npy file. Flat bytes (SGLang) do not "
-                "say their shape: pass moe_rl.traces.foreign.from_sglang(...) of them."
-            )
+        array: np.ndarray = np.load(io.BytesIO(base64.b64decode(value)))
         return array
-    try:
-        return np.asarray(value)
-    except ValueError as error:
-        raise ValueError(
-            f"{FIELD}: sequence {index}: lists of uneven length make no [S, L, K]."
-        ) from error
+    return np.asarray(value)
 
 
 def lay_out(
@@ -108,26 +98,19 @@ def lay_out(
     Raises:
         ValueError: rows and sequences differ in number or length, or the ids do not fit the model.
     """
-    _require_lengths(rows, lengths)
+    given, tokens = [len(row) for row in rows], [sum(both) for both in lengths]
+    # The last token of a sequence is never fed to the model, so engines have no routes of it.
+    if len(given) != len(tokens) or any(
+        s not in (n, n - 1) for s, n in zip(given, tokens, strict=True)
+    ):
+        raise ValueError(
+            f"{FIELD}: {len(given)} entries of {given} positions for {len(tokens)} completions of "
+            f"{tokens} prompt and response tokens; return one entry per completion, in their "
+            "order, and in it one row per token, or one less"
+        )
     record = record_for_model(rows, model)
     batch = torch.full((len(rows), length, *record.shape[2:]), NO_RECORD, dtype=record.dtype)
     for index, (row, (prompt, _)) in enumerate(zip(rows, lengths, strict=True)):
         start = prompt_length - prompt
         batch[index, start : start + len(row)] = record[index, : len(row)]
     return batch
-
-
-def _require_lengths(rows: Sequence[np.ndarray], lengths: Sequence[tuple[int, int]]) -> None:
-    if len(rows) != len(lengths):
-        raise ValueError(
-            f"{FIELD}: routes of {len(rows)} sequences for {len(lengths)} completions. Return one "
-            "entry a completion, in their order."
-        )
-    for index, (row, (prompt, response)) in enumerate(zip(rows, lengths, strict=True)):
-        tokens = prompt + response
-        if row.ndim == 3 and row.shape[0] not in (tokens, tokens - 1):
-            raise ValueError(
-                f"{FIELD}: sequence {index} has {row.shape[0]} positions, but {prompt} prompt and "
-                f"{response} response tokens. Return one row a token of both, or one less because "
-                "the last token is never fed."
-            )

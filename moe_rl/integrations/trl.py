@@ -12,7 +12,7 @@ which TRL shuffles and splits row by row. docs/integrations.md has an example, t
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,17 +23,15 @@ from moe_rl.config import RoutingReplay
 from moe_rl.integrations.engine_routes import FIELD, PROMPT_FIELD, join_prompts, lay_out
 from moe_rl.integrations.trl_metrics import MicroBatch, global_routing, routing_sums, update_metrics
 from moe_rl.integrations.trl_support import (
-    require_options,
     require_same_tokens,
     require_support,
     require_tested_trl,
 )
 from moe_rl.routing import record_routing, replay_routing
 
-if TYPE_CHECKING:
-    from trl import GRPOTrainer as _Trainer
-else:  # the package imports without TRL; whoever mixes this in brings the trainer
-    _Trainer = object
+require_tested_trl()
+
+from trl import GRPOTrainer  # noqa: E402 -- not before the version is known to be tested
 
 # Keys that the mixin adds to TRL's batch; each has a row a sequence.
 REPLAY = "routed_experts"
@@ -42,17 +40,19 @@ OLD_LOGPROBS = "old_pass_logprobs"
 
 
 @dataclass(kw_only=True)
-class _Rollout:
+class _TrlRollout:
     """What one method of TRL sees of a rollout and another needs."""
 
     lengths: list[tuple[int, int]]
+    """(prompt tokens, response tokens) of each sequence."""
     engine_routes: list[np.ndarray]
+    """In R3, of each sequence."""
     replay: Tensor | None = None
     live: Tensor | None = None
     old_logprobs: Tensor | None = None
 
 
-class RoutingReplayMixin(_Trainer):
+class RoutingReplayMixin(GRPOTrainer):
     """Routing replay for GRPOTrainer; stands before it among the bases of a class.
 
     Training batches only: evaluation is TRL's. The reference model always routes live.
@@ -67,10 +67,10 @@ class RoutingReplayMixin(_Trainer):
             pass, over the whole batch of all processes.
         attribution_every: n: every n-th update also logs the split of Var(log w) into
             `ratio/routing_part` and `ratio/weight_part`, for one more forward without gradients.
-            With n updates a rollout that is the last of each. 0: never.
+            With n updates a rollout that is the last of each. 0, or without routing_diagnostics:
+            never.
 
     Raises:
-        ImportError: TRL is not installed, or not of the tested range.
         ValueError: an unknown mode; a model without routers, or one that replay refuses; R3
             without `rollout_func`; a processor of images; an adapter of virtual tokens.
     """
@@ -83,17 +83,14 @@ class RoutingReplayMixin(_Trainer):
         attribution_every: int = 0,
         **kwargs: Any,
     ) -> None:
-        require_tested_trl()
-        require_options(routing_replay, routing_diagnostics, attribution_every)
         self.routing_replay = routing_replay
         self.routing_diagnostics = routing_diagnostics
         self.attribution_every = attribution_every
-        self._rollout_under_way: _Rollout | None = None
+        self._rollout_under_way: _TrlRollout | None = None
         self._inputs_under_way: dict[str, Any] | None = None
         self._micro_batches: list[MicroBatch] = []
         super().__init__(*args, **kwargs)
-        if routing_replay != "disabled" or routing_diagnostics:
-            require_support(self)
+        require_support(self)
 
     def _routing_is_on(self) -> bool:
         on = self.routing_replay != "disabled" or self.routing_diagnostics
@@ -108,19 +105,17 @@ class RoutingReplayMixin(_Trainer):
         routes, prompt_routes = extra_fields.pop(FIELD, None), extra_fields.pop(PROMPT_FIELD, None)
         if not self._routing_is_on():
             return generated
-        pairs = zip(prompt_ids, completion_ids, strict=True)
-        rollout = _Rollout(
-            lengths=[(len(prompt), len(response)) for prompt, response in pairs], engine_routes=[]
-        )
+        engine_routes: list[np.ndarray] = []
         if self.routing_replay == "R3":
             if routes is None:
                 raise ValueError(
-                    f"rollout_func: no {FIELD!r} in what it returned, which routing_replay=R3 "
-                    "replays. Return one entry a completion, ids [S or S - 1, L, K]."
+                    f"rollout_func: it returned no {FIELD!r}, which routing_replay='R3' replays; "
+                    "return one entry per completion, ids [S or S - 1, L, K]"
                 )
-            rollout.engine_routes = join_prompts(routes, prompt_routes)
+            engine_routes = join_prompts(routes, prompt_routes)
+        lengths = [(len(p), len(c)) for p, c in zip(prompt_ids, completion_ids, strict=True)]
         # Only now: forwards that a rollout_func makes are its own.
-        self._rollout_under_way = rollout
+        self._rollout_under_way = _TrlRollout(lengths=lengths, engine_routes=engine_routes)
         return generated
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -131,18 +126,20 @@ class RoutingReplayMixin(_Trainer):
         finally:
             self._rollout_under_way = None
         if self.routing_replay == "R3" and LIVE in output:
-            self._log_mismatch(output)
+            sums = _routing_sums(output, output[REPLAY], output[LIVE])
+            self._log_metrics(global_routing(self.accelerator, [sums], "mismatch"))
         return output
 
-    def _fields(self, rollout: _Rollout, output: dict[str, Any]) -> dict[str, Tensor]:
+    def _fields(self, rollout: _TrlRollout, output: dict[str, Any]) -> dict[str, Tensor]:
         """What travels in TRL's batch."""
-        tokens, attention, kept = _whole_sequences(output)
-        needed = self.routing_replay == "R2" or (
-            self.routing_replay == "R3" and self.routing_diagnostics
-        )
-        if rollout.live is None and needed:  # TRL makes no pass where a step is on-policy
+        tokens = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        kept = output["completion_ids"].shape[1]
+        needed = {"disabled": False, "R2": True, "R3": self.routing_diagnostics}
+        if rollout.live is None and needed[self.routing_replay]:
+            # TRL makes no pass of the old policy where a step is on-policy.
+            attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+            rows = self.args.per_device_train_batch_size
             with self._without_gradients():
-                rows = self.args.per_device_train_batch_size
                 self._get_per_token_logps_and_entropies(
                     self.model, tokens, attention, kept, batch_size=rows
                 )
@@ -157,7 +154,7 @@ class RoutingReplayMixin(_Trainer):
             fields[OLD_LOGPROBS] = rollout.old_logprobs
         return {name: value for name, value in fields.items() if value is not None}
 
-    def _engine_record(self, rollout: _Rollout, tokens: Tensor, response_length: int) -> Tensor:
+    def _engine_record(self, rollout: _TrlRollout, tokens: Tensor, response_length: int) -> Tensor:
         if rollout.replay is None:
             record = lay_out(
                 rollout.engine_routes,
@@ -168,10 +165,6 @@ class RoutingReplayMixin(_Trainer):
             )
             rollout.replay = record.to(tokens.device)
         return rollout.replay
-
-    def _log_mismatch(self, batch: dict[str, Any]) -> None:
-        sums = _routing_sums(batch, batch[REPLAY], batch[LIVE])
-        self._log_metrics(global_routing(self.accelerator, [sums], "mismatch"))
 
     # Forwards.
 
@@ -210,7 +203,7 @@ class RoutingReplayMixin(_Trainer):
         return layer is not None and (layer.disable_adapters or "ref" in layer.active_adapters)
 
     def _old_policy_pass(
-        self, rollout: _Rollout, forward: tuple[Any, ...], kwargs: dict[str, Any]
+        self, rollout: _TrlRollout, forward: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         model, tokens, _, response_length = forward[:4]
         replay = None
@@ -245,9 +238,10 @@ class RoutingReplayMixin(_Trainer):
         other = self._other_logprobs(old, replay, forward) if self._splits_now() else None
         found, new = self._routed_pass(replay, forward, kwargs)
         if self.routing_diagnostics:
+            own = "old_per_token_logps"  # TRL's, where it made a pass of the old policy
             part = MicroBatch(
                 logprobs=found[0].detach(),
-                old_logprobs=_old_logprobs(inputs),
+                old_logprobs=inputs[own if own in inputs else OLD_LOGPROBS],
                 mask=_response_mask(inputs),
                 routing=_routing_sums(inputs, old, new),
                 other_logprobs=other,
@@ -290,11 +284,16 @@ class RoutingReplayMixin(_Trainer):
 
     def _splits_now(self) -> bool:
         every = self.attribution_every
-        return every > 0 and (self.state.global_step + 1) % every == 0
+        on = self.routing_diagnostics and every > 0
+        return on and (self.state.global_step + 1) % every == 0
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._metrics["train"][name].append(value)
+
+
+class RoutingReplayGRPOTrainer(RoutingReplayMixin):
+    """TRL's GRPOTrainer with the three arguments of RoutingReplayMixin."""
 
 
 def _routing_sums(batch: dict[str, Any], before: Tensor, now: Tensor) -> Tensor:
@@ -309,30 +308,3 @@ def _response_mask(batch: dict[str, Any]) -> Tensor:
     if "tool_mask" in batch:
         mask = mask * batch["tool_mask"]
     return mask.bool()
-
-
-def _old_logprobs(batch: dict[str, Any]) -> Tensor:
-    """[b, T]: TRL's, or those of the pass that the mixin made in its place."""
-    name = "old_per_token_logps" if "old_per_token_logps" in batch else OLD_LOGPROBS
-    found: Tensor = batch[name]
-    return found
-
-
-def _whole_sequences(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
-    """Token ids and attention mask [B, S], and the number of response positions."""
-    tokens = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    return tokens, attention, batch["completion_ids"].shape[1]
-
-
-def __getattr__(name: str) -> Any:
-    """RoutingReplayGRPOTrainer, made when it is asked for: only then TRL is imported."""
-    if name != "RoutingReplayGRPOTrainer":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    require_tested_trl()
-    from trl import GRPOTrainer
-
-    text = {"__doc__": RoutingReplayMixin.__doc__, "__module__": __name__}
-    made = type(name, (RoutingReplayMixin, GRPOTrainer), text)
-    globals()[name] = made
-    return made

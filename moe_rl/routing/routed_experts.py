@@ -33,7 +33,7 @@ def check_routed_experts(
         )
     if high == 0 and num_experts > 1:
         raise ValueError(
-            "routed_experts: every id is 0, so the engine that made this record recorded nothing; "
+            "routed_experts: every recorded id is 0, so the engine recorded nothing; "
             "turn its routing record on, or pass validate=False to replay it as it is"
         )
     # Comparing with every rotation by up to K // 2 places compares every pair, without a sort.

@@ -146,6 +146,7 @@ def tensorboard(run: TrackedRun) -> tuple[Log, Finish]:
             writers[axis].add_text("config", f"```\n{json.dumps(run.config, indent=2)}\n```", x)
         for name, value in values.items():
             writers[axis].add_scalar(name, value, x)
+        writers[axis].flush()  # a process that is killed leaves no gap
 
     def finish() -> None:
         for writer in writers.values():

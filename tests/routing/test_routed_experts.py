@@ -49,7 +49,7 @@ def test_a_token_that_names_an_expert_twice_is_refused() -> None:
     routes[1, 2, 0] = 5
     with pytest.raises(ValueError, match=r"\[1, 2, 0\] holds \[5, 5\].*names an expert twice"):
         check_routed_experts(routes, **SHAPE)
-    with pytest.raises(ValueError, match="every id is 0, so the engine"):
+    with pytest.raises(ValueError, match="every recorded id is 0, so the engine"):
         check_routed_experts(torch.zeros_like(routes), **SHAPE)
 
 
