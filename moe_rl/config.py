@@ -11,6 +11,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tyro
 from pydantic import Field
 
 from moe_rl.runtime.strict import ConfigError as ConfigError
@@ -60,7 +61,7 @@ class ModelConfig(Settings):
     """Experts per layer E, 1 to 32767 (ids are int16); dense if equal to experts_per_token."""
     experts_per_token: Count = 2
     """Experts chosen per token K, 1 <= K <= num_experts."""
-    experts_implementation: str = "auto"
+    experts_implementation: Annotated[str, tyro.conf.arg(aliases=["--experts"])] = "auto"
     """Experts backend: auto, or a name registered in transformers' ExpertsInterface."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and activation type."""
@@ -203,13 +204,13 @@ class RunConfig(Settings):
     allow_any_clip_scale: bool = False
     """Accept a clip range of the other algorithm's scale, such as 0.2 for gspo."""
     instruments: bool = True
-    """Record the routing and ratio metrics."""
+    """Record the routing and ratio metrics; --no-instruments turns it off."""
     attribution_every: CountOrZero = 1
     """Split the log-ratio variance into routing and weights every n rollouts; 0: never."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """At a NaN or inf loss or gradient: stop with a crash bundle, or skip the update."""
     checkpoint_every: CountOrZero = 0
-    """Checkpoint every n optimiser updates, to go on from with --resume; 0: never."""
+    """Checkpoint every n rollout steps, to resume from with --resume; 0: never."""
     save_every: CountOrZero = 0
     """Save the policy in Hugging Face format every n rollout steps and at the end; 0: never."""
 

@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 from moe_rl.run_folder.sealing import MANIFEST, SEAL, seal_of
 from moe_rl.training.learner import Learner
 
+Here = Callable[..., "subprocess.CompletedProcess[str]"]
+"""The fixture `here`: `moe-rl WORDS` in this process."""
+
 
 def moe_rl(
     *words: str, cwd: Path, child: Callable[[], None] | None = None

@@ -1,56 +1,138 @@
-"""`moe-rl check-replay`: the checker of record and replay as a table with an exit code."""
+"""`moe-rl check-replay`: do record and replay hold on a model, a family or a recorded trace?"""
 
+import dataclasses
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-import transformers
+import tyro
 
+from moe_rl.commands.options import Command, TraceLayout
 from moe_rl.config import ConfigError
-from moe_rl.policy.loading import load_model
-from moe_rl.replay_check.check import LAWS, Finding, check_replay
-from moe_rl.replay_check.check_trace import check_trace
-from moe_rl.replay_check.families import (
-    FAMILIES,
-    REFUSED_FAMILIES,
-    REFUSED_UNBUILT,
-    build_family,
-    family_names,
-    family_of,
-)
-from moe_rl.routing import find_routers
-from moe_rl.traces.files import read_trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moe_rl.replay_check.check import Finding
 
 MARKS = {True: "pass", False: "FAIL", None: "-"}
 NAME_WIDTH = 22
 
 
-def check_families(names: list[str], *, seed: int) -> int:
-    """Check families on small models, print a row each, return the exit code."""
-    torch.set_num_threads(1)  # at this size threads only wait for each other
-    print(_row("family", [*LAWS]))
-    failures = 0
-    for name in names:
+@dataclass(frozen=True, kw_only=True)
+class CheckReplay(TraceLayout, Command):
+    """Check that recording and replay work on a model, a model family or a recorded trace.
+
+    Exit code 1 if a check fails.
+    """
+
+    target: Annotated[
+        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL_FOLDER|FAMILY|TRACE")
+    ] = None
+    """Model folder, transformers model type (such as qwen3_moe), or file of recorded routing."""
+    all: bool = False
+    """Check every MoE family of the installed transformers, on small models."""
+    seed: int = 0
+    """Random seed of weights, tokens and replayed expert ids."""
+    num_experts: int | None = None
+    """For a trace: number of experts E; every id must be below it."""
+
+    def run(self) -> int:
+        """Find out what the target is, and check it."""
+        if self.all == (self.target is not None):
+            raise ConfigError("check-replay: give a model folder, a family or a trace, or --all")
+        import transformers
+
+        from moe_rl.replay_check.families import (
+            FAMILIES,
+            REFUSED_FAMILIES,
+            REFUSED_UNBUILT,
+            family_names,
+        )
+
+        # Its advice is about missing kernels and the odd sizes of small models.
+        transformers.logging.set_verbosity_error()
+        if self.target is None:
+            return max(self._check_families(family_names()), _check_refusals())
+        path = Path(self.target)
+        if (path / "config.json").is_file():
+            return self._check_model(path)
+        if path.exists():
+            return self._check_trace(path)
+        if self.target in FAMILIES or f"{self.target}_text" in FAMILIES:
+            return self._check_families([self.target])
+        if self.target in REFUSED_FAMILIES or self.target in REFUSED_UNBUILT:
+            raise ConfigError(dict(_refusals())[self.target])
+        near = difflib.get_close_matches(self.target, family_names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"{self.target!r}: no model folder, no trace, and no family of the installed "
+            f"transformers{hint} (--all lists the families)"
+        )
+
+    def _check_families(self, names: Sequence[str]) -> int:
+        import torch
+
+        from moe_rl.replay_check.families import build_family
+
+        torch.set_num_threads(1)  # at this size threads only wait for each other
+        _print_header("family")
+        failures = sum(self._check(name, build_family(name, seed=self.seed)) for name in names)
+        return _print_total(failures, len(names), "families")
+
+    def _check_model(self, folder: Path) -> int:
+        from moe_rl.policy.loading import load_model
+
+        model = load_model(folder, str(folder), tokenizer=False, attn_implementation="eager")
+        _print_header("model")
+        return _print_total(self._check(model.config.model_type, model), 1, "model")
+
+    def _check(self, name: str, model: "PreTrainedModel") -> bool:
+        """Check one model, print its row and reasons; returns whether a law failed."""
+        from moe_rl.replay_check.check import check_replay
+        from moe_rl.replay_check.families import family_of
+
         family = family_of(name)
-        model = build_family(name, seed=seed)
-        findings = check_replay(model, formula=family.formula if family else None, seed=seed)
-        failures += _print_findings(name, findings)
-    return _conclude(failures, len(names), "families")
+        findings = check_replay(model, formula=family.formula if family else None, seed=self.seed)
+        _print_row(name, [MARKS[finding.passed] for finding in findings])
+        for finding in findings:
+            if finding.reason:
+                print(f"{'':<{NAME_WIDTH}} {finding.check}: {finding.reason}")
+        return any(finding.passed is False for finding in findings)
+
+    def _check_trace(self, path: Path) -> int:
+        from moe_rl.replay_check.check_trace import check_trace
+        from moe_rl.traces.files import read_trace
+
+        layout = {f.name: getattr(self, f.name) for f in dataclasses.fields(TraceLayout)}
+        trace = read_trace(path, **layout)
+        routes = trace.routed_experts
+        shape = " x ".join(str(size) for size in routes.shape)
+        known = float((routes >= 0).all(dim=-1).float().mean())
+        print(f"{path}: {trace.source}, [B, S, L, K] = {shape}, {known:.1%} with a record")
+        findings: list[Finding] = check_trace(routes, num_experts=self.num_experts)
+        for finding in findings:
+            line = f"{finding.check:<{NAME_WIDTH}} {MARKS[finding.passed]:<5} {finding.reason}"
+            print(line.rstrip())
+        return int(any(finding.passed is False for finding in findings))
 
 
-def check_refusals() -> int:
+def _check_refusals() -> int:
     """Make sure that families without a top-k are refused, and print the reasons."""
     silent = 0
-    for name, reason in refusals():
+    for name, reason in _refusals():
         print(f"{name:<{NAME_WIDTH}} {reason or 'FAIL: not refused'}")
         silent += not reason
-    return 1 if silent else 0
+    return int(silent > 0)
 
 
-def refusals() -> Iterator[tuple[str, str]]:
+def _refusals() -> Iterator[tuple[str, str]]:
     """(family, why it is refused), "" where it is not."""
+    from moe_rl.replay_check.families import REFUSED_FAMILIES, REFUSED_UNBUILT, build_family
+    from moe_rl.routing import find_routers
+
     for name in REFUSED_FAMILIES:
         try:
             find_routers(build_family(name))
@@ -62,74 +144,21 @@ def refusals() -> Iterator[tuple[str, str]]:
         yield name, f"refused: {reason}"
 
 
-def check_model(folder: Path, *, seed: int) -> int:
-    """Check the model of a Hugging Face folder, print a row, return the exit code."""
-    model = load_model(folder, str(folder), tokenizer=False, attn_implementation="eager")
-    config: Any = model.config
-    family = family_of(config.model_type)
-    findings = check_replay(model, formula=family.formula if family else None, seed=seed)
-    print(_row("model", [*LAWS]))
-    return _conclude(_print_findings(config.model_type, findings), 1, "model")
+def _print_header(kind: str) -> None:
+    from moe_rl.replay_check.check import LAWS
+
+    _print_row(kind, list(LAWS))
 
 
-def check_file(path: Path, *, num_experts: int | None, **layout: Any) -> int:
-    """Check a recorded trace, print a line a check, return the exit code."""
-    trace = read_trace(path, **layout)
-    routes = trace.routed_experts
-    shape = " x ".join(str(size) for size in routes.shape)
-    known = float((routes >= 0).all(dim=-1).float().mean())
-    print(f"{path}: {trace.source}, [B, S, L, K] = {shape}, {known:.1%} with a record")
-    failures = 0
-    for finding in check_trace(routes, num_experts=num_experts):
-        print(f"{finding.check:<{NAME_WIDTH}} {MARKS[finding.passed]:<5} {finding.reason}".rstrip())
-        failures += finding.passed is False
-    return 1 if failures else 0
+def _print_row(name: str, cells: list[str]) -> None:
+    from moe_rl.replay_check.check import LAWS
+
+    padded = (f"{cell:<{max(len(law), 4)}}" for cell, law in zip(cells, LAWS, strict=True))
+    print(f"{name:<{NAME_WIDTH}} {' '.join(padded)}".rstrip())
 
 
-def check_target(target: str | None, *, everything: bool, seed: int, **trace: Any) -> int:
-    """A family's name, a model's folder, a trace, or all families: check it, return the exit code.
+def _print_total(failures: int, total: int, what: str) -> int:
+    import transformers
 
-    Raises:
-        ConfigError: none of these, or none given.
-    """
-    if everything == (target is not None):
-        raise ConfigError("check-replay: name a family, a model folder or a trace, or give --all")
-    # Its advice is about missing kernels and the odd sizes of small models.
-    transformers.logging.set_verbosity_error()
-    if target is None:
-        return max(check_families(family_names(), seed=seed), check_refusals())
-    path = Path(target)
-    if (path / "config.json").is_file():
-        return check_model(path, seed=seed)
-    if path.exists():
-        return check_file(path, **trace)
-    if target in FAMILIES or f"{target}_text" in FAMILIES:
-        return check_families([target], seed=seed)
-    if target in REFUSED_FAMILIES or target in REFUSED_UNBUILT:
-        raise ConfigError(dict(refusals())[target])
-    near = difflib.get_close_matches(target, family_names(), n=1)
-    hint = f", did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(
-        f"{target!r} is no family of the installed transformers, no model folder and no trace"
-        f"{hint}; check-replay --all lists the families"
-    )
-
-
-def _print_findings(name: str, findings: list[Finding]) -> int:
-    print(_row(name, [MARKS[finding.passed] for finding in findings]))
-    for finding in findings:
-        if finding.reason:
-            print(f"{'':<{NAME_WIDTH}} {finding.check}: {finding.reason}")
-    return any(finding.passed is False for finding in findings)
-
-
-def _row(name: str, cells: list[str]) -> str:
-    widths = [max(len(law), 4) for law in LAWS]
-    padded = (f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
-    return f"{name:<{NAME_WIDTH}} {' '.join(padded)}".rstrip()
-
-
-def _conclude(failures: int, total: int, what: str) -> int:
-    version = transformers.__version__
-    print(f"{total - failures} of {total} {what} pass on transformers {version}")
-    return 1 if failures else 0
+    print(f"{total - failures} of {total} {what} pass on transformers {transformers.__version__}")
+    return int(failures > 0)

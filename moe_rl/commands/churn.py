@@ -1,146 +1,53 @@
 """`moe-rl churn TRACE_A TRACE_B`: how two routings of the same tokens differ."""
 
+import dataclasses
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import numpy as np
-from torch import Tensor
+import tyro
 
+from moe_rl.commands.options import Command, TraceLayout
 from moe_rl.config import ConfigError
-from moe_rl.replay_check.check_trace import check_trace
-from moe_rl.routing.routed_experts import NO_RECORD
-from moe_rl.routing.statistics import churn, per_layer, router_disagreement, token_disagreement
-from moe_rl.traces.files import read_trace, same_tokens
 
-MOST_BINS = 16
+_FIGURES = ".png", ".svg", ".pdf"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Means over the tokens that both traces record; every value is in [0, 1]."""
+class Churn(TraceLayout, Command):
+    """Compare two recorded routings of the same tokens: churn by layer and position."""
 
-    tokens: int
-    """Tokens with a record in both at some layer."""
-    churn: float
-    router_disagreement: float
-    token_disagreement: float
-    by_layer: np.ndarray
-    """`[L, 2]`: churn, router disagreement."""
-    bins: list[tuple[int, int]]
-    """First and last position of each row of `by_position`."""
-    by_position: np.ndarray
-    """`[bins, 3]`: churn, router and token disagreement."""
+    trace_a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TRACE_A")]
+    """File or folder: npz, npy, safetensors, json (vLLM, SGLang), jsonl or folder (Megatron-LM)."""
+    trace_b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TRACE_B")]
+    """The same tokens, routed by another policy or another engine."""
+    plot: Path | None = None
+    """Figure file to draw (.png, .svg or .pdf)."""
 
+    def run(self) -> int:
+        """Print the tables; draw the figure."""
+        if self.plot is not None and self.plot.suffix not in _FIGURES:
+            raise ConfigError(
+                f"plot={str(self.plot)!r}: use a name ending in {', '.join(_FIGURES)}"
+            )
+        from moe_rl.replay_check.compare import compare, describe, usable
+        from moe_rl.traces.files import read_trace, same_tokens
 
-def compare(a: Tensor, b: Tensor) -> Comparison:
-    """Compare two records `[B, S, L, K]` of the same tokens.
+        layout = {f.name: getattr(self, f.name) for f in dataclasses.fields(TraceLayout)}
+        traces = [
+            usable(read_trace(path, **layout).routed_experts, path)
+            for path in (self.trace_a, self.trace_b)
+        ]
+        result = compare(*same_tokens(*(routes for routes, _ in traces)))
+        for _, note in traces:
+            if note:
+                print(note)
+        print(describe(result))
+        if self.plot is not None:
+            from moe_rl.analysis.plots.traces import churn_of_traces
 
-    Raises:
-        ValueError: they differ in shape, or no token is recorded in both.
-    """
-    share = churn(a, b)
-    routers, tokens = router_disagreement(share), token_disagreement(share)
-    counted = int((~tokens.isnan()).sum())
-    if counted == 0:
-        raise ValueError("traces: no token has a record in both. Are they of the same tokens?")
-    bins = _bins(a.shape[1])
-    rows = [
-        [float(x[:, first : last + 1].nanmean()) for x in (share, routers, tokens)]
-        for first, last in bins
-    ]
-    return Comparison(
-        tokens=counted,
-        churn=float(share.nanmean()),
-        router_disagreement=float(routers.nanmean()),
-        token_disagreement=float(tokens.nanmean()),
-        by_layer=np.stack([per_layer(share).numpy(), per_layer(routers).numpy()], axis=1),
-        bins=bins,
-        by_position=np.array(rows),
-    )
-
-
-_REFUSED = "ids", "distinct", "gaps"
-"""Checks of a trace that a comparison cannot do without; a fill of zeros is left out instead."""
-
-
-def usable(routes: Tensor, path: Path) -> tuple[Tensor, str]:
-    """Routes `[B, S, L, K]` in which every row is a choice or -1, and what had to be left out.
-
-    Engines fill rows that they did not record with zeros. With K > 1 no router chooses expert 0 K
-    times, so such a row is no choice; counted as one it would agree with every other fill.
-
-    Raises:
-        ValueError: begins with `path`; ids that no router can have chosen.
-    """
-    for finding in check_trace(routes, laws=_REFUSED):
-        if finding.passed is False:
-            raise ValueError(f"{path}: {finding.reason}; moe-rl check-replay shows every check")
-    if not (routes > 0).any():
-        raise ValueError(f"{path}: every id is 0 or -1: the engine recorded nothing")
-    filled = (routes == 0).all(dim=-1, keepdim=True) & (routes.shape[-1] > 1)
-    count = int(filled.sum())
-    if count == 0:
-        return routes, ""
-    share = count / filled.numel()
-    note = f"{path}: {count} (token, layer) pairs ({share:.1%}) hold zeros: left out, not recorded"
-    return routes.masked_fill(filled, NO_RECORD), note
-
-
-def _bins(length: int) -> list[tuple[int, int]]:
-    edges = np.linspace(0, length, min(length, MOST_BINS) + 1).astype(int)
-    return [(first, last - 1) for first, last in pairwise(edges.tolist())]
-
-
-def describe(result: Comparison) -> str:
-    """The tables as text."""
-    lines = [
-        f"{result.tokens} tokens recorded in both",
-        f"churn                {result.churn:7.2%}   expert slots of B that A did not choose",
-        f"router disagreement  {result.router_disagreement:7.2%}   (token, layer) pairs whose sets "
-        "differ",
-        f"token disagreement   {result.token_disagreement:7.2%}   tokens with any layer differing; "
-        "grows with depth",
-        "",
-        "layer       churn  routers",
-    ]
-    for layer, values in enumerate(result.by_layer):
-        lines.append(f"{layer:<9} {_cells(values)}")
-    lines += ["", "position    churn  routers   tokens"]
-    for (first, last), values in zip(result.bins, result.by_position, strict=True):
-        name = f"{first}" if first == last else f"{first}-{last}"
-        lines.append(f"{name:<9} {_cells(values)}")
-    return "\n".join(lines)
-
-
-def _cells(values: np.ndarray) -> str:
-    return " ".join("      -" if np.isnan(value) else f"{value:7.2%}" for value in values)
-
-
-_PLOTS = (".png", ".svg", ".pdf")
-
-
-def churn_report(a: Path, b: Path, *, plot: Path | None, **layout: Any) -> int:
-    """Read, compare, print; and plot where asked. Returns the exit code.
-
-    Raises:
-        ConfigError: a plot of another kind.
-        ValueError: a trace that cannot be read, or two of different tokens.
-    """
-    if plot is not None and plot.suffix not in _PLOTS:
-        raise ConfigError(f"plot={str(plot)!r}: give a name that ends in {', '.join(_PLOTS)}")
-    traces = [usable(read_trace(path, **layout).routed_experts, path) for path in (a, b)]
-    result = compare(*same_tokens(*(routes for routes, _ in traces)))
-    for _, note in traces:
-        if note:
-            print(note)
-    print(describe(result))
-    if plot is not None:
-        from moe_rl.analysis.plots.traces import churn_of_traces
-
-        figure = churn_of_traces(result.by_layer, result.bins, result.by_position)
-        plot.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(plot)
-        print(f"plot: {plot}")
-    return 0
+            figure = churn_of_traces(result.by_layer, result.bins, result.by_position)
+            self.plot.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(self.plot)
+            print(f"plot: {self.plot}")
+        return 0

@@ -39,12 +39,7 @@ def _print_step(metrics: dict[str, Any]) -> None:
     )
 
 
-@contextmanager
-def cold_start_progress() -> Iterator[Callable[[int, float], None]]:
-    """Yields the function to call with (supervised step, loss); prints every 50 steps."""
-
-    def show(step: int, loss: float) -> None:
-        if step % 50 == 0:
-            print(f"cold start step {step:>5}  loss {loss:.3f}", flush=True)
-
-    yield show
+def print_cold_start(step: int, loss: float) -> None:
+    """Print every 50th supervised step of a cold start."""
+    if step % 50 == 0:
+        print(f"cold start step {step:>5}  loss {loss:.3f}", flush=True)

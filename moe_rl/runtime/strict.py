@@ -40,7 +40,7 @@ def strict(cls: type[_T]) -> type[_T]:
     Strict: no "3" for 3, no true for 1, no NaN or inf, no unknown name; an int may be a float.
     """
     config = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    made = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)
     validate = made.__init__
 
     @functools.wraps(validate)
@@ -48,8 +48,9 @@ def strict(cls: type[_T]) -> type[_T]:
         with _one_line_errors(made):
             validate(self, **values)
 
-    made.__init__ = init  # type: ignore[method-assign]
-    return made
+    made.__init__ = init
+    validated: type[_T] = made
+    return validated
 
 
 def from_plain(cls: type[_T], values: Mapping[str, Any]) -> _T:

@@ -1,7 +1,6 @@
 """The command line as a user meets it: real processes, exit codes, one clear message."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -10,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import moe_rl
+from runs import Here, moe_rl
+
+from moe_rl.config import RunConfig
 
 TINY = ["--preset", "tiny", "--steps", "1", "--sft-steps", "2"]
-TRAIN_TINY = ["train", *TINY]
 
 
 def test_train_writes_a_complete_run_and_knows_it_again(tmp_path: Path) -> None:
@@ -37,83 +37,45 @@ def test_train_writes_a_complete_run_and_knows_it_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "usage: moe-rl"),
-        (["trian"], "did you mean 'train'?"),
-        (["train", "--algoritm", "gspo"], "--algorithm"),
-        (["train", "--learning-rat", "1"], "--learning-rate"),
-        (["train", "--preset", "tinny"], "did you mean 'tiny'?"),
-        (["train", "--experts-per-token", "99"], "rl: experts_per_token=99 with num_experts=32"),
-        (["train", "--learning-rate", "fast"], "'fast'"),
-        (["train", "--learning-rate", "nan"], "learning_rate=nan: must be a positive number"),
-        (["train", "--learning-rate"], "--learning-rate"),
-        (["report", "a", "b"], "unexpected argument b"),
-        (["train", "--arm", "$x_{"], "use a word of letters"),
-        (["train", "--sft-steps", "-1"], "rl: sft_steps=-1: must be 0 or more"),
-        (["train", "--setting", "../evil"], "without / or a leading dot"),
-        (["train", "--temperature", "1e-320"], "from 1e-3 to 1e3"),
-        (["train", "--router-noise", "1e38"], "from 0 to 1000"),
-        ([*TRAIN_TINY, "--out", "a_file/run"], "a file is in the way (/"),
-        ([*TRAIN_TINY, "--cold-start-cache", "a_file"], "cold_start_cache='a_file': a file is in"),
-        ([*TRAIN_TINY, "--hidden-size", "400000"], "does not fit into memory"),
-        (["reproduce", "--out", "a_file"], "out='a_file': a file is in the way"),
-        (["map", "--out", "a_file/map"], "a file is in the way (/"),
-        (["train", "--num-threads", "100000"], "at most 1024"),
-        (["reproduce", "--settings", "deeper"], "add --full"),
-        (["map", "--learning-rates", "1e-3", "1.0000000001e-3", "--dry-run"], "share it"),
-        (["reproduce", "--full", "--settings", "stalenes"], "did you mean 'staleness'"),
-        (["train", "--group-size", "1"], "group_size=1"),
-        (["train", "--algorithm", "gspo", "--clip-low", "0.2"], "clip"),
-        (["train", "--routing-replay", "R2", "--old-logprobs", "rollout"], "use R3"),
-        (["train", "--checkpoint", "nowhere"], "no config.json there"),
-        (["train", "--config", "nowhere.json"], "nowhere.json: cannot be read"),
-        (["train", "--config", "a.json", "--preset", "tiny"], "choose one"),
-        (["train", "--device", "cuda:99", "--preset", "tiny"], "cuda"),
-        (["train", "--experts-implementation", "magic", "--preset", "tiny"], "magic"),
-        (["report", "nowhere"], "nowhere"),
+        ([], "Missing subcommand"),
         (["report"], "RUN_DIR"),
+        (["report", "a", "b"], "Unrecognized options: b"),
+        (["train", "--learning-rate"], "--learning-rate"),
+        (["train", "--config", "a.json", "--preset", "tiny"], "are not allowed together"),
+        (["train", "--experts-per-token", "99"], "experts_per_token=99 with num_experts=32"),
+        (["train", "--algorithm", "gspo", "--clip-low", "0.2"], "clip"),
+        (["train", "--device", "cuda:99", "--preset", "tiny"], "cuda"),
+        (["train", "--experts", "magic", "--preset", "tiny"], "magic"),
+        (["train", *TINY, "--cold-start-cache", "a_file"], "cold_start_cache='a_file'"),
+        (["train", *TINY, "--hidden-size", "400000"], "does not fit into memory"),
         (["reproduce", "--quick", "--full"], "choose one"),
+        (["reproduce", "--settings", "deeper"], "add --full"),
+        (["reproduce", "--full", "--settings", "stalenes"], "staleness"),
         (["reproduce", "--jobs", "0"], "jobs=0"),
+        (["reproduce", "--out", "a_file"], "out='a_file': a file is in the way"),
         (["map", "--arms", "grpo", "nope"], "nope"),
+        (["map", "--learning-rates", "1e-3", "1.0000000001e-3", "--dry-run"], "share it"),
         (["calibrate", "--share", "2", "--preset", "tiny"], "share=2.0"),
+        (["churn", "empty.npz"], "TRACE_B"),
+        (["churn", "a.npz", "b.npz", "--plot", "x.bmp"], "plot='x.bmp'"),
+        (["check-replay"], "or --all"),
+        (["check-replay", "--all", "qwen3_moe"], "or --all"),
+        (["check-replay", "qwen3_mo"], "did you mean 'qwen3_moe'?"),
+        (["check-replay", "phimoe"], "sparsemixer"),
+        (["check-replay", "ernie4_5_vl_moe"], "no router sees every token"),
+        (["check-replay", "empty.npz"], "empty.npz: "),
     ],
 )
 def test_bad_input_gets_a_message_and_exit_code_2(
-    arguments: list[str], words: str, tmp_path: Path
+    arguments: list[str], words: str, tmp_path: Path, here: Here
 ) -> None:
     (tmp_path / "a_file").touch()
-    result = moe_rl(*arguments, cwd=tmp_path)
-    shown = result.stdout + result.stderr
-    assert result.returncode == 2, shown
-    assert words in shown
-    if arguments:
-        assert result.stderr.count("\n") == 1, "one clear line"
-        assert not result.stdout
-    assert not (tmp_path / "runs" / "collapse-quick").exists(), "work began before the check"
-
-
-@pytest.mark.parametrize(
-    ("option", "words"),
-    [
-        ("--learning-rate", "not finite; the run has diverged at"),
-        ("--sft-learning-rate", "cold start"),
-    ],
-)
-def test_a_run_that_diverges_ends_with_one_line(option: str, words: str, tmp_path: Path) -> None:
-    arguments = ["--preset", "tiny", "--warmup-steps", "0", option, "1e30", "--out", "run"]
-    result = moe_rl("train", *arguments, cwd=tmp_path)
-    assert result.returncode == 1
-    last = result.stderr.splitlines()[-1]
-    assert "moe-rl: " in last and words in last and f"{option[2:].replace('-', '_')}=1e+30" in last
-    assert "Traceback" not in result.stderr
-
-
-def test_a_run_folder_of_another_config_is_refused_and_kept(tmp_path: Path) -> None:
-    moe_rl("train", *TINY, "--out", "run", cwd=tmp_path)
-    before = (tmp_path / "run" / "steps.jsonl").read_bytes()
-    other = moe_rl("train", *TINY, "--seed", "5", "--out", "run", cwd=tmp_path)
-    assert other.returncode == 2
-    assert "seed=0, this one has 5" in other.stderr
-    assert (tmp_path / "run" / "steps.jsonl").read_bytes() == before
+    (tmp_path / "empty.npz").touch()
+    done = here(*arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert words in done.stderr and not done.stdout
+    assert done.stderr.startswith(("moe-rl: ", "\u256d")) and "Traceback" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"a_file", "empty.npz"}
 
 
 def test_a_damaged_cold_start_is_made_again(tmp_path: Path) -> None:
@@ -146,27 +108,6 @@ def test_a_warning_is_one_line_about_a_file(tmp_path: Path) -> None:
     assert line.startswith("moe-rl: ") and "torn last line skipped" in line
 
 
-def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter1.tex").write_text("precious")
-    result = moe_rl("train", *TINY, "--out", "thesis", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "no run" in result.stderr
-    assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "precious"
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
-def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    os.symlink("/dev/full", tmp_path / "run" / "steps.jsonl")
-    moe_rl("train", *TINY, "--out", "made", cwd=tmp_path)
-    (tmp_path / "run" / "config.json").write_bytes((tmp_path / "made/config.json").read_bytes())
-    result = moe_rl("train", *TINY, "--out", "run", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "disk is full" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
 def test_dry_runs_print_and_write_nothing(tmp_path: Path) -> None:
     config = moe_rl("train", "--preset", "tiny", "--seed", "7", "--dry-run", cwd=tmp_path)
     assert json.loads(config.stdout)["seed"] == 7
@@ -175,27 +116,15 @@ def test_dry_runs_print_and_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_names_units_and_ranges(tmp_path: Path) -> None:
-    shown = moe_rl("train", "--help", cwd=tmp_path).stdout
-    for option in (
-        "--algorithm",
-        "--routing-replay",
-        "--learning-rate",
-        "--group-size",
-        "--updates-per-rollout",
-        "--num-experts",
-        "--experts-per-token",
-        "--steps",
-        "--seed",
-        "--out",
-        "--preset",
-    ):
-        assert option in shown
-    assert "logit units" in shown
+def test_help_lists_every_setting(here: Here) -> None:
+    shown = here("train", "--help").stdout
+    names = re.findall(r'"(\w+)": (?!\{)', json.dumps(RunConfig().to_dict(), indent=1))
+    options = [f"--{'no-' * (name == 'instruments')}{name.replace('_', '-')}" for name in names]
+    assert [option for option in options if option not in shown] == []
 
 
-def test_doctor_says_which_backend_and_why(tmp_path: Path) -> None:
-    shown = moe_rl("doctor", cwd=tmp_path).stdout
+def test_doctor_says_which_backend_and_why(here: Here) -> None:
+    shown = here("doctor").stdout
     assert "experts auto" in shown
     assert "torch" in shown
     assert re.search(r"^log-probs, V = 13 +reference: N \* V = 13312 logits", shown, flags=re.M)
@@ -203,10 +132,8 @@ def test_doctor_says_which_backend_and_why(tmp_path: Path) -> None:
     assert re.search(r"^routing statistics +(reference|triton): ", shown, flags=re.M)
 
 
-def test_calibrate_finds_the_noise(tmp_path: Path) -> None:
-    result = moe_rl(
-        "calibrate", "--preset", "tiny", "--sft-steps", "2", "--share", "0.1", cwd=tmp_path
-    )
+def test_calibrate_finds_the_noise(here: Here) -> None:
+    result = here("calibrate", "--preset", "tiny", "--sft-steps", "2", "--share", "0.1")
     assert result.returncode == 0, result.stderr
     share = float(result.stdout.split(": ")[1].split("%")[0])
     assert share == pytest.approx(10.0, abs=1.5)

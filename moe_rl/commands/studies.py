@@ -1,0 +1,45 @@
+"""What `reproduce`, `map` and `report` share: run the runs of a study, and write its report."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_rl.commands.options import StudyOptions
+
+if TYPE_CHECKING:
+    from moe_rl.experiments.study import Study
+
+INTERRUPTED = "finished runs are kept, the same command continues from there"
+
+
+def run_study(study: "Study", root: Path, options: StudyOptions) -> int:
+    """Run what is not complete yet, then report; returns the exit code, 1 if a run failed."""
+    from moe_rl.experiments.runner import check_study, run_all
+
+    configs = study.configs
+    check_study(configs, root, jobs=options.jobs)
+    if options.dry_run:
+        for config in configs:
+            print(f"{config.setting:<24} {config.arm:<14} seed {config.seed}")
+        print(f"{len(configs)} runs into {root}")
+        return 0
+    from moe_rl.training.cold_start import prepare_cold_starts
+
+    study.write(root, shlex.join(["moe-rl", *sys.argv[1:]]))
+    prepare_cold_starts(configs, options.cold_start_cache)
+    failures = run_all(configs, root, jobs=options.jobs, cold_start_cache=options.cold_start_cache)
+    for failure in failures:
+        print(f"{failure.folder}: {failure.reason}", file=sys.stderr)
+    report_study(root)
+    return 1 if failures else 0
+
+
+def report_study(root: Path) -> None:
+    """Write the report of a study folder or run folder, and print its table."""
+    from moe_rl.analysis import load_study, summarize, terminal_table, write_report
+
+    study = load_study(root)
+    page = write_report(root, study)
+    print(terminal_table(summarize(study)))
+    print(f"report: {page}")
