@@ -80,18 +80,13 @@ def calibrate_noise(
     """
     share = R3_SHARES[of] if share is None else share
     if not 0.0 < share < 1.0:
-        raise ConfigError(f"share={share}: must lie between 0 and 1")
-    if config.model.num_experts == config.model.experts_per_token:
-        raise ConfigError(
-            f"num_experts={config.model.num_experts} with experts_per_token="
-            f"{config.model.experts_per_token}: every expert is always on, nothing can differ"
-        )
+        raise ConfigError(f"share={share}: must be between 0 and 1, both excluded")
     prepare_process(config.num_threads)
     policy = starting_policy(config, cold_start_cache)
     batch = _rollout(config, policy)
     low, high = _SMALLEST_NOISE, _LARGEST_NOISE
     if _measure(config, policy, batch, high).share(of) < share:
-        raise ConfigError(f"share={share}: not reached even with noise {high:g}; ask for less")
+        raise ConfigError(f"share={share}: not reached with any noise up to {high:g}; choose less")
     for _ in range(_BISECTIONS):
         middle = math.sqrt(low * high)
         if _measure(config, policy, batch, middle).share(of) < share:

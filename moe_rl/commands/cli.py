@@ -89,7 +89,7 @@ def parse(arguments: Sequence[str]) -> Command:
         else options
         for options in COMMANDS
     ]
-    command_line = make_dataclass("CommandLine", [("command", Union[tuple(choices)])])  # noqa: UP007
+    command_line: Any = make_dataclass("CommandLine", [("command", Union[tuple(choices)])])  # noqa: UP007
     parsed = tyro.cli(
         command_line,
         args=arguments,
