@@ -236,6 +236,12 @@ class RunConfig(Settings):
                 f"engine=vllm with router_noise={self.router_noise}: noise goes into our own "
                 "routers, not into vLLM's; use router_noise=0, or engine=cached"
             )
+        # vLLM raises a smaller temperature to this one (_MAX_TEMP in its sampling_params.py).
+        if self.engine == "vllm" and self.temperature < 0.01:
+            yield (
+                f"engine=vllm with temperature={self.temperature}: vLLM samples at 0.01 below "
+                "that; use a larger one"
+            )
         if self.engine == "vllm" and self.old_logprobs == "rollout" and self.instruments:
             yield (
                 "engine=vllm with old_logprobs=rollout: the instruments read router logits, which "

@@ -43,7 +43,7 @@ class Bench(Command):
             )
         for name in ("shapes", "dtypes", "threads"):
             if getattr(self, name):
-                raise ConfigError(f"--{name} with bench {self.what}: use it with bench logprobs")
+                raise ConfigError(f"{name} belongs to moe-rl bench logprobs, not to {self.what}")
         if self.what == "routing":
             from moe_rl.experiments.bench.routing import bench_routing as bench
         elif self.what == "ranks":
