@@ -1,4 +1,4 @@
-"""Traces: routes as other systems hand them over, made into the record `[B, S, L, K]`.
+"""Traces: arrays of routes as other systems write them, made into the record `[B, S, L, K]`.
 
 | system                                   | what it gives, per sequence of S tokens               |
 |------------------------------------------|-------------------------------------------------------|
@@ -7,14 +7,13 @@
 |   `routed_experts`                       |   prefix was not run again                            |
 | vLLM 0.22 and later `routed_experts`     | int16 `[S-1, L, K]`                                   |
 | SGLang `meta_info["routed_experts"]`     | base64 of int32, flat `[S-1, all layers, K]`          |
-| Megatron-LM router trace                 | JSON lines, one per step and layer: `traces.py`       |
+| Megatron-LM router trace                 | JSONL, one line per pass and layer: `megatron.py`     |
 
 The last token is sampled and never fed, so no engine has a route for it: its row is -1 here.
 """
 
 import base64
-import binascii
-import math
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,43 +23,34 @@ from transformers import PreTrainedModel
 
 from moe_rl.routing.routed_experts import NO_RECORD, check_routed_experts
 from moe_rl.routing.taps import find_routers
-from moe_rl.traces.arrays import NPY_MAGIC, npy_array
-from moe_rl.traces.limits import check_size
 
-LARGEST_ID = torch.iinfo(torch.int16).max
-_BYTES = 2  # of an id in a record
+KEY = "routed_experts"
+PROMPT_KEY = "prompt_routed_experts"
+_LARGEST_ID = torch.iinfo(torch.int16).max
 
 
 def stack_rows(rows: Sequence[np.ndarray]) -> Tensor:
-    """Join routes `[S_i, L, K]` of B sequences into int16 `[B, S, L, K]`, short rows filled by -1.
+    """Stack routes `[S_i, L, K]` of B sequences into int16 `[B, S, L, K]`, short rows padded by -1.
 
     Raises:
-        ValueError: no rows; a row is not an integer array of three axes; rows differ in L or K;
-            an id does not fit int16; or one row is so much longer than the others that filling
-            them up would take far more memory than they have.
+        ValueError: no rows; a row is empty or not an integer array of three axes; rows differ in
+            L or K; or an id does not fit int16.
     """
-    if not rows:
-        raise ValueError("routed_experts: no sequences. Pass the routes of at least one.")
-    for index, row in enumerate(rows):
-        if row.ndim != 3 or row.dtype.kind not in "iu":
-            raise ValueError(
-                f"routed_experts: row {index} is {row.dtype} {list(row.shape)}. Pass integer ids "
-                "[S, L, K]."
-            )
-        if row.shape[1:] != rows[0].shape[1:]:
-            raise ValueError(
-                f"routed_experts: row {index} has [L, K] = {list(row.shape[1:])}, row 0 has "
-                f"{list(rows[0].shape[1:])}. Rows of one record come from one model."
-            )
-        if row.size and not -LARGEST_ID <= int(row.min()) <= int(row.max()) <= LARGEST_ID:
-            raise ValueError(
-                f"routed_experts: row {index} has ids from {row.min()} to {row.max()}, beyond "
-                f"int16. Ids of experts are at most {LARGEST_ID}; were the bytes read as the "
-                "type they were written in?"
-            )
+    if len({row.shape[1:] for row in rows}) != 1 or any(
+        row.ndim != 3 or row.dtype.kind not in "iu" or not row.size for row in rows
+    ):
+        found = sorted({f"{row.dtype} {list(row.shape)}" for row in rows})
+        raise ValueError(
+            f"routed_experts: rows {found[:4]}; expected integer ids [S, L, K] of at least one "
+            "sequence, with L and K of one model"
+        )
+    low, high = min(int(row.min()) for row in rows), max(int(row.max()) for row in rows)
+    if max(-low, high) > _LARGEST_ID:
+        raise ValueError(
+            f"routed_experts: ids from {low} to {high}; expected at most {_LARGEST_ID}: were the "
+            "bytes read as the type they were written in?"
+        )
     longest = max(row.shape[0] for row in rows)
-    room = len(rows) * longest * math.prod(rows[0].shape[1:]) * _BYTES
-    check_size(room, sum(row.size for row in rows) * _BYTES, "rows filled up to the longest")
     out = torch.full((len(rows), longest, *rows[0].shape[1:]), NO_RECORD, dtype=torch.int16)
     for index, row in enumerate(rows):
         out[index, : row.shape[0]] = torch.from_numpy(row.astype(np.int16))
@@ -94,29 +84,23 @@ def from_sglang(encoded: str, *, num_layers: int, top_k: int) -> np.ndarray:
     if size <= 0 or len(raw) % size:
         raise ValueError(
             f"routed_experts: {len(raw)} bytes are no whole number of tokens of {num_layers} "
-            f"layers x {top_k} experts x 4 bytes. Give num_layers (all decoder layers) and top_k "
-            "of the model that was served."
+            f"layers x {top_k} experts x 4 bytes; give num_layers (all decoder layers) and top_k "
+            "of the model that was served"
         )
     return np.frombuffer(raw, dtype="<i4").reshape(-1, num_layers, top_k)
 
 
 def decode_base64(encoded: str) -> bytes:
-    """Bytes of a base64 text.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        return base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ValueError(f"routed_experts: the text is not base64 ({error}).") from error
+    """Bytes of a base64 text; a ValueError where it is none."""
+    return base64.b64decode(encoded, validate=True)
 
 
 def npy_bytes(raw: bytes) -> np.ndarray | None:
-    """The array of an npy file in memory, None where the bytes are no npy file."""
-    if not raw.startswith(NPY_MAGIC):
+    """The array of an npy file in memory; None where the bytes are no npy file."""
+    if not raw.startswith(np.lib.format.MAGIC_PREFIX):
         return None
-    return npy_array(raw)
+    array: np.ndarray = np.load(io.BytesIO(raw))
+    return array
 
 
 def fit_to_model(
@@ -138,12 +122,13 @@ def fit_to_model(
     taps = find_routers(model)
     layers = [tap.decoder_layer for tap in taps]
     given = routed_experts.shape[2]
-    total = _decoder_layers(model)
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    total = inner.config.get_text_config().num_hidden_layers if inner is not None else len(layers)
     if given != len(layers):
         if given != total or len(set(layers)) != len(layers):
             raise ValueError(
                 f"routed_experts: {given} layers, but the model has {len(layers)} MoE layers of "
-                f"{total} decoder layers. Pass a record of either."
+                f"{total} decoder layers; pass a record of either"
             )
         routed_experts = routed_experts[:, :, layers]
     length = routed_experts.shape[1]
@@ -151,8 +136,8 @@ def fit_to_model(
         return routed_experts.contiguous()
     if length != num_tokens - 1:
         raise ValueError(
-            f"routed_experts: {length} positions for {num_tokens} tokens. Engines give one row a "
-            "token, or one less because the last token is never fed."
+            f"routed_experts: {length} positions for {num_tokens} tokens; engines give one row a "
+            "token, or one less because the last token is never fed"
         )
     last = torch.full_like(routed_experts[:, :1], NO_RECORD)
     return torch.cat([routed_experts, last], dim=1)
@@ -172,11 +157,3 @@ def record_for_model(
         record, num_layers=len(taps), num_experts=taps[0].num_experts, top_k=taps[0].top_k
     )
     return record
-
-
-def _decoder_layers(model: nn.Module) -> int:
-    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    if inner is None:
-        return -1
-    config = inner.config.get_text_config()
-    return int(getattr(config, "num_hidden_layers", -1))
