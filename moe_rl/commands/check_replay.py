@@ -15,7 +15,7 @@ from moe_rl.config import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from moe_rl.replay_check.check import Finding
+    from moe_rl.replay_check.claims import LawResult
 
 MARKS = {True: "pass", False: "FAIL", None: "-"}
 NAME_WIDTH = 22
@@ -112,7 +112,7 @@ class CheckReplay(TraceLayout, Command):
         shape = " x ".join(str(size) for size in routes.shape)
         known = float((routes >= 0).all(dim=-1).float().mean())
         print(f"{path}: {trace.source}, [B, S, L, K] = {shape}, {known:.1%} with a record")
-        findings: list[Finding] = check_trace(routes, num_experts=self.num_experts)
+        findings: list[LawResult] = check_trace(routes, num_experts=self.num_experts)
         for finding in findings:
             line = f"{finding.check:<{NAME_WIDTH}} {MARKS[finding.passed]:<5} {finding.reason}"
             print(line.rstrip())

@@ -1,11 +1,12 @@
-"""Replay check: a model under check, and the words in which a law is stated about it."""
+"""Replay check: a model under check, its inputs, and what laws compare."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_rl.replay_check.experts_watch import Seen, watch_experts
+from moe_rl.replay_check.claims import Claims
+from moe_rl.replay_check.experts_watch import Seen
 from moe_rl.replay_check.gate_formula import Formula
 from moe_rl.routing.record import record_routing
 from moe_rl.routing.taps import RouterTap, find_routers
@@ -13,16 +14,8 @@ from moe_rl.routing.taps import RouterTap, find_routers
 BATCH, LENGTH = 3, 9
 
 
-class LawBroken(AssertionError):
-    """A law does not hold; the message says where and by how much."""
-
-
-class NotApplicable(Exception):
-    """The law says nothing about this model; the message says why."""
-
-
 class Subject:
-    """A model under check: its inputs, and what it does when nobody is watching."""
+    """A model under check, its inputs, and its output without record or replay."""
 
     def __init__(self, model: nn.Module, formula: Formula | None, seed: int) -> None:
         self.model: Any = model
@@ -40,7 +33,7 @@ class Subject:
 
     @property
     def tap(self) -> RouterTap:
-        """Any of the routers: they agree in E and K."""
+        """The first router; all agree in E and K."""
         return self.taps[0]
 
     def output(self, tokens: Tensor | None = None, **inputs: Any) -> Tensor:
@@ -82,42 +75,26 @@ class Subject:
         return [p for name, p in named if p.requires_grad and not name.startswith("experts.")]
 
 
-def require(holds: bool, message: str) -> None:
-    """Raise LawBroken unless a law holds."""
-    if not holds:
-        raise LawBroken(message)
-
-
-def watching(subject: Subject) -> Any:
-    """What the experts of the subject are called with."""
-    return watch_experts(subject.model, subject.taps)
-
-
-def require_used(subject: Subject, seen: Seen, routes: Tensor) -> None:
+def experts_got(subject: Subject, seen: Seen, routes: Tensor) -> Claims:
     """The experts were called with the recorded ids, in any order."""
     for layer, (used, weights) in seen.items():
         expected = routes[:, :, layer].reshape(-1, subject.tap.top_k).to(used)
-        differs = (used.sort(dim=-1).values != expected.sort(dim=-1).values) & (weights != 0)
-        require(
-            not bool(differs.any()),
-            f"layer {layer}: experts are called with {used[differs.any(-1)][:1].tolist()}, the "
-            f"record says {expected[differs.any(-1)][:1].tolist()}",
+        differs = (sort_ids(used) != sort_ids(expected)) & (weights != 0)
+        rows = differs.any(-1)
+        yield (
+            not bool(rows.any()),
+            f"layer {layer}: experts are called with {used[rows][:1].tolist()}, the record says "
+            f"{expected[rows][:1].tolist()}",
         )
 
 
-def same_sets(a: Tensor, b: Tensor) -> bool:
-    """Whether two records choose the same sets."""
-    return torch.equal(a.sort(dim=-1).values, b.sort(dim=-1).values)
-
-
-def share_equal(a: Tensor, b: Tensor) -> float:
-    """Share of (token, layer) pairs with equal sets."""
-    same = (a.sort(dim=-1).values == b.sort(dim=-1).values).all(dim=-1)
-    return float(same.float().mean())
+def sort_ids(routes: Tensor) -> Tensor:
+    """Ids `[..., K]` ascending: equal for equal sets of experts."""
+    return routes.sort(dim=-1).values
 
 
 def difference(name: str, got: Tensor, expected: Tensor) -> str:
-    """The message of a value that replay has changed."""
+    """What is wrong with a value that replay has changed."""
     return f"{name}: {relative(got, expected):.1e} from the same without replay"
 
 

@@ -5,15 +5,17 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from moe_rl.replay_check.check_subject import NotApplicable, Subject, difference, require
+from moe_rl.replay_check.check_subject import Subject, difference
+from moe_rl.replay_check.claims import Claims
 from moe_rl.routing.replay import replay_routing
 from moe_rl.routing.taps import find_routers
 
 
-def law_gradient(subject: Subject) -> None:
+def law_gradient(subject: Subject) -> Claims:
     """Every router learns under replay, and its gradient is the slope that finite steps find."""
     if subject.tap.top_k == 1 and not _routers_learn(subject):
-        raise NotApplicable("without replay, too, its routers' gradient is 0: one expert's weight")
+        yield None, "without replay, too, its routers' gradient is 0: one expert's weight"
+        return
     routes = subject.foreign()
     with replay_routing(subject.model, routes):
         subject.loss().backward()
@@ -21,13 +23,15 @@ def law_gradient(subject: Subject) -> None:
     for tap in subject.taps:
         own = [p for p in subject.router_parameters(tap) if p.grad is not None]
         largest = max((float(p.grad.abs().max()) for p in own if p.grad is not None), default=0.0)
-        require(0 < largest < float("inf"), f"router {tap.name} gets no gradient ({largest})")
+        yield 0 < largest < float("inf"), f"router {tap.name} gets no gradient ({largest})"
         parameters += own
     if any(p.dtype.itemsize < 4 for p in parameters):
-        raise NotApplicable(
+        yield (
+            None,
             f"there is one; finite steps of {parameters[0].dtype} weights are too coarse for its "
-            "size (`replay` compares every gradient with that without replay)"
+            "size (`replay` compares every gradient with that without replay)",
         )
+        return
     for p in parameters:
         assert p.grad is not None
         noise = torch.randn(p.shape, generator=subject.generator).to(p)
@@ -37,7 +41,7 @@ def law_gradient(subject: Subject) -> None:
         slope += float((p.grad.double() * steps[-1].double()).sum())
     subject.gradient()
     found = _slope_by_steps(subject, routes, parameters, steps)
-    require(
+    yield (
         abs(found - slope) <= 0.05 * abs(slope),
         f"the routers' gradient says {slope:.4g} where a finite step finds {found:.4g}",
     )
@@ -73,11 +77,12 @@ def _slope_by_steps(
     return (values[0] - values[1]) / (2 * epsilon)
 
 
-def law_checkpointing(subject: Subject) -> None:
+def law_checkpointing(subject: Subject) -> Claims:
     """Gradient checkpointing of both kinds, backward outside the block, changes no gradient."""
     model = subject.model
     if not getattr(model, "supports_gradient_checkpointing", False):
-        raise NotApplicable("the model supports no gradient checkpointing")
+        yield None, "the model supports no gradient checkpointing"
+        return
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     routes, was_training = subject.foreign(), model.training
     model.train()
@@ -89,9 +94,9 @@ def law_checkpointing(subject: Subject) -> None:
             getattr(model, f"{prefix}_checkpointing_disable")()
             for name, value in expected.items():
                 kind = "reentrant" if reentrant else "non-reentrant"
-                require(name in got, f"{kind}: no gradient for {name}")
+                yield name in got, f"{kind}: no gradient for {name}"
                 close = torch.allclose(got[name], value, rtol=1e-3, atol=1e-5)
-                require(close, f"{kind}: " + difference(name, got[name], value))
+                yield close, f"{kind}: " + difference(name, got[name], value)
     finally:
         model.train(was_training)
 
@@ -105,7 +110,7 @@ def _replayed_gradient(subject: Subject, routes: Tensor) -> dict[str, Tensor]:
     return subject.gradient()
 
 
-def law_bf16(subject: Subject) -> None:
+def law_bf16(subject: Subject) -> Claims:
     """In bfloat16 too, replaying one's own record changes no bit."""
     half = copy.copy(subject)
     half.model = copy.deepcopy(subject.model).to(torch.bfloat16)
@@ -113,8 +118,9 @@ def law_bf16(subject: Subject) -> None:
     try:
         half.plain = half.output()
     except RuntimeError as why:
-        raise NotApplicable(f"without replay it does not run in bfloat16: {why}") from why
+        yield None, f"without replay it does not run in bfloat16: {why}"
+        return
     routes = half.record()
     with replay_routing(half.model, routes):
         again = half.output()
-    require(torch.equal(again, half.plain), difference("outputs", again, half.plain))
+    yield torch.equal(again, half.plain), difference("outputs", again, half.plain)

@@ -18,51 +18,39 @@ from moe_rl.replay_check.gate_formula import Formula
 from moe_rl.routing.taps import REFUSED
 
 # Sizes under every name that some config gives them; a config gets those it knows.
-SMALL: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size", "max_position_embeddings", "vocab_size_per_layer_input"), 64),
-    **dict.fromkeys(("hidden_size", "intermediate_size", "ffn_hidden_size"), 32),
-    **dict.fromkeys(("intermediate_size_mlp", "dense_intermediate_size"), 32),
-    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), 16),
-    **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size"), 16),
-    **dict.fromkeys(("moe_shared_expert_intermediate_size", "router_hidden_size"), 16),
-    **dict.fromkeys(("num_hidden_layers", "num_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "linear_num_heads"), 2),
-    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
-    **dict.fromkeys(("head_dim", "linear_head_dim", "linear_key_head_dim"), 16),
-    **dict.fromkeys(("linear_value_head_dim", "kv_channels"), 16),
-    # Attention through a latent (DeepSeek and its kin).
-    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "v_head_dim"), 16),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 8),
-    # State-space and indexed attention.
-    **dict.fromkeys(("mamba_n_heads", "mamba_d_conv", "mamba_num_heads"), 4),
-    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "index_head_dim", "indexer_head_dim"), 16),
-    **dict.fromkeys(("mamba_d_state", "o_lora_rank", "indexer_budget"), 8),
-    **dict.fromkeys(("mamba_expand", "index_n_heads", "indexer_n_heads", "o_groups"), 2),
-    **dict.fromkeys(("mamba_n_groups", "indexer_kv_heads"), 1),
-    "indexer_compress_ratio": 4,
-    # Above the lengths of the checks: a choice of positions that jumps has no slope to measure.
-    "index_topk": 64,
-    # Eight experts, two a token, four groups of two of which two are open.
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 8),
-    "moe_num_experts": 8,
-    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k"), 2),
-    "top_k_experts": 2,
-    **dict.fromkeys(("n_group", "num_expert_group", "zero_expert_num"), 4),
-    "topk_group": 2,
-    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
-    # Experts in every layer.
-    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 0),
-    **dict.fromkeys(("moe_layer_interval", "interleave_moe_layer_step"), 1),
-    "hidden_size_per_layer_input": 0,
-    "mlp_layer_types": ["sparse", "sparse"],
-    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), None),
+_SIZES: dict[int | None, str] = {
+    # index_topk above the lengths of the checks: a choice of positions that jumps has no slope.
+    64: "vocab_size max_position_embeddings vocab_size_per_layer_input index_topk",
+    32: "hidden_size intermediate_size ffn_hidden_size intermediate_size_mlp "
+    "dense_intermediate_size",
+    16: "moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size "
+    "shared_intermediate_size moe_shared_expert_intermediate_size router_hidden_size "
+    "head_dim linear_head_dim linear_key_head_dim linear_value_head_dim kv_channels "
+    "kv_lora_rank q_lora_rank v_head_dim mamba_d_head mamba_head_dim index_head_dim "
+    "indexer_head_dim",
+    # Eight experts, two per token, four groups of two of which two are open.
+    8: "num_experts num_local_experts n_routed_experts moe_num_experts "
+    "qk_rope_head_dim qk_nope_head_dim mamba_d_state o_lora_rank indexer_budget",
+    4: "n_group num_expert_group zero_expert_num "
+    "mamba_n_heads mamba_d_conv mamba_num_heads indexer_compress_ratio",
+    2: "num_experts_per_tok moe_k moe_topk moe_top_k top_k_experts topk_group "
+    "num_hidden_layers num_layers num_attention_heads num_key_value_heads linear_num_heads "
+    "linear_num_key_heads linear_num_value_heads mamba_expand index_n_heads indexer_n_heads "
+    "o_groups",
+    # Experts in every layer: one in every 1, none of the first 0 dense.
+    1: "n_shared_experts num_shared_experts moe_num_shared_experts moe_layer_interval "
+    "interleave_moe_layer_step mamba_n_groups indexer_kv_heads",
+    0: "first_k_dense_replace num_dense_layers moe_layer_start_index hidden_size_per_layer_input",
+    None: "pad_token_id bos_token_id eos_token_id",
 }
+SMALL: dict[str, Any] = {name: size for size, names in _SIZES.items() for name in names.split()}
+SMALL["mlp_layer_types"] = ["sparse", "sparse"]
 
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
+class FamilyEntry:
     """How to build a small model of a family, and what its router computes."""
 
     formula: Formula | None = None
@@ -70,8 +58,8 @@ class Family:
     """Config fields beyond `SMALL`."""
 
 
-def _family(formula: Formula | None, **settings: Any) -> Family:
-    return Family(formula=formula, settings=settings)
+def _family(formula: Formula | None, **settings: Any) -> FamilyEntry:
+    return FamilyEntry(formula=formula, settings=settings)
 
 
 _SOFTMAX = Formula(score="softmax")
@@ -83,7 +71,7 @@ _DEEPSEEK = Formula(
     score="sigmoid", normalise="norm_topk_prob", scale="routed_scaling_factor"
 )  # DeepSeek-V3, arXiv 2412.19437, equations 13 to 16
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, FamilyEntry] = {
     "afmoe": _family(_SIGMOID),
     "aria_text": _family(_NORMED),
     "axk1": _family(_DEEPSEEK),
@@ -222,7 +210,7 @@ def family_names() -> list[str]:
     return [name for name in FAMILIES if name in CONFIG_MAPPING]
 
 
-def family_of(model_type: str) -> Family | None:
+def family_of(model_type: str) -> FamilyEntry | None:
     """The entry of a config's `model_type`, that of a multimodal wrapper being its text model's."""
     return FAMILIES.get(model_type) or FAMILIES.get(f"{model_type}_text")
 
@@ -243,7 +231,7 @@ def small_config(name: str, **changes: Any) -> Any:
     fields = set(inspect.signature(config_class.__init__).parameters)
     fields |= set(getattr(config_class, "__dataclass_fields__", {}))
     small = {name: value for name, value in SMALL.items() if name in fields}
-    settings = REFUSED_FAMILIES.get(known) or FAMILIES.get(known, Family()).settings
+    settings = REFUSED_FAMILIES.get(known) or FAMILIES.get(known, FamilyEntry()).settings
     return AutoConfig.for_model(known, **{**small, **settings, **changes})
 
 

@@ -301,7 +301,7 @@ def test_a_dense_control_is_no_copy() -> None:
 
 def test_what_is_no_record_at_all_is_an_error() -> None:
     for bad in (torch.zeros(2, 3, 2), torch.zeros(1, 2, 3, 2), torch.zeros(0, 1, 1, 1).int()):
-        with pytest.raises(ValueError, match="Pass integer ids"):
+        with pytest.raises(ValueError, match="pass integer ids"):
             check_trace(bad)
     with pytest.raises(ValueError, match="expected integer ids"):
         stack_rows([])
