@@ -13,9 +13,8 @@ the steps in place of one expression, so that a model of a million parameters wr
 intermediate results down instead of carrying them.
 """
 
-from __future__ import annotations
-
 import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -24,7 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from moe_rl.tasks.base import DIGITS, Problem, Task, check_draw, check_option, column
+from moe_rl.tasks.base import Problem, Task, check_range
 
 MAX_NUMBERS = 4  # a fifth would make the search behind every prompt about 30 times as long
 
@@ -55,15 +54,15 @@ class Countdown(Task):
     """Largest target and largest result of a step; from max(numbers, max_number) to 999."""
 
     def __post_init__(self) -> None:
-        check_option("numbers", self.numbers, 2, MAX_NUMBERS, "the search grows with each")
-        check_option("max_number", self.max_number, 2, 99, "numbers are drawn from 1 to it")
+        check_range("numbers", self.numbers, 2, MAX_NUMBERS, "the search grows with each")
+        check_range("max_number", self.max_number, 2, 99, "numbers are drawn from 1 to it")
         least = max(self.numbers, self.max_number)
-        check_option("max_value", self.max_value, least, 999, "the sum of `numbers` ones must fit")
+        check_range("max_value", self.max_value, least, 999, "the sum of `numbers` ones must fit")
 
     @property
     def alphabet(self) -> str:
         """Digits, the three signs, and the separators."""
-        return DIGITS + "+-*=,:"
+        return string.digits + "+-*=,:"
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -78,7 +77,6 @@ class Countdown(Task):
 
     def prompts(self, rng: np.random.Generator, count: int) -> list[Problem]:
         """Numbers are uniform; targets are uniform over what the numbers can reach."""
-        check_draw(count)
         return [self._draw_problem(rng) for _ in range(count)]
 
     def demonstrations(
@@ -88,9 +86,8 @@ class Countdown(Task):
 
         With probability `slip` a step is drawn uniformly from all possible steps, which may be a
         good one by luck; else from those that leave the target within reach, while there are any.
-        After a slip that loses the target the solver goes on with possible steps, in vain.
+        After a slip that loses the target the solver continues with possible steps, in vain.
         """
-        check_draw(count, slip)
         problems = self.prompts(rng, count)
         return [(p.prompt, self._demonstrate(rng, p, slip)) for p in problems]
 
@@ -98,11 +95,8 @@ class Countdown(Task):
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]
     ) -> list[float]:
         """1.0 where a completion reaches its `target` from its `numbers` by the rules, else 0.0."""
-        numbers = column(columns, "numbers", completions)
-        targets = column(columns, "target", completions)
-        return [
-            float(self._is_right(*row)) for row in zip(completions, numbers, targets, strict=True)
-        ]
+        rows = zip(completions, columns["numbers"], columns["target"], strict=True)
+        return [float(self._is_right(*row)) for row in rows]
 
     @cached_property
     def _number_width(self) -> int:

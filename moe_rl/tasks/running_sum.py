@@ -6,8 +6,7 @@ Each answer digit is the one before plus the next prompt digit, so that an early
 and a response is right only if every step is.
 """
 
-from __future__ import annotations
-
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_rl.tasks.base import DIGITS, Problem, Task, check_draw, check_option, column
+from moe_rl.tasks.base import Problem, Task, check_range
 
 MAX_DIGITS = 64  # keeps a sequence near 128 tokens, which a laptop trains on
 
@@ -30,12 +29,12 @@ class RunningSum(Task):
     """Digits n in a prompt and in its answer, 1 to 64."""
 
     def __post_init__(self) -> None:
-        check_option("digits", self.digits, 1, MAX_DIGITS, "it is the length of a response")
+        check_range("digits", self.digits, 1, MAX_DIGITS, "it sets the length of a response")
 
     @property
     def alphabet(self) -> str:
         """Digits and the sign that ends a prompt."""
-        return DIGITS + "="
+        return string.digits + "="
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -49,7 +48,6 @@ class RunningSum(Task):
 
     def prompts(self, rng: np.random.Generator, count: int) -> list[Problem]:
         """Digits are uniform."""
-        check_draw(count)
         terms = self._draw_terms(rng, count)
         answers = _to_text(terms.cumsum(axis=1) % 10)
         return [
@@ -65,7 +63,6 @@ class RunningSum(Task):
         The random digit is the right one once in ten, and one wrong digit makes the whole answer
         wrong: a demonstration is right with probability (1 - 0.9 slip)^digits.
         """
-        check_draw(count, slip)
         terms = self._draw_terms(rng, count)
         slips = rng.random((count, self.digits)) < slip
         noise = rng.integers(0, 10, (count, self.digits))
@@ -81,8 +78,8 @@ class RunningSum(Task):
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]
     ) -> list[float]:
         """1.0 where a completion is its problem's `answer` exactly, else 0.0."""
-        answers = column(columns, "answer", completions)
-        return [float(text == answer) for text, answer in zip(completions, answers, strict=True)]
+        pairs = zip(completions, columns["answer"], strict=True)
+        return [float(text == answer) for text, answer in pairs]
 
     def _draw_terms(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
         return rng.integers(0, 10, (count, self.digits))

@@ -75,7 +75,7 @@ def read_trace(
             rows = read_megatron(shards or [path], batch_size)
             return Trace(routed_experts=stack_rows(rows), source="Megatron-LM")
         raise ValueError(
-            "not a trace; give a file .npz, .npy, .safetensors, .json (vLLM, SGLang) or .jsonl "
+            "a trace is a file .npz, .npy, .safetensors, .json (vLLM, SGLang) or .jsonl "
             f"(Megatron-LM), or a folder with {MEGATRON_FILES}"
         )
     except _BAD_FILE as error:

@@ -1,6 +1,5 @@
 """The dataset task: a file read whole or not at all, its rewards, and its place in a run's name."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -84,17 +83,6 @@ def test_a_completion_is_right_if_it_is_the_answer_between_spaces(
     assert task.reward(["?"], [text], answer=[f" {text} "]) == [1.0]
 
 
-def test_missing_columns_and_impossible_draws_are_named(file: str) -> None:
-    task = Dataset(dataset=file)
-    with pytest.raises(ValueError, match="reward needs the column 'answer'"):
-        task.reward(["?"], ["?"])
-    with pytest.raises(ValueError, match="count is -1"):
-        task.prompts(rng(), -1)
-    with pytest.raises(ValueError, match=r"slip is 1\.5"):
-        task.demonstrations(rng(), 1, 1.5)
-    assert task.prompts(rng(), 0) == task.demonstrations(rng(), 0, 0.1) == []
-
-
 def test_a_file_of_one_character_has_nothing_to_slip_to(tmp_path: Path) -> None:
     task = Dataset(dataset=write(tmp_path / "rows.jsonl", [("a", "a")]))
     assert task.demonstrations(rng(), 3, 1.0) == [("a", "a")] * 3
@@ -113,30 +101,40 @@ def test_the_last_line_is_read_before_the_first_is_used(tmp_path: Path) -> None:
     write(path, ROWS * 1000)
     with path.open("a") as opened:
         opened.write('{"prompt": "cut o')
-    with pytest.raises(ConfigError, match=rf"rows\.jsonl, line {len(ROWS) * 1000 + 1}: not JSON"):
+    with pytest.raises(
+        ConfigError, match=rf"rows\.jsonl, line {len(ROWS) * 1000 + 1}: Invalid JSON"
+    ):
         Dataset(dataset=str(path))
 
 
-@given(raw=st.binary(max_size=40), at=st.integers(0, 200))
-def test_any_bytes_are_a_dataset_or_a_config_error(
-    raw: bytes, at: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    write(path, ROWS)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:at] + raw + whole[at:])
-    try:
-        task = Dataset(dataset=str(path))
-    except ConfigError as error:
-        assert str(path) in str(error) and "\n" not in str(error).replace(str(path), "")
-    else:
-        assert all(row.prompt for row in task.listed())
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"", "Invalid JSON"),
+        (b'{"prompt": "1+1=", "answer": "2"', "Invalid JSON"),
+        (b'{"prompt": "\xff", "answer": "2"}', "Invalid JSON"),
+        (b'["1+1=", "2"]', "Input should be an object"),
+        (b'{"prompt": "1+1="}', "answer: Field required"),
+        (b'{"prompt": "1+1=", "answer": 2}', "answer: Input should be a valid string"),
+        (b'{"prompt": "1+1=", "answer": "2", "solution": "2"}', "solution: Extra inputs"),
+        (b'{"prompt": "", "answer": "2"}', "prompt: String should have at least 1 character"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_number(line: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write(path, ROWS[:2])
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(ConfigError, match=rf"rows\.jsonl, line 3: {words}"):
+        Dataset(dataset=str(path))
 
 
-def test_paths_that_only_json_can_spell_are_refused() -> None:
-    for name in ("a\0b", "\ud800"):
-        with pytest.raises(ConfigError, match=r"dataset=.*: no path"):
-            Dataset(dataset=name)
+def test_a_file_that_cannot_be_read_or_is_empty_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ConfigError, match=r"dataset='.*': cannot be read"):
+            Dataset(dataset=str(path))
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(ConfigError, match="the file is empty"):
+        Dataset(dataset=str(tmp_path / "empty"))
 
 
 def test_a_run_is_known_by_what_its_dataset_holds(file: str, tmp_path: Path) -> None:
@@ -252,8 +250,3 @@ def test_line_ends_are_tokens_of_their_own() -> None:
     tokenizer = character_tokenizer("a\n .")
     ids = tokenizer("a\n\n .a", add_special_tokens=False)["input_ids"]
     assert len(ids) == 6 and tokenizer.decode(ids) == "a\n\n .a"
-
-
-def test_fields_are_frozen(file: str) -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Dataset(dataset=file).response_tokens = 3  # type: ignore[misc]

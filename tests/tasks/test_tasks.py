@@ -1,7 +1,5 @@
 """Tasks: determinism, rewards of right, wrong and garbage text, accuracy of demonstrations."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re
@@ -289,27 +287,14 @@ def test_a_slipping_countdown_goes_on_by_the_rules() -> None:
 
 
 @pytest.mark.parametrize("task", ALL, ids=repr)
-def test_a_missing_or_short_column_is_named(task: Task) -> None:
-    problems = task.prompts(np.random.default_rng(0), 2)
-    columns = columns_of(problems)
+def test_a_missing_or_short_column_is_an_error(task: Task) -> None:
+    columns = columns_of(task.prompts(np.random.default_rng(0), 2))
     for name in columns:
         rest = {key: value for key, value in columns.items() if key != name}
-        with pytest.raises(ValueError, match=f"reward needs the column '{name}'"):
+        with pytest.raises(KeyError, match=name):
             task.reward(["?"] * 2, ["?"] * 2, **rest)
-        with pytest.raises(ValueError, match=f"{name} has 1 entries for 2 completions"):
+        with pytest.raises(ValueError, match=r"zip\(\)"):
             task.reward(["?"] * 2, ["?"] * 2, **(columns | {name: columns[name][:1]}))
-
-
-@pytest.mark.parametrize("task", ALL, ids=repr)
-def test_impossible_draws_are_refused(task: Task) -> None:
-    rng = np.random.default_rng(0)
-    assert task.prompts(rng, 0) == [] and task.demonstrations(rng, 0, 0.1) == []
-    with pytest.raises(ValueError, match="count is -1"):
-        task.prompts(rng, -1)
-    with pytest.raises(ValueError, match=r"slip is 1\.5; expected a probability"):
-        task.demonstrations(rng, 1, 1.5)
-    with pytest.raises(ValueError, match="slip is nan"):
-        task.demonstrations(rng, 1, math.nan)
 
 
 def test_tasks_are_found_by_name_with_their_options() -> None:
@@ -321,15 +306,15 @@ def test_tasks_are_found_by_name_with_their_options() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("runing_sum", {}, "task is 'runing_sum'.*did you mean 'running_sum'"),
-        ("countdown", {"number": 3}, "got the option 'number'.*did you mean 'numbers'"),
-        ("running_sum", {"digits": 0}, "digits is 0; expected an integer from 1 to 64"),
-        ("countdown", {"numbers": 5}, "numbers is 5; expected an integer from 2 to 4"),
-        ("countdown", {"max_number": 100}, "max_number is 100"),
-        ("countdown", {"max_value": 14}, "max_value is 14; expected an integer from 15 to 999"),
-        ("countdown", {"numbers": 2.0}, r"numbers is 2\.0"),
+        ("runing_sum", {}, "task='runing_sum': unknown task; choose one of running_sum"),
+        ("running_sum", {"digits": 0}, "digits=0: give an integer from 1 to 64"),
+        ("countdown", {"numbers": 5}, "numbers=5: give an integer from 2 to 4"),
+        ("countdown", {"max_number": 100}, "max_number=100"),
+        ("countdown", {"max_value": 14}, "max_value=14: give an integer from 15 to 999"),
     ],
 )
 def test_bad_tasks_and_options_are_named(name: str, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_task(name, **options)
+    with pytest.raises(TypeError, match="'number'"):
+        make_task("countdown", number=3)
