@@ -51,7 +51,8 @@ def read_megatron(files: Sequence[Path], batch_size: int) -> list[np.ndarray]:
 
 def _passes(file: Path) -> tuple[list[int], list[np.ndarray]]:
     """The layers, and the ids `[N, L, K]` of each pass, in the order of the file."""
-    passes, layers = [], []
+    passes: list[np.ndarray] = []
+    layers: list[int] = []
     for step, by_layer in _steps(file).items():
         layers = layers or sorted(by_layer)
         sizes = [[ids.shape for ids in by_layer[layer]] for layer in layers if layer in by_layer]

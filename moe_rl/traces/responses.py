@@ -41,9 +41,11 @@ def _completions(content: Any) -> Iterator[tuple[Any, Any]]:
     elif isinstance(content, dict):
         # vLLM's OpenAI server has choices, its LLM.generate outputs, SGLang meta_info.
         choices = content.get("choices") or content.get("outputs") or []
-        found = [p for p in (content, content.get("meta_info"), *choices) if _has_routes(p)]
+        places: list[Any] = [content, content.get("meta_info"), *choices]
         # SGLang may repeat in sglext what meta_info says: read it only where the rest is silent.
-        for place in found or filter(_has_routes, [content.get("sglext")]):
+        if not any(_has_routes(place) for place in places):
+            places = [content.get("sglext")]
+        for place in filter(_has_routes, places):
             yield place[KEY], place.get(PROMPT_KEY, content.get(PROMPT_KEY))
 
 
