@@ -5,7 +5,7 @@ the verdicts on the GSPO paper's claims, and `write_report(path)` draws everythi
 Needs pandas, numpy and matplotlib; never torch, transformers or the trainer.
 """
 
-from moe_rl.analysis.data.load import AnalysisError, AnalysisWarning, Study, load_study
+from moe_rl.analysis.data.load import AnalysisError, AnalysisWarning, StudyRuns, load_study
 from moe_rl.analysis.data.measures import run_measures, summarize, terminal_table
 from moe_rl.analysis.report.report import write_report
 from moe_rl.analysis.verdicts.claims import claims_table
@@ -13,7 +13,7 @@ from moe_rl.analysis.verdicts.claims import claims_table
 __all__ = [
     "AnalysisError",
     "AnalysisWarning",
-    "Study",
+    "StudyRuns",
     "claims_table",
     "load_study",
     "run_measures",

@@ -1,71 +1,153 @@
-"""The arms of the study: what is compared, each a small change to one base config."""
+"""The arms: what a study compares. One entry here is all that an arm is, to studies and figures.
 
-import dataclasses
+An arm is a small change to one base config, with the name, colour and line that it has everywhere.
+The order of `ARMS` is the order of tables and legends. Importable without torch.
+"""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moe_rl.config import RoutingReplay, RunConfig
+
+_GRPO = "DeepSeekMath (arXiv 2402.03300)"
+_GSPO = "GSPO paper (arXiv 2507.18071)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One arm: its name, what it is for, and how its config differs from the base."""
+    """One arm of a study."""
 
     name: str
-    purpose: str
-    change: Callable[[RunConfig, RoutingReplay], RunConfig]
+    """As in run folders, tables of data and `--arms`."""
+    label: str
+    """As figures and tables print it."""
+    colour: str
+    """On a light page: contrast of at least 3 to it; safe for common kinds of colour blindness."""
+    dark_colour: str
+    """Its partner on a dark page."""
+    dash: Any = "-"
+    """matplotlib line style, the second channel beside the colour."""
+    paper: str
+    """Where the arm is from."""
+    change: Callable[[RunConfig, RoutingReplay], RunConfig] = lambda base, replay: base
+    """The base config (for a restart: GRPO's) and the kind of replay in, the arm's config out."""
+    is_restart: bool = False
+    """Starts from a checkpoint of the arm `grpo`, before its collapse, not from the cold start."""
 
 
-def _dense(base: RunConfig, _: RoutingReplay) -> RunConfig:
-    # As many experts as are active: equal active size, and no choice left to the router.
-    return base.replace(algorithm="grpo", num_experts=base.model.experts_per_token)
-
-
-ARMS = {
-    arm.name: arm
-    for arm in (
-        Arm(
-            name="grpo",
-            purpose="token ratios, live routing: the arm that is said to collapse",
-            change=lambda base, replay: base.replace(algorithm="grpo"),
+_TABLE = (
+    Arm(
+        name="grpo",
+        label="GRPO",
+        colour="#d55e00",
+        dark_colour="#ff8a3d",
+        paper=_GRPO,
+        change=lambda base, replay: base.replace(algorithm="grpo"),
+    ),
+    Arm(
+        name="grpo+replay",
+        label="GRPO + replay",
+        colour="#0072b2",
+        dark_colour="#4ba3e3",
+        paper=f"Routing Replay: {_GSPO}, 5.3; R3: arXiv 2510.11370",
+        change=lambda base, replay: base.replace(algorithm="grpo", routing_replay=replay),
+    ),
+    Arm(
+        name="gspo",
+        label="GSPO",
+        colour="#009e73",
+        dark_colour="#2fc79a",
+        paper=_GSPO,
+        change=lambda base, replay: base.replace(algorithm="gspo"),
+    ),
+    Arm(
+        name="gspo+replay",
+        label="GSPO + replay",
+        colour="#3d9bd4",
+        dark_colour="#8fd0f5",
+        dash=(0, (4, 1.5)),
+        paper=f"{_GSPO}, with the Routing Replay that it says is not needed",
+        change=lambda base, replay: base.replace(algorithm="gspo", routing_replay=replay),
+    ),
+    Arm(
+        name="dense",
+        label="dense control",
+        colour="#6d6d6d",
+        dark_colour="#b4b4b4",
+        dash=(0, (1, 1)),
+        paper="our control: GRPO, equal active size, every expert always on",
+        # As many experts as are active: no choice is left to the router.
+        change=lambda base, replay: base.replace(
+            algorithm="grpo", num_experts=base.model.experts_per_token
         ),
-        Arm(
-            name="grpo+replay",
-            purpose="the same with Routing Replay: the paper's baseline",
-            change=lambda base, replay: base.replace(algorithm="grpo", routing_replay=replay),
-        ),
-        Arm(
-            name="gspo",
-            purpose="sequence ratios, live routing: said to need no replay",
-            change=lambda base, replay: base.replace(algorithm="gspo"),
-        ),
-        Arm(
-            name="gspo+replay",
-            purpose="sequence ratios with Routing Replay",
-            change=lambda base, replay: base.replace(algorithm="gspo", routing_replay=replay),
-        ),
-        Arm(
-            name="dense",
-            purpose="control under GRPO: equal active size, every expert always on",
-            change=_dense,
-        ),
-        Arm(
-            name="frozen-router",
-            purpose="control under GRPO: router weights stay at the cold start",
-            change=lambda base, replay: base.replace(algorithm="grpo", freeze_router=True),
-        ),
-    )
-}
-
+    ),
+    Arm(
+        name="frozen-router",
+        label="frozen router",
+        colour="#b7589a",
+        dark_colour="#e295c8",
+        dash=(0, (5, 1, 1, 1)),
+        paper="our control: GRPO, router weights stay at the cold start",
+        change=lambda base, replay: base.replace(algorithm="grpo", freeze_router=True),
+    ),
+    # Half the learning rate, as a user would try to save the run; and all of it, which tells what
+    # the fresh start alone does.
+    Arm(
+        name="grpo-restart",
+        label="GRPO restarted, half the rate",
+        colour="#a6761d",
+        dark_colour="#d6a850",
+        dash=(0, (4, 1.5)),
+        paper=f"{_GSPO}, 5.3: resuming from an earlier checkpoint does not help",
+        change=lambda base, replay: base.replace(learning_rate=base.learning_rate * 0.5),
+        is_restart=True,
+    ),
+    Arm(
+        name="grpo-restart-full-rate",
+        label="GRPO restarted, full rate",
+        colour="#8c2d04",
+        dark_colour="#e0814f",
+        dash=(0, (1, 1)),
+        paper="our control of grpo-restart",
+        is_restart=True,
+    ),
+)
+ARMS = {arm.name: arm for arm in _TABLE}
+FRESH_ARMS = tuple(arm.name for arm in _TABLE if not arm.is_restart)
+RESTARTS = tuple(arm.name for arm in _TABLE if arm.is_restart)
 MAIN_ARMS = ("grpo", "grpo+replay", "gspo")
+
+# Light and dark colours of arms that are not in the table.
+SPARE_COLOURS = (("#7570b3", "#a9a4e0"), ("#4d4d00", "#b3b34d"), ("#1b6f6f", "#63c2c2"))
+# Before the collapse: in no setting of the study has GRPO fallen by then.
+_RESTART_STEP = 5
+
+
+def find_arm(name: str) -> Arm:
+    """The arm of that name; a user's own arm goes by its name, in a colour that depends on it."""
+    if name in ARMS:
+        return ARMS[name]
+    light, dark = SPARE_COLOURS[sum(name.encode()) % len(SPARE_COLOURS)]
+    return Arm(name=name, label=name, colour=light, dark_colour=dark, paper="")
+
+
+def arm_label(name: str) -> str:
+    """The arm's name as figures and tables print it."""
+    return find_arm(name).label
+
+
+def arm_key(name: str) -> tuple[int, str]:
+    """Sort key: the arms of the table in its order, then others by name."""
+    return (list(ARMS).index(name) if name in ARMS else len(ARMS), name)
 
 
 def arm_config(name: str, base: RunConfig, *, replay: RoutingReplay, seed: int) -> RunConfig:
-    """The config of one arm of a study.
+    """The config of one run of an arm that begins at the cold start.
 
     Args:
-        name: a key of `ARMS`.
+        name: one of `FRESH_ARMS`.
         base: the setting.
         replay: R2 where staleness is studied, R3 where two engines differ.
         seed: paired over arms: equal seeds see equal prompts and sampling numbers.
@@ -75,35 +157,29 @@ def arm_config(name: str, base: RunConfig, *, replay: RoutingReplay, seed: int) 
     return changed.replace(arm=name, seed=seed, on_nonfinite="skip")
 
 
-RESTARTS = {"grpo-restart": 0.5, "grpo-restart-full-rate": 1.0}
-"""GRPO started again from before its collapse, and the share of its learning rate: half, as a
-user would try to save the run, and all of it, which tells what the fresh start alone does."""
-# Before the collapse: in no setting of the study has GRPO fallen by then.
-_RESTART_STEP = 5
-
-
 def saving_for_restart(original: RunConfig) -> RunConfig:
-    """The run with what `restart_config` starts from saved on the way."""
+    """The run with a checkpoint saved on the way, from which `restart_config` starts."""
     return original.replace(save_every=_RESTART_STEP)
 
 
 def restart_config(name: str, original: RunConfig, folder: Path) -> RunConfig:
-    """The run `name` of `RESTARTS`, from the policy that the original saved before its collapse.
+    """The config of a restart, from the policy that the original saved before its collapse.
 
     GSPO paper, 5.3: after a collapse training cannot be resumed, even from an earlier checkpoint
     with other hyperparameters. The optimiser state is fresh.
 
     Args:
-        name: a key of `RESTARTS`.
-        original: the run that collapses, as `saving_for_restart` has it.
+        name: one of `RESTARTS`.
+        original: the run that collapses, as `saving_for_restart` returns it.
         folder: its run folder.
     """
-    checkpoint = str(folder / f"policy_{_RESTART_STEP:05d}")
-    return dataclasses.replace(
-        original,
-        arm=name,
-        model=dataclasses.replace(original.model, checkpoint=checkpoint),
-        learning_rate=original.learning_rate * RESTARTS[name],
-        steps=original.steps - _RESTART_STEP,
-        save_every=0,
+    return (
+        ARMS[name]
+        .change(original, original.routing_replay)
+        .replace(
+            arm=name,
+            checkpoint=str(folder / f"policy_{_RESTART_STEP:05d}"),
+            steps=original.steps - _RESTART_STEP,
+            save_every=0,
+        )
     )

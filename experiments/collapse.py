@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moe_rl.config import ConfigError, Family, RoutingReplay, RunConfig, preset
 from moe_rl.experiments.arms import (
-    ARMS,
+    FRESH_ARMS,
     MAIN_ARMS,
     RESTARTS,
     arm_config,
@@ -19,7 +19,7 @@ from moe_rl.experiments.arms import (
     saving_for_restart,
 )
 from moe_rl.experiments.runner import run_folder
-from moe_rl.experiments.study import Study
+from moe_rl.experiments.study import StudyPlan
 
 # Seeds 1 to 5 were looked at while the settings were chosen; these were not.
 _SEEDS = tuple(range(6, 14))
@@ -53,8 +53,8 @@ def settings() -> dict[str, Setting]:
     staleness, noise = preset("staleness"), preset("engine-noise")
     deeper = staleness.replace(setting="deeper", num_layers=2 * staleness.model.num_layers)
     return {
-        "staleness": Setting(base=staleness, arms=tuple(ARMS), replay="R2"),
-        "engine-noise": Setting(base=noise, arms=(*ARMS, *RESTARTS), replay="R3"),
+        "staleness": Setting(base=staleness, arms=FRESH_ARMS, replay="R2"),
+        "engine-noise": Setting(base=noise, arms=(*FRESH_ARMS, *RESTARTS), replay="R3"),
         # For the claim that churn grows with depth; the others tell whose failure grows too.
         "deeper": Setting(base=deeper, arms=(*MAIN_ARMS, "dense"), replay="R2"),
     }
@@ -73,7 +73,7 @@ def family_settings(families: Sequence[Family]) -> dict[str, Setting]:
     }
 
 
-def quick(families: Sequence[Family] = ()) -> Study:
+def quick(families: Sequence[Family] = ()) -> StudyPlan:
     """The three main arms under engine noise, on the full study's first two seeds.
 
     Args:
@@ -87,10 +87,10 @@ def quick(families: Sequence[Family] = ()) -> Study:
         for config in _arm_configs(setting, MAIN_ARMS, seed)
     ]
     name = "families" if families else "collapse"
-    return Study(name=name, mode="quick", configs=tuple(configs))
+    return StudyPlan(name=name, mode="quick", configs=tuple(configs))
 
 
-def full_families(families: Sequence[Family]) -> Study:
+def full_families(families: Sequence[Family]) -> StudyPlan:
     """The main arms and the dense control under engine noise, a setting a family."""
     configs = [
         config
@@ -98,10 +98,10 @@ def full_families(families: Sequence[Family]) -> Study:
         for setting in family_settings(families).values()
         for config in _arm_configs(setting, setting.arms, seed)
     ]
-    return Study(name="families", mode="full", configs=tuple(configs))
+    return StudyPlan(name="families", mode="full", configs=tuple(configs))
 
 
-def full(root: Path, names: Sequence[str]) -> Study:
+def full(root: Path, names: Sequence[str]) -> StudyPlan:
     """All arms and both controls on eight paired seeds.
 
     Args:
@@ -124,7 +124,7 @@ def full(root: Path, names: Sequence[str]) -> Study:
         for seed in _SEEDS
         for config in _of_seed(known[name], seed, root)
     ]
-    return Study(name="collapse", mode="full", configs=tuple(configs))
+    return StudyPlan(name="collapse", mode="full", configs=tuple(configs))
 
 
 def _arm_configs(setting: Setting, arms: Sequence[str], seed: int) -> list[RunConfig]:
@@ -132,7 +132,7 @@ def _arm_configs(setting: Setting, arms: Sequence[str], seed: int) -> list[RunCo
 
 
 def _of_seed(setting: Setting, seed: int, root: Path) -> list[RunConfig]:
-    arms = [arm for arm in setting.arms if arm in ARMS]
+    arms = [arm for arm in setting.arms if arm in FRESH_ARMS]
     configs = dict(zip(arms, _arm_configs(setting, arms, seed), strict=True))
     restarts = [arm for arm in setting.arms if arm in RESTARTS]
     if restarts:

@@ -9,8 +9,8 @@ largest learning rate at which the final reward stays within 20% of its peak.
 from collections.abc import Sequence
 
 from moe_rl.config import ConfigError, RunConfig
-from moe_rl.experiments.arms import ARMS, arm_config
-from moe_rl.experiments.study import Study
+from moe_rl.experiments.arms import FRESH_ARMS, arm_config
+from moe_rl.experiments.study import StudyPlan
 
 
 def grid(
@@ -21,7 +21,7 @@ def grid(
     noises: Sequence[float],
     arms: Sequence[str],
     seeds: Sequence[int],
-) -> Study:
+) -> StudyPlan:
     """The map around `base`.
 
     Raises:
@@ -31,9 +31,9 @@ def grid(
     for name, values in (axes | {"arms": arms, "seeds": seeds}).items():
         if not values:
             raise ConfigError(f"{name}: give at least one value")
-    unknown = [arm for arm in arms if arm not in ARMS]
+    unknown = [arm for arm in arms if arm not in FRESH_ARMS]
     if unknown:
-        raise ConfigError(f"arms={unknown}: expected some of {', '.join(ARMS)}")
+        raise ConfigError(f"arms={unknown}: expected some of {', '.join(FRESH_ARMS)}")
     bases = [
         base.replace(
             setting=f"{base.setting}_lr{rate:g}_m{count}_noise{noise:g}",
@@ -56,4 +56,4 @@ def grid(
     ]
     if not configs:
         raise ConfigError("noises: the dense control has no router to perturb; add 0")
-    return Study(name="map", mode="map", configs=tuple(configs))
+    return StudyPlan(name="map", mode="map", configs=tuple(configs))

@@ -10,7 +10,7 @@ from moe_rl.runtime.json_text import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
+class StudyPlan:
     """Runs that belong together, in the order in which they start."""
 
     name: str

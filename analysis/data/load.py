@@ -8,6 +8,7 @@ found. Nothing is written and nothing is guessed: what is missing is named.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import warnings
@@ -18,18 +19,15 @@ from typing import Any
 
 import pandas as pd
 
-from moe_rl.analysis.arms import arm_key
-from moe_rl.runtime.json_text import parse_json
+from moe_rl.config import SCHEMA
+from moe_rl.experiments.arms import arm_key
 
-SCHEMA = 1
 KEYS = ["setting", "arm", "seed"]
 # Config columns that the frames `steps` and `updates` carry beside the keys.
 CONFIG_COLUMNS = [
     "algorithm", "routing_replay", "learning_rate", "updates_per_rollout", "router_noise",
     "num_layers", "num_experts", "experts_per_token",
 ]  # fmt: skip
-# What a line of each file must have beside its place.
-_NUMBERS = {"steps.jsonl": ("reward",)}
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _HOW = "`moe-rl reproduce --quick --out DIR` makes a study, `moe-rl train --out DIR` one run"
 
@@ -45,8 +43,8 @@ class AnalysisWarning(UserWarning):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
-    """A study in memory.
+class StudyRuns:
+    """What the run folders of a study hold, in memory.
 
     runs: one row a run: setting, arm, seed, complete, steps_done, every field of its config
         (nested ones under their own name), and the numbers of summary.json as `summary_<name>`.
@@ -66,40 +64,33 @@ class Study:
     runs: pd.DataFrame
     steps: pd.DataFrame
     updates: pd.DataFrame
-    planned: list[RunKey] = field(default_factory=list)
-    configs: dict[RunKey, dict[str, Any]] = field(default_factory=dict)
-    summaries: dict[RunKey, dict[str, Any]] = field(default_factory=dict)
+    planned: list[RunKey]
+    configs: dict[RunKey, dict[str, Any]]
     notes: list[str] = field(default_factory=list)
 
-    def setting(self, name: str) -> Study:
+    def setting(self, name: str) -> StudyRuns:
         """The same study with only the runs of one setting."""
-        return Study(
-            path=self.path,
-            name=self.name,
-            mode=self.mode,
-            command=self.command,
+        return dataclasses.replace(
+            self,
             settings=[name],
-            arms=self.arms,
             runs=self.runs[self.runs["setting"] == name].reset_index(drop=True),
             steps=self.steps[self.steps["setting"] == name].reset_index(drop=True),
             updates=self.updates[self.updates["setting"] == name].reset_index(drop=True),
             planned=[key for key in self.planned if key[0] == name],
             configs={key: value for key, value in self.configs.items() if key[0] == name},
-            summaries={key: value for key, value in self.summaries.items() if key[0] == name},
-            notes=self.notes,
         )
 
 
-def load_study(path: str | Path) -> Study:
-    """Read every run folder under `path`. See `Study` for what comes back.
+def load_study(path: str | Path) -> StudyRuns:
+    """Read every run folder under `path`. See `StudyRuns` for what comes back.
 
     A line that does not parse is skipped with a warning where it is the last of its file (a run
     that was killed while writing) and is an error anywhere else. The strings "NaN", "Infinity" and
     "-Infinity" become floats. Where a step or update is written twice (a run that was started
     again), the later line counts. Runs without `summary.json` are kept with `complete` False.
 
-    Raises AnalysisError for a folder that is missing, holds no run, or holds files of another kind
-    or schema.
+    Raises AnalysisError for a folder that is missing, holds no run, two runs of one name, a
+    malformed line, or files of another schema.
     """
     root = Path(path)
     if not root.is_dir():
@@ -113,49 +104,42 @@ def load_study(path: str | Path) -> Study:
 
     rows, steps, updates = [], [], []
     configs: dict[RunKey, dict[str, Any]] = {}
-    summaries: dict[RunKey, dict[str, Any]] = {}
     for folder in folders:
-        row, config, summary = _read_run(folder)
+        row, config = _read_run(folder)
         key = (row["setting"], row["arm"], row["seed"])
+        # Happens where a folder of several studies is given: their runs must not be pooled.
         if key in configs:
             raise AnalysisError(
                 f"{folder}: a second run of setting {key[0]!r}, arm {key[1]!r}, seed {key[2]}; "
                 "give `moe-rl report` one study at a time"
             )
-        configs[key], summaries[key] = config, summary
-        run_steps = _jsonl_frame(folder / "steps.jsonl", ["step"], row, notes)
-        run_updates = _jsonl_frame(folder / "updates.jsonl", ["step", "update"], row, notes)
+        configs[key] = config
+        run_steps = _metrics_frame(folder / "steps.jsonl", ["step"], row, notes)
         row["steps_done"] = len(run_steps)
         rows.append(row)
         steps.append(run_steps)
-        updates.append(run_updates)
+        updates.append(_metrics_frame(folder / "updates.jsonl", ["step", "update"], row, notes))
 
-    runs = pd.DataFrame(rows)
-    runs = _in_order(runs, KEYS, _setting_order(study, runs))
-    return Study(
+    planned = [(setting, arm, seed) for setting, arm, seed in study.get("runs", [])]
+    # Settings in the order of the study's plan; those it does not name after them, by name.
+    named = list(dict.fromkeys(setting for setting, _, _ in planned))
+    found = {row["setting"] for row in rows}
+    settings = [s for s in named if s in found] + sorted(found - set(named))
+    rows.sort(key=lambda row: (settings.index(row["setting"]), arm_key(row["arm"]), row["seed"]))
+    return StudyRuns(
         path=root,
-        name=str(study.get("name", root.resolve().name)),
-        mode=str(study.get("mode", "single")),
-        command=str(study.get("command", "")),
-        settings=list(runs["setting"].unique()),
-        arms=sorted(runs["arm"].unique(), key=arm_key),
-        runs=runs,
+        name=study.get("name", root.resolve().name),
+        mode=study.get("mode", "single"),
+        command=study.get("command", ""),
+        settings=settings,
+        arms=sorted({row["arm"] for row in rows}, key=arm_key),
+        runs=pd.DataFrame(rows),
         steps=_concat(steps, ["step"]),
         updates=_concat(updates, ["step", "update"]),
-        planned=_planned(study) or list(configs),
+        planned=planned or list(configs),
         configs=configs,
-        summaries=summaries,
         notes=notes,
     )
-
-
-def _planned(study: dict[str, Any]) -> list[RunKey]:
-    try:
-        return [(str(s), str(arm), int(seed)) for s, arm, seed in study.get("runs", [])]
-    except (TypeError, ValueError) as error:
-        raise AnalysisError(
-            f"study.json: runs must be [setting, arm, seed] each; {_HOW}"
-        ) from error
 
 
 def _run_folders(root: Path, is_study: bool) -> Iterator[Path]:
@@ -169,53 +153,28 @@ def _run_folders(root: Path, is_study: bool) -> Iterator[Path]:
 def _read_json(file: Path) -> dict[str, Any]:
     """One JSON object with our schema number."""
     try:
-        value = parse_json(file.read_text(encoding="utf-8"), unique_keys=False)
-    except FileNotFoundError as error:
-        raise AnalysisError(f"{file}: missing, so this is not a run folder; {_HOW}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise AnalysisError(f"{file}: cannot be read ({error})") from error
-    except json.JSONDecodeError as error:
-        raise AnalysisError(f"{file}:{error.lineno}: not JSON ({error.msg}); {_HOW}") from error
+        value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise AnalysisError(f"{file}: {error}; {_HOW}") from error
-    if not isinstance(value, dict) or "schema" not in value:
-        raise AnalysisError(f'{file}: not a file of moe-rl (it has no "schema"); {_HOW}')
-    if value["schema"] != SCHEMA:
+        raise AnalysisError(f"{file}: not JSON ({error}); {_HOW}") from error
+    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
+        schema = value.get("schema") if isinstance(value, dict) else None
         raise AnalysisError(
-            f"{file}: schema {value['schema']!r}, this version reads schema {SCHEMA}; "
+            f"{file}: schema {schema}, this version reads schema {SCHEMA}; "
             "report it with the version of moe-rl that wrote it"
         )
     return value
 
 
-def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The row of `runs`, the nested config and the summary ({} for an incomplete run)."""
-    config = _read_json(folder / "config.json").get("config")
-    if not isinstance(config, dict) or not {"setting", "arm", "seed"} <= config.keys():
-        raise AnalysisError(f"{folder / 'config.json'}: no setting, arm and seed in it; {_HOW}")
+def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The row of `runs` and the nested config."""
+    config = _read_json(folder / "config.json")["config"]
     done = (folder / "summary.json").is_file()
     summary = _decode(_read_json(folder / "summary.json")) if done else {}
-    if not isinstance(config["seed"], int):
-        raise AnalysisError(
-            f"{folder / 'config.json'}: seed {config['seed']!r} is not a whole number; {_HOW}"
-        )
-    for name in ("seconds", "instruments_share"):
-        if not isinstance(summary.get(name, 0.0), int | float):
-            raise AnalysisError(
-                f"{folder / 'summary.json'}: {name} {summary[name]!r} is not a number; delete the "
-                "run's folder and run the study's command again"
-            )
-    row: dict[str, Any] = {
-        "setting": str(config["setting"]),
-        "arm": str(config["arm"]),
-        "seed": config["seed"],
-        "complete": bool(summary.get("complete", False)),
-        "folder": str(folder),
-    }
-    flat = flatten(config)
-    row |= {name: flat[name] for name in flat if name not in row}
-    row |= {f"summary_{name}": v for name, v in summary.items() if name not in ("schema",)}
-    return row, config, summary
+    row: dict[str, Any] = {name: config[name] for name in KEYS}
+    row |= {"complete": bool(summary.get("complete", False)), "folder": str(folder)}
+    row |= {name: value for name, value in flatten(config).items() if name not in row}
+    row |= {f"summary_{name}": value for name, value in summary.items() if name != "schema"}
+    return row, config
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
@@ -226,11 +185,11 @@ def flatten(config: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _jsonl_frame(
+def _metrics_frame(
     file: Path, unique: list[str], row: dict[str, Any], notes: list[str]
 ) -> pd.DataFrame:
     """The lines of one metrics file with the keys and config columns of its run in front."""
-    frame = pd.DataFrame(_jsonl_rows(file, unique, notes))
+    frame = pd.DataFrame(_metrics_rows(file, unique, notes))
     if frame.empty:
         return frame
     twice = int(frame.duplicated(unique, keep="last").sum())
@@ -245,47 +204,32 @@ def _jsonl_frame(
     return pd.concat([pd.DataFrame(front, index=frame.index), frame], axis=1)
 
 
-def _jsonl_rows(file: Path, needs: list[str], notes: list[str]) -> list[dict[str, Any]]:
+def _metrics_rows(file: Path, needs: list[str], notes: list[str]) -> list[dict[str, Any]]:
+    """The lines of a metrics file as dictionaries; each must have the keys `needs`."""
     if not file.is_file():
         _note(notes, f"{file}: missing, the run has written none")
         return []
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    while lines and not lines[-1].strip():
-        lines.pop()
+    lines = file.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            value = parse_json(line, unique_keys=False)
-            if not isinstance(value, dict) or not set(needs) <= value.keys():
-                raise ValueError(f"no {' and '.join(needs)} in it")
-            if not all(isinstance(value[name], int) for name in needs):
-                raise ValueError(f"{' and '.join(needs)} must be whole numbers")
-            _check_numbers(value := _decode(value), _NUMBERS.get(file.name, ()))
-        except ValueError as error:
+            value = json.loads(line)
+            _ = [value[name] for name in needs]
+        except (ValueError, KeyError, TypeError) as error:
+            # A killed run leaves half a last line; anywhere else a line was damaged later.
             if number < len(lines):
                 raise AnalysisError(
-                    f"{file}:{number}: malformed line ({error}); delete the run's folder and run "
+                    f"{file}:{number}: malformed line ({error!r}); delete the run's folder and run "
                     "the study's command again"
                 ) from error
             _note(notes, f"{file}:{number}: torn last line skipped")
-            continue
-        rows.append(value)
+        else:
+            rows.append(_decode(value))
     return rows
 
 
-def _check_numbers(line: dict[str, Any], required: tuple[str, ...]) -> None:
-    """Raises ValueError where a number is missing, or a value is neither that nor a list of it."""
-    for name in required:
-        if name not in line:
-            raise ValueError(f"no {name} in it")
-    for name, value in line.items():
-        entries = value if name.endswith(("_per_layer", "_per_position")) else [value]
-        if not isinstance(entries, list) or not all(isinstance(e, int | float) for e in entries):
-            raise ValueError(f"{name} is {value!r:.40}")
-
-
 def _decode(value: Any) -> Any:
-    """The strings that stand for non-finite floats become floats, at any depth."""
+    """Replace the strings that stand for NaN and inf by floats, at any depth."""
     if isinstance(value, str):
         return _SPECIAL.get(value, value)
     if isinstance(value, list):
@@ -298,21 +242,6 @@ def _decode(value: Any) -> Any:
 def _note(notes: list[str], message: str) -> None:
     notes.append(message)
     warnings.warn(message, AnalysisWarning, stacklevel=2)
-
-
-def _setting_order(study: dict[str, Any], runs: pd.DataFrame) -> list[str]:
-    named = list(dict.fromkeys(setting for setting, _, _ in _planned(study)))
-    found = sorted(runs["setting"].unique())
-    return [name for name in named if name in found] + [n for n in found if n not in named]
-
-
-def _in_order(frame: pd.DataFrame, keys: list[str], settings: list[str]) -> pd.DataFrame:
-    def rank(column: pd.Series) -> pd.Series:
-        if column.name == "setting":
-            return column.map(settings.index)
-        return column.map(arm_key) if column.name == "arm" else column
-
-    return frame.sort_values(keys, key=rank, kind="stable").reset_index(drop=True)
 
 
 def _concat(frames: list[pd.DataFrame], needs: list[str]) -> pd.DataFrame:

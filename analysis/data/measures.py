@@ -15,7 +15,7 @@ import pandas as pd
 from pandas.core.groupby.generic import SeriesGroupBy
 
 from moe_rl.analysis.data.collapse import outcome
-from moe_rl.analysis.data.load import CONFIG_COLUMNS, KEYS, Study
+from moe_rl.analysis.data.load import CONFIG_COLUMNS, KEYS, StudyRuns
 from moe_rl.analysis.data.stats import bootstrap_interval, wilson_interval
 from moe_rl.analysis.verdicts.attribution import shares_by_run
 
@@ -27,7 +27,7 @@ CHAIN = [
 ]  # fmt: skip
 
 
-def run_measures(study: Study) -> pd.DataFrame:
+def run_measures(study: StudyRuns) -> pd.DataFrame:
     """One row a run, complete or not: outcome of the reward and the links of the chain.
 
     Beside the keys, config columns and the fields of `collapse.Outcome`:
@@ -123,7 +123,7 @@ def _grouped(frame: pd.DataFrame, column: str, keys: list[str]) -> SeriesGroupBy
     return pd.to_numeric(frame[column], errors="coerce").groupby([frame[key] for key in keys])
 
 
-def summarize(study: Study, measures: pd.DataFrame | None = None) -> pd.DataFrame:
+def summarize(study: StudyRuns, measures: pd.DataFrame | None = None) -> pd.DataFrame:
     """The table of arms: one row a (setting, arm), statistics over its COMPLETE runs.
 
     `measures` is `run_measures(study)` where the caller has it already.

@@ -11,13 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from moe_rl.analysis.arms import arm_label
 from moe_rl.analysis.data.collapse import STABLE_DRAWDOWN, stability_frontier
 from moe_rl.analysis.plots.style import (
     CMAP,
     MUTED,
     PAPER,
-    WIDE,
     arms_in,
     colour,
     colour_bar,
@@ -26,6 +24,7 @@ from moe_rl.analysis.plots.style import (
     say,
     styled,
 )
+from moe_rl.experiments.arms import arm_label
 
 CELL_KEYS = ["arm", "router_noise", "updates_per_rollout", "learning_rate"]
 
@@ -49,7 +48,7 @@ def map_cells(measures: pd.DataFrame) -> pd.DataFrame:
 
 
 @styled
-def collapse_map(measures: pd.DataFrame, *, width: float = WIDE) -> Figure:
+def collapse_map(measures: pd.DataFrame) -> Figure:
     """Final reward over learning rate and updates per rollout, one panel an arm and noise.
 
     Colour and number: median final reward over seeds; small number: seeds; a cross in the corner:
@@ -62,7 +61,7 @@ def collapse_map(measures: pd.DataFrame, *, width: float = WIDE) -> Figure:
     panels_of = [(arm, noise) for arm in arms for noise in noises]
     columns = len(noises) if 1 < len(noises) <= 4 else 3
     height = 0.55 + 0.3 * len(updates)
-    figure, panels = grid(len(panels_of), width, columns=columns, height=height, narrow_columns=1)
+    figure, panels = grid(len(panels_of), columns=columns, height=height)
     image: Any = None
     for axes, (arm, noise) in zip(panels, panels_of, strict=True):
         own = cells[(cells["arm"] == arm) & (cells["router_noise"] == noise)]
@@ -117,7 +116,7 @@ def _rate(rate: float) -> str:
 
 
 @styled
-def frontier(measures: pd.DataFrame, *, width: float = WIDE) -> Figure:
+def frontier(measures: pd.DataFrame) -> Figure:
     """Stability frontier against updates per rollout, one panel a noise level.
 
     Line: frontier of the median drawdown; thin bar: range of the single seeds' frontiers; arrow
@@ -126,7 +125,7 @@ def frontier(measures: pd.DataFrame, *, width: float = WIDE) -> Figure:
     table = stability_frontier(measures[measures["complete"]])
     arms, noises = arms_in(table), sorted(table["router_noise"].unique())
     updates = sorted(table["updates_per_rollout"].unique())
-    figure, panels = grid(len(noises), width, columns=3, height=2.3, narrow_columns=1)
+    figure, panels = grid(len(noises), columns=3, height=2.3)
     for axes, noise in zip(panels, noises, strict=True):
         for index, arm in enumerate(arms):
             own = table[(table["arm"] == arm) & (table["router_noise"] == noise)]

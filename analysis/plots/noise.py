@@ -8,12 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_rl.analysis.plots.style import (
-    DASHES,
-    WIDE,
     arms_in,
     colour,
     grid,
     legend,
+    line_style,
     log_axis,
     percent_axis,
     styled,
@@ -40,7 +39,7 @@ def noise_ladder(measures: pd.DataFrame) -> pd.DataFrame:
 
 
 @styled
-def noise_response(measures: pd.DataFrame, *, width: float = WIDE) -> Figure:
+def noise_response(measures: pd.DataFrame) -> Figure:
     """Router disagreement, variance of the token ratio and final reward against router noise.
 
     Dots are seeds, lines join the medians over seeds. Noise levels are spaced evenly. An arm that
@@ -49,7 +48,7 @@ def noise_response(measures: pd.DataFrame, *, width: float = WIDE) -> Figure:
     ladder = noise_ladder(measures)
     levels = sorted(ladder["router_noise"].unique())
     arms = arms_in(ladder)
-    figure, panels = grid(3, width, columns=3, height=2.2, narrow_columns=1, sharey=False)
+    figure, panels = grid(3, columns=3, height=2.2, sharey=False)
     for axes, (column, title) in zip(
         panels,
         (
@@ -88,4 +87,4 @@ def _response(
     at = np.array([levels.index(noise) for noise in medians.index]) + offset
     if len(at) == 1:
         at, medians = np.array([-0.4, len(levels) - 0.6]), medians.repeat(2)
-    axes.plot(at, medians, color=colour(arm), linestyle=DASHES.get(arm, "-"))
+    axes.plot(at, medians, **line_style(arm))

@@ -7,12 +7,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_rl.analysis.arms import arm_label
 from moe_rl.analysis.plots.routing import is_dense
 from moe_rl.analysis.plots.style import (
     INK,
     MUTED,
-    WIDE,
     arms_in,
     colour,
     draw_arm,
@@ -33,13 +31,14 @@ from moe_rl.analysis.verdicts.attribution import (
     shares_by_arm,
     shares_by_run,
 )
+from moe_rl.experiments.arms import arm_label
 
 
 @styled
-def ratio_variance(updates: pd.DataFrame, *, width: float = WIDE) -> Figure:
+def ratio_variance(updates: pd.DataFrame) -> Figure:
     """Var(w) of token ratios and Var(s) of sequence ratios, mean over a rollout's updates, log."""
     arms = arms_in(updates)
-    figure, panels = grid(2, width, columns=2, height=2.2)
+    figure, panels = grid(2, columns=2, height=2.2)
     for axes, kind in zip(panels, ("token", "sequence"), strict=True):
         column = f"ratio/{kind}_var"
         drawn = [
@@ -59,13 +58,11 @@ def ratio_variance(updates: pd.DataFrame, *, width: float = WIDE) -> Figure:
 
 
 @styled
-def routing_against_weights(updates: pd.DataFrame, *, width: float = WIDE) -> Figure:
+def routing_against_weights(updates: pd.DataFrame) -> Figure:
     """The two parts of Var(log w) over time on one log scale, and the routing share by arm."""
     sampled = sampled_updates(updates)
     arms = arms_in(updates)
-    figure, panels = grid(
-        3, width, columns=3, height=2.2, narrow_columns=1, sharex=False, sharey=False
-    )
+    figure, panels = grid(3, columns=3, height=2.2, sharex=False, sharey=False)
     for axes, column, title in (
         (panels[0], ROUTING, "Var of routing part"),
         (panels[1], WEIGHT, "Var of weight part"),

@@ -9,11 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from moe_rl.analysis.arms import arm_label
 from moe_rl.analysis.plots.style import (
     CMAP,
-    COLUMN,
-    WIDE,
     arms_in,
     colour_bar,
     draw_arm,
@@ -30,6 +27,7 @@ from moe_rl.analysis.plots.style import (
     whole_numbers,
     zero_text,
 )
+from moe_rl.experiments.arms import arm_label
 
 PER_LAYER = "routing/churn_per_layer"
 PER_POSITION = "routing/churn_per_position"
@@ -44,7 +42,7 @@ def is_dense(frame: pd.DataFrame) -> bool:
 
 
 @styled
-def churn_by_layer(updates: pd.DataFrame, *, width: float = WIDE) -> Figure:
+def churn_by_layer(updates: pd.DataFrame) -> Figure:
     """Heatmap of churn at every rollout's last update: layer against step, one panel an arm.
 
     Median over seeds; one colour scale for all panels. Layer 1 is next to the embedding.
@@ -54,7 +52,7 @@ def churn_by_layer(updates: pd.DataFrame, *, width: float = WIDE) -> Figure:
     pictures = {arm: _layer_by_step(last[last["arm"] == arm]) for arm in arms}
     top = max((float(np.nanmax(p)) for p in pictures.values() if p.size), default=0.0)
     layers = max((len(p) for p in pictures.values()), default=1)
-    figure, panels = grid(len(arms), width, columns=3, height=1.25)
+    figure, panels = grid(len(arms), columns=3, height=1.25)
     image: Any = None
     for axes, arm in zip(panels, arms, strict=True):
         axes.set_title(arm_label(arm))
@@ -108,16 +106,16 @@ def _percent(value: float, _position: int | None = None) -> str:
 
 
 @styled
-def churn_by_update(updates: pd.DataFrame, *, width: float = COLUMN) -> Figure:
+def churn_by_update(updates: pd.DataFrame) -> Figure:
     """Churn against the number of optimiser steps since the old policy, mean over rollouts."""
     keys = ["arm", "seed", "update"]
     frame = updates[[*keys, "routing/churn"]].astype({"routing/churn": float})
     frame = frame.groupby(keys, as_index=False)["routing/churn"].mean()
-    return _churn_lines(updates, frame, "update", "optimiser steps since the old policy", width)
+    return _churn_lines(updates, frame, "update", "optimiser steps since the old policy")
 
 
 @styled
-def churn_by_position(updates: pd.DataFrame, *, width: float = COLUMN) -> Figure:
+def churn_by_position(updates: pd.DataFrame) -> Figure:
     """Churn against the position of the response token, mean over sampled last updates."""
     rows = updates[[_is_list(value) for value in updates[PER_POSITION]]]
     exploded = [
@@ -127,7 +125,7 @@ def churn_by_position(updates: pd.DataFrame, *, width: float = COLUMN) -> Figure
         for (arm, seed), curve in _mean_lists(rows)
     ]
     frame = pd.concat(exploded, ignore_index=True).rename(columns={"y": "routing/churn"})
-    return _churn_lines(updates, frame, "position", "position in the response (tokens)", width)
+    return _churn_lines(updates, frame, "position", "position in the response (tokens)")
 
 
 def _mean_lists(rows: pd.DataFrame) -> list[tuple[tuple[str, int], NDArray[np.float64]]]:
@@ -145,11 +143,9 @@ def _mean_lists(rows: pd.DataFrame) -> list[tuple[tuple[str, int], NDArray[np.fl
     return means
 
 
-def _churn_lines(
-    updates: pd.DataFrame, frame: pd.DataFrame, x: str, text: str, width: float
-) -> Figure:
+def _churn_lines(updates: pd.DataFrame, frame: pd.DataFrame, x: str, text: str) -> Figure:
     arms = arms_in(frame)
-    figure, axes = single(width)
+    figure, axes = single()
     for arm in arms:
         draw_arm(axes, frame, arm, x, "routing/churn")
     dense = [arm_label(arm) for arm in arms if is_dense(updates[updates["arm"] == arm])]
@@ -164,10 +160,10 @@ def _churn_lines(
 
 
 @styled
-def router_margin(steps: pd.DataFrame, *, width: float = COLUMN) -> Figure:
+def router_margin(steps: pd.DataFrame) -> Figure:
     """Gap between the K-th and the (K+1)-th router logit of the old policy, mean over layers."""
     arms = arms_in(steps)
-    figure, axes = single(width)
+    figure, axes = single()
     drawn = [arm for arm in arms if draw_arm(axes, steps, arm, "step", "routing/margin")]
     absent = [arm_label(arm) for arm in arms if arm not in drawn]
     if absent:
@@ -187,11 +183,11 @@ MISMATCH = [
 
 
 @styled
-def engine_mismatch(steps: pd.DataFrame, *, width: float = WIDE) -> Figure:
+def engine_mismatch(steps: pd.DataFrame) -> Figure:
     """Rollout engine against trainer on equal weights, one panel a measure."""
     shown = [row for row in MISMATCH if has(steps, row[0])]
     arms = arms_in(steps)
-    figure, panels = grid(len(shown), width, columns=3, height=1.7, narrow_columns=1, sharey=False)
+    figure, panels = grid(len(shown), columns=3, height=1.7, sharey=False)
     for axes, (column, text, log) in zip(panels, shown, strict=True):
         drawn = [draw_arm(axes, steps, arm, "step", column, positive=log) for arm in arms]
         if log and any(drawn):

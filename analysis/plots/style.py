@@ -4,7 +4,7 @@ Figures are built on `Figure` objects, never on pyplot: no backend is chosen and
 is touched. Every arm has one colour and one dash everywhere (Okabe and Ito's colours, safe for the
 common kinds of colour blindness; the dash is the second channel). Every seed is a thin line, the
 median over seeds a thick one. COLUMN and WIDE are the column widths of a two-column paper in
-inches; at COLUMN the text stays legible on a phone.
+inches.
 """
 
 from __future__ import annotations
@@ -22,31 +22,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from moe_rl.analysis.arms import arm_key, arm_label
+from moe_rl.experiments.arms import ARMS, SPARE_COLOURS, arm_key, find_arm
 
 COLUMN = 3.4
 WIDE = 7.0
 
 # Colours that the page swaps for their dark-mode partners: see svg.py.
 INK, MUTED, GHOST, GRID, PAPER = "#1b1e23", "#59616b", "#c3c9d0", "#e3e6ea", "#fdfdfc"
-ARM_COLOURS = {
-    "grpo": "#d55e00",
-    "grpo+replay": "#0072b2",
-    "gspo": "#009e73",
-    "gspo+replay": "#3d9bd4",
-    "dense": "#6d6d6d",
-    "frozen-router": "#b7589a",
-    "grpo-restart": "#a6761d",
-    "grpo-restart-full-rate": "#8c2d04",
-}
-SPARE_COLOURS = ["#7570b3", "#4d4d00", "#1b6f6f"]
-DASHES: dict[str, Any] = {
-    "gspo+replay": (0, (4, 1.5)),
-    "dense": (0, (1, 1)),
-    "frozen-router": (0, (5, 1, 1, 1)),
-    "grpo-restart": (0, (4, 1.5)),
-    "grpo-restart-full-rate": (0, (1, 1)),
-}
+# light colour -> dark partner; the page's CSS variable is named after the light one
+DARK_PARTNERS = (
+    {INK: "#e8eaed", MUTED: "#a3abb5", GHOST: "#4a525c", GRID: "#2a3037", PAPER: "#14171b"}
+    | {arm.colour: arm.dark_colour for arm in ARMS.values()}
+    | dict(SPARE_COLOURS)
+)
 CMAP = "cividis"  # perceptually even and safe for colour blindness
 
 RC = {
@@ -112,8 +100,13 @@ def styled(draw: Draw) -> Draw:
 
 
 def colour(arm: str) -> str:
-    """The arm's colour; an unknown arm gets a spare one that depends on its name only."""
-    return ARM_COLOURS.get(arm, SPARE_COLOURS[sum(arm.encode()) % len(SPARE_COLOURS)])
+    """The arm's colour on a light page."""
+    return find_arm(arm).colour
+
+
+def line_style(arm: str) -> dict[str, Any]:
+    """Colour and dash of the arm's lines, as arguments of matplotlib."""
+    return {"color": find_arm(arm).colour, "linestyle": find_arm(arm).dash}
 
 
 def arms_in(frame: pd.DataFrame) -> list[str]:
@@ -128,22 +121,19 @@ def has(frame: pd.DataFrame, *columns: str) -> bool:
 
 def grid(
     panels: int,
-    width: float,
     *,
     columns: int,
     height: float,
-    narrow_columns: int = 2,
     sharex: bool = True,
     sharey: bool = True,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with `panels` axes, at most `columns` a row, `height` inches a row.
+    """A wide figure of `panels` axes, at most `columns` a row, `height` inches a row.
 
-    Below WIDE there are at most `narrow_columns` a row.
     Axes left over in the last row are removed.
     """
-    per_row = min(columns if width >= WIDE else narrow_columns, panels)
+    per_row = min(columns, panels)
     rows = -(-panels // per_row)
-    figure = Figure(figsize=(width, height * rows + 0.35), layout="constrained")
+    figure = Figure(figsize=(WIDE, height * rows + 0.35), layout="constrained")
     made = figure.subplots(rows, per_row, sharex=sharex, sharey=sharey, squeeze=False)
     axes: list[Axes] = list(made.flat)
     for index in range(panels, len(axes)):
@@ -154,9 +144,9 @@ def grid(
     return figure, axes[:panels]
 
 
-def single(width: float, height: float = 2.3) -> tuple[Figure, Axes]:
-    """A figure with one panel."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+def single() -> tuple[Figure, Axes]:
+    """A figure of one panel, as wide as a column."""
+    figure = Figure(figsize=(COLUMN, 2.3), layout="constrained")
     return figure, figure.add_subplot()
 
 
@@ -191,20 +181,16 @@ def draw_arm(
     table, median = table.where(np.isfinite(table)), median.where(np.isfinite(median))
     if table.empty or not table.notna().to_numpy().any():
         return False
-    style = {"color": colour(arm), "linestyle": DASHES.get(arm, "-")}
     if table.shape[1] > 1:
         for seed in table.columns:
             axes.plot(table.index, table[seed], linewidth=0.6, alpha=0.45, color=colour(arm))
-    axes.plot(table.index, median, solid_capstyle="round", **style)
+    axes.plot(table.index, median, solid_capstyle="round", **line_style(arm))
     return True
 
 
 def legend(figure: Figure, arms: list[str]) -> None:
     """One legend above the figure, arms in their order."""
-    handles = [
-        Line2D([], [], color=colour(arm), linestyle=DASHES.get(arm, "-"), label=arm_label(arm))
-        for arm in arms
-    ]
+    handles = [Line2D([], [], label=find_arm(arm).label, **line_style(arm)) for arm in arms]
     widest = 6 if figure.get_figwidth() >= WIDE else 3
     per_row = len(arms) if len(arms) <= widest else widest // 2 + 1
     figure.legend(
@@ -244,12 +230,8 @@ def plain_number(value: float, _position: int | None = None) -> str:
 
 
 def colour_bar(figure: Figure, image: Any, panels: list[Axes], text: str, tick: Any = None) -> None:
-    """One colour bar for all panels: at the right, below them on a narrow figure."""
-    narrow = figure.get_figwidth() < WIDE
-    place: Any = (
-        {"location": "top", "aspect": 30} if narrow else {"location": "right", "aspect": 25}
-    )
-    bar: Any = figure.colorbar(image, ax=panels, shrink=0.8, pad=0.02, format=tick, **place)
+    """One colour bar for all panels, at the right."""
+    bar: Any = figure.colorbar(image, ax=panels, shrink=0.8, pad=0.02, format=tick, aspect=25)
     bar.set_label(text)
     bar.outline.set_visible(False)
     bar.solids.set_rasterized(True)  # as paths its 256 steps show hairlines in browsers

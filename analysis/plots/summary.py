@@ -6,7 +6,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moe_rl.analysis.plots.style import (
-    WIDE,
     arms_in,
     draw_arm,
     grid,
@@ -25,14 +24,14 @@ ARMS = ("grpo", "grpo+replay", "gspo", "dense")
 
 
 @styled
-def summary(steps: pd.DataFrame, updates: pd.DataFrame, *, width: float = WIDE) -> Figure:
+def summary(steps: pd.DataFrame, updates: pd.DataFrame) -> Figure:
     """Reward, churn and token-ratio variance of one setting, side by side.
 
     The arms of `ARMS` that were run; all arms where none of them was.
     """
     arms = arms_in(steps)
     shown = [arm for arm in arms if arm in ARMS] or arms
-    figure, panels = grid(3, width, columns=3, height=2.05, narrow_columns=1, sharey=False)
+    figure, panels = grid(3, columns=3, height=2.05, sharey=False)
     reward, churn, variance = panels
     for arm in shown:
         draw_arm(reward, steps, arm, "step", "reward")

@@ -13,15 +13,11 @@ LINES = (("churn", "#0072b2", "o"), ("routers", "#d55e00", "s"), ("tokens", "#00
 
 @styled
 def churn_of_traces(
-    by_layer: np.ndarray,
-    bins: list[tuple[int, int]],
-    by_position: np.ndarray,
-    *,
-    width: float = WIDE,
+    by_layer: np.ndarray, bins: list[tuple[int, int]], by_position: np.ndarray
 ) -> Figure:
     """Left: churn and router disagreement by MoE layer `[L, 2]`. Right: with token disagreement,
     by position `[bins, 3]`, each point at the middle of its bin."""
-    figure = Figure(figsize=(width, 0.36 * width), layout="constrained")
+    figure = Figure(figsize=(WIDE, 0.36 * WIDE), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     middles = [(first + last) / 2 for first, last in bins]
     for axes, x, columns, label in (

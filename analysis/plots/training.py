@@ -8,10 +8,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_rl.analysis.arms import arm_label
 from moe_rl.analysis.data.collapse import outcome
 from moe_rl.analysis.plots.style import (
-    COLUMN,
     GHOST,
     MUTED,
     WIDE,
@@ -33,10 +31,11 @@ from moe_rl.analysis.plots.style import (
     whole_numbers,
     zero_text,
 )
+from moe_rl.experiments.arms import arm_label
 
 
 @styled
-def reward_by_arm(steps: pd.DataFrame, *, width: float = WIDE) -> Figure:
+def reward_by_arm(steps: pd.DataFrame) -> Figure:
     """Reward against rollout step: the medians of all arms in one panel, then one panel an arm.
 
     In an arm's panel every seed is a thin line and the median thick, the other medians are grey,
@@ -44,7 +43,7 @@ def reward_by_arm(steps: pd.DataFrame, *, width: float = WIDE) -> Figure:
     """
     arms = arms_in(steps)
     count = len(arms) + 1 if len(arms) > 1 else 1
-    figure, panels = grid(count, width, columns=4, height=1.55)
+    figure, panels = grid(count, columns=4, height=1.55)
     if len(arms) > 1:
         for arm in arms:
             _median(panels[0], steps, arm, colour(arm), 1.9)
@@ -66,23 +65,23 @@ def reward_by_arm(steps: pd.DataFrame, *, width: float = WIDE) -> Figure:
 
 
 @styled
-def gradient_norm(updates: pd.DataFrame, *, width: float = COLUMN) -> Figure:
+def gradient_norm(updates: pd.DataFrame) -> Figure:
     """Gradient norm before clipping (mean over a rollout's updates), log scale."""
-    return _lines(per_step(updates, "grad_norm"), "grad_norm", "gradient norm", width, log=True)
+    return _lines(per_step(updates, "grad_norm"), "grad_norm", "gradient norm", log=True)
 
 
 @styled
-def clip_share(updates: pd.DataFrame, *, width: float = COLUMN) -> Figure:
+def clip_share(updates: pd.DataFrame) -> Figure:
     """Share of tokens whose gradient the clip removes, mean over a rollout's updates, log."""
     frame = per_step(updates, "clip_ratio/region")
-    return _lines(frame, "clip_ratio/region", "clipped share of tokens", width, log=True)
+    return _lines(frame, "clip_ratio/region", "clipped share of tokens", log=True)
 
 
 @styled
-def effective_sample_size(updates: pd.DataFrame, *, width: float = COLUMN) -> Figure:
+def effective_sample_size(updates: pd.DataFrame) -> Figure:
     """ESS/N = 1/(1 + CV^2) of the token ratios at every rollout's last update, 0 to 1."""
     frame = last_updates(updates)
-    figure = _lines(frame, "ratio/token_ess", "effective sample size / N", width, log=False)
+    figure = _lines(frame, "ratio/token_ess", "effective sample size / N", log=False)
     figure.axes[0].set_ylim(-0.03, 1.03)
     return figure
 
@@ -107,11 +106,11 @@ CHAIN = [
 
 
 @styled
-def chain(steps: pd.DataFrame, updates: pd.DataFrame, *, width: float = WIDE) -> Figure:
+def chain(steps: pd.DataFrame, updates: pd.DataFrame) -> Figure:
     """The causal chain on one time axis: churn, ratio variance, clipping, gradient norm, reward."""
     arms = arms_in(steps)
     links = [link for link in CHAIN if has(updates, link.column)]
-    figure = Figure(figsize=(width, 1.15 * (len(links) + 1) + 0.6), layout="constrained")
+    figure = Figure(figsize=(WIDE, 1.15 * (len(links) + 1) + 0.6), layout="constrained")
     made = figure.subplots(len(links) + 1, 1, sharex=True, squeeze=False)
     panels: list[Axes] = list(made.flat)
     for axes, link in zip(panels[:-1], links, strict=True):
@@ -144,9 +143,9 @@ def _chain_panel(axes: Axes, updates: pd.DataFrame, link: Link, arms: list[str])
     axes.set_ylabel(link.text)
 
 
-def _lines(frame: pd.DataFrame, column: str, text: str, width: float, *, log: bool) -> Figure:
+def _lines(frame: pd.DataFrame, column: str, text: str, *, log: bool) -> Figure:
     arms = arms_in(frame)
-    figure, axes = single(width)
+    figure, axes = single()
     drawn = [arm for arm in arms if draw_arm(axes, frame, arm, "step", column, positive=log)]
     if log and drawn:
         log_axis(axes)

@@ -12,29 +12,27 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 
-from moe_rl.analysis.data.load import Study
+from moe_rl.analysis.data.load import StudyRuns
 from moe_rl.analysis.plots import frontier, noise, ratios, routing, summary, training
-from moe_rl.analysis.plots.style import COLUMN, WIDE, has
+from moe_rl.analysis.plots.style import has
 
 
 @dataclass(frozen=True, kw_only=True)
 class FigureSpec:
-    """A figure of one setting or of a map; `draw(study, measures, width)` with `run_measures`.
-
-    `widths` are the widths it is drawn in, in inches, the one for paper and wide screens first.
-    """
+    """A figure of one setting or of a map; `draw(study, run_measures(study))`."""
 
     key: str
     title: str
     caption: str
-    draw: Callable[[Study, pd.DataFrame, float], Figure]
+    draw: Callable[[StudyRuns, pd.DataFrame], Figure]
     needs_steps: tuple[str, ...] = ()
     needs_updates: tuple[str, ...] = ()
     needs_noises: int = 0
     """Router noises with complete runs at one learning rate and number of updates."""
-    widths: tuple[float, ...] = (WIDE, COLUMN)
+    half_width: bool = False
+    """Half as wide as the text; two stand side by side."""
 
-    def missing(self, study: Study) -> list[str]:
+    def missing(self, study: StudyRuns) -> list[str]:
         """What it needs that no run of the study has."""
         missing = _absent(study.steps, self.needs_steps)
         missing += _absent(study.updates, self.needs_updates)
@@ -56,7 +54,7 @@ SETTING_FIGURES = [
         title="At a glance",
         caption="Reward; churn between the old policy and the policy at the rollout's last update; "
         f"variance of the token ratio inside an update, mean over the rollout's updates. {SEEDS}",
-        draw=lambda study, _, width: summary.summary(study.steps, study.updates, width=width),
+        draw=lambda study, _: summary.summary(study.steps, study.updates),
         needs_steps=("reward",),
     ),
     FigureSpec(
@@ -64,7 +62,7 @@ SETTING_FIGURES = [
         title="Reward by arm",
         caption=f"Mean reward of each rollout. {SEEDS} In an arm's panel the grey lines are the "
         "other arms' medians, and a triangle marks the step at which a seed collapses.",
-        draw=lambda study, _, width: training.reward_by_arm(study.steps, width=width),
+        draw=lambda study, _: training.reward_by_arm(study.steps),
         needs_steps=("reward",),
     ),
     FigureSpec(
@@ -74,7 +72,7 @@ SETTING_FIGURES = [
         "variance of the token ratio, the clipped share and the gradient norm, and the reward "
         f"falls last. {SEEDS} Triangles and dotted lines mark collapses; variance, clipped share "
         "and gradient norm are on log scales.",
-        draw=lambda study, _, width: training.chain(study.steps, study.updates, width=width),
+        draw=lambda study, _: training.chain(study.steps, study.updates),
         needs_steps=("reward",),
         needs_updates=("grad_norm",),
     ),
@@ -84,7 +82,7 @@ SETTING_FIGURES = [
         caption="Share of activated experts that differ between the old policy and the policy at "
         "the rollout's last update; median over seeds. One colour scale for all panels; layer 1 "
         "is next to the embedding.",
-        draw=lambda study, _, width: routing.churn_by_layer(study.updates, width=width),
+        draw=lambda study, _: routing.churn_by_layer(study.updates),
         needs_updates=("routing/churn_per_layer",),
     ),
     FigureSpec(
@@ -93,7 +91,7 @@ SETTING_FIGURES = [
         caption="Variance of the token ratio w = exp(logprob - old_logprob) and of the sequence "
         "ratio exp(mean log w) inside an update, mean over the rollout's updates, before any "
         f"clamp. Log scale, shared. {SEEDS}",
-        draw=lambda study, _, width: ratios.ratio_variance(study.updates, width=width),
+        draw=lambda study, _: ratios.ratio_variance(study.updates),
         needs_updates=("ratio/token_var", "ratio/sequence_var"),
     ),
     FigureSpec(
@@ -103,7 +101,7 @@ SETTING_FIGURES = [
         "the routing part's share of Var(log w): dots are seeds, the tick the IQM, the bar its "
         "95% interval. Right of the dotted line routing dominates. Under replay the loss sees "
         "only the weight part; the routing part is what replay hides.",
-        draw=lambda study, _, width: ratios.routing_against_weights(study.updates, width=width),
+        draw=lambda study, _: ratios.routing_against_weights(study.updates),
         needs_updates=("ratio/routing_part", "ratio/weight_part", "ratio/part_covariance"),
     ),
     FigureSpec(
@@ -111,60 +109,60 @@ SETTING_FIGURES = [
         title="Churn by update within a rollout",
         caption="Churn against the number of optimiser steps since the old policy was recorded, "
         f"mean over all rollouts. {SEEDS}",
-        draw=lambda study, _, width: routing.churn_by_update(study.updates, width=width),
+        draw=lambda study, _: routing.churn_by_update(study.updates),
         needs_updates=("routing/churn",),
-        widths=(COLUMN,),
+        half_width=True,
     ),
     FigureSpec(
         key="churn-by-position",
         title="Churn by response position",
         caption="Churn of the routing that predicts each response token, mean over sampled last "
         f"updates. {SEEDS}",
-        draw=lambda study, _, width: routing.churn_by_position(study.updates, width=width),
+        draw=lambda study, _: routing.churn_by_position(study.updates),
         needs_updates=("routing/churn_per_position",),
-        widths=(COLUMN,),
+        half_width=True,
     ),
     FigureSpec(
         key="clip-share",
         title="Clipped share of tokens",
         caption="Share of tokens whose gradient the clip removes (for GSPO: tokens of clipped "
         f"responses), mean over the rollout's updates. Log scale. {SEEDS}",
-        draw=lambda study, _, width: training.clip_share(study.updates, width=width),
+        draw=lambda study, _: training.clip_share(study.updates),
         needs_updates=("clip_ratio/region",),
-        widths=(COLUMN,),
+        half_width=True,
     ),
     FigureSpec(
         key="gradient-norm",
         title="Gradient norm",
         caption=f"Before clipping, mean over the rollout's updates. Log scale. {SEEDS}",
-        draw=lambda study, _, width: training.gradient_norm(study.updates, width=width),
+        draw=lambda study, _: training.gradient_norm(study.updates),
         needs_updates=("grad_norm",),
-        widths=(COLUMN,),
+        half_width=True,
     ),
     FigureSpec(
         key="effective-sample-size",
         title="Effective sample size",
         caption="ESS/N = 1/(1 + CV\u00b2) of the token ratios at the rollout's last update: 1 is "
         f"on-policy, near 0 a few tokens carry all the weight. {SEEDS}",
-        draw=lambda study, _, width: training.effective_sample_size(study.updates, width=width),
+        draw=lambda study, _: training.effective_sample_size(study.updates),
         needs_updates=("ratio/token_ess",),
-        widths=(COLUMN,),
+        half_width=True,
     ),
     FigureSpec(
         key="router-margin",
         title="Router margin",
         caption="Logit gap between the last chosen expert and the first one not chosen, mean over "
         f"response tokens and layers of the old policy: how near a flip is. {SEEDS}",
-        draw=lambda study, _, width: routing.router_margin(study.steps, width=width),
+        draw=lambda study, _: routing.router_margin(study.steps),
         needs_steps=("routing/margin",),
-        widths=(COLUMN,),
+        half_width=True,
     ),
     FigureSpec(
         key="engine-mismatch",
         title="Rollout engine against trainer",
         caption="The same tokens and weights, scored by the rollout engine and by the trainer: "
         f"what differs here is numerics and router noise, not learning. {SEEDS}",
-        draw=lambda study, _, width: routing.engine_mismatch(study.steps, width=width),
+        draw=lambda study, _: routing.engine_mismatch(study.steps),
         needs_steps=("mismatch/kl_k3",),
     ),
 ]
@@ -176,7 +174,7 @@ MAP_FIGURES = [
         caption="Number and colour: final reward, median over seeds. A cross marks a cell whose "
         "median drawdown (fall of the final reward from the peak) exceeds 20%. n is the number of "
         "complete seeds; empty cells were not run.",
-        draw=lambda study, measures, width: frontier.collapse_map(measures, width=width),
+        draw=lambda _, measures: frontier.collapse_map(measures),
         needs_steps=("reward",),
     ),
     FigureSpec(
@@ -186,7 +184,7 @@ MAP_FIGURES = [
         "(median drawdown over seeds), every smaller one tried being stable too. Vertical bars: "
         "range of the single seeds. A triangle is a lower bound: stable at the highest rate "
         "tried. An open circle: not stable at the lowest.",
-        draw=lambda study, measures, width: frontier.frontier(measures, width=width),
+        draw=lambda _, measures: frontier.frontier(measures),
         needs_steps=("reward",),
     ),
     FigureSpec(
@@ -196,13 +194,13 @@ MAP_FIGURES = [
         "share of (token, layer) pairs whose experts differ from the old policy's at the rollout's "
         "last update. Dots are seeds, lines their medians; the dense control has no router to "
         "perturb.",
-        draw=lambda study, measures, width: noise.noise_response(measures, width=width),
+        draw=lambda _, measures: noise.noise_response(measures),
         needs_noises=noise.FEWEST,
     ),
 ]
 
 
-def has_map(study: Study) -> bool:
+def has_map(study: StudyRuns) -> bool:
     """Whether some arm has complete runs at two learning rates, or at as many router noises as a
     response is read from, all else on the map being equal.
     """
@@ -212,7 +210,7 @@ def has_map(study: Study) -> bool:
     return rates > 1 or noises >= noise.FEWEST
 
 
-def _most(study: Study, fixed: list[str], axis: str) -> int:
+def _most(study: StudyRuns, fixed: list[str], axis: str) -> int:
     """The most values of `axis` that complete runs have where `fixed` is equal; 0: no such run."""
     done = study.runs[study.runs["complete"]]
     if done.empty or not {*fixed, axis} <= set(done.columns):

@@ -7,12 +7,12 @@ from typing import Any
 
 import pandas as pd
 
-from moe_rl.analysis.arms import arm_label
 from moe_rl.analysis.data.collapse import stability_frontier
-from moe_rl.analysis.data.load import Study
+from moe_rl.analysis.data.load import StudyRuns
 from moe_rl.analysis.plots.frontier import CELL_KEYS
 from moe_rl.analysis.report.page import NONE, bounds, number
 from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from moe_rl.experiments.arms import arm_label
 
 CONTROL_SENTENCES = {
     REPRODUCED: "The dense control ends near its peak in the same setting: the failure belongs to "
@@ -88,7 +88,7 @@ def _count_sentence(claims: pd.DataFrame) -> str:
     return f"Of the paper's {len(paper)} claims: {', '.join(parts)}."
 
 
-def map_headline(study: Study, measures: pd.DataFrame) -> str:
+def map_headline(study: StudyRuns, measures: pd.DataFrame) -> str:
     """One paragraph on a map: each arm's stability frontier, by noise and updates per rollout."""
     done = measures[measures["complete"]]
     table = stability_frontier(done)
@@ -134,7 +134,7 @@ def pooled_fields(runs: pd.DataFrame) -> list[str]:
     return [name for name in names if bool((cells[name].nunique() > 1).any())]
 
 
-def config_line(study: Study) -> str:
+def config_line(study: StudyRuns) -> str:
     """The settings that made a figure, in a line; a value that differs between arms is a range."""
     runs = study.runs
     seeds = sorted(int(seed) for seed in runs["seed"].unique())

@@ -15,33 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from moe_rl.analysis.plots.style import (
-    ARM_COLOURS,
-    GHOST,
-    GRID,
-    INK,
-    MUTED,
-    PAPER,
-    SPARE_COLOURS,
-    style_context,
-)
+from moe_rl.analysis.plots.style import DARK_PARTNERS, style_context
 
-# light colour -> dark partner; the CSS variable is named after the light one
-DARK_PARTNERS = {
-    INK: "#e8eaed",
-    MUTED: "#a3abb5",
-    GHOST: "#4a525c",
-    GRID: "#2a3037",
-    PAPER: "#14171b",
-    ARM_COLOURS["grpo"]: "#ff8a3d",
-    ARM_COLOURS["grpo+replay"]: "#4ba3e3",
-    ARM_COLOURS["gspo"]: "#2fc79a",
-    ARM_COLOURS["gspo+replay"]: "#8fd0f5",
-    ARM_COLOURS["dense"]: "#b4b4b4",
-    ARM_COLOURS["frozen-router"]: "#e295c8",
-    ARM_COLOURS["grpo-restart"]: "#d6a850",
-    ARM_COLOURS["grpo-restart-full-rate"]: "#e0814f",
-} | dict(zip(SPARE_COLOURS, ["#a9a4e0", "#b3b34d", "#63c2c2"], strict=True))
 PNG_DPI = 200
 
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import pandas as pd
 
-from moe_rl.analysis.arms import arm_key
 from moe_rl.analysis.data.load import KEYS
 from moe_rl.analysis.data.stats import bootstrap_interval
+from moe_rl.experiments.arms import arm_key
 
 ROUTING = "ratio/routing_part"
 WEIGHT = "ratio/weight_part"

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from moe_rl.analysis.data.load import Study
+from moe_rl.analysis.data.load import StudyRuns
 from moe_rl.analysis.data.measures import run_measures
 from moe_rl.analysis.verdicts import rules
-from moe_rl.analysis.verdicts.verdicts import Finding
+from moe_rl.analysis.verdicts.verdicts import Judgement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Claim:
     text: str
     source: str
     paper: str
-    judge: Callable[[pd.DataFrame], Finding]
+    judge: Callable[[pd.DataFrame], Judgement]
     study_wide: bool = False
 
     @property
@@ -129,7 +129,7 @@ def _alike_but_for_depth(measures: pd.DataFrame, own: pd.DataFrame) -> pd.DataFr
     return alike[pd.Series(mask, index=alike.index, dtype=bool)]
 
 
-def claims_table(study: Study, measures: pd.DataFrame | None = None) -> pd.DataFrame:
+def claims_table(study: StudyRuns, measures: pd.DataFrame | None = None) -> pd.DataFrame:
     """One row a (setting, claim): our number, its interval, n, the verdict and its reason.
 
     Columns: setting, key, claim, source, paper, ours, value, low, high, n, verdict, reason, rule.

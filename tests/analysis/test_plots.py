@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import synthetic
 
-from moe_rl.analysis.arms import ARM_LABELS
 from moe_rl.analysis.data.load import load_study
 from moe_rl.analysis.data.measures import run_measures
 from moe_rl.analysis.plots import noise, ratios, routing, summary, training
 from moe_rl.analysis.plots.style import (
-    ARM_COLOURS,
     COLUMN,
+    DARK_PARTNERS,
     WIDE,
     colour,
     legend,
     plain_number,
     style_context,
 )
-from moe_rl.analysis.report.svg import DARK_PARTNERS, settle
+from moe_rl.analysis.report.svg import settle
+from moe_rl.experiments.arms import ARMS
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,6 @@ def study(tmp_path_factory):
 
 def _words(figure):
     return " ".join(text.get_text() for text in figure.findobj(mpl.text.Text))
-
-
-@pytest.mark.parametrize("width", [WIDE, COLUMN])
-def test_figures_have_the_width_that_was_asked_for(study, width):
-    assert training.reward_by_arm(study.steps, width=width).get_figwidth() == width
 
 
 def test_every_seed_is_a_line_and_the_median_another(study):
@@ -86,9 +81,9 @@ def test_drawing_leaves_matplotlib_as_it_was(study):
 
 
 def test_every_arm_has_its_own_colour_with_a_dark_partner():
-    assert len(set(ARM_COLOURS.values())) == len(ARM_COLOURS)
-    assert set(ARM_COLOURS.values()) <= set(DARK_PARTNERS)
-    assert colour("an arm of yours") == colour("an arm of yours")
+    assert len({arm.colour for arm in ARMS.values()}) == len(ARMS)
+    assert {arm.colour for arm in ARMS.values()} <= set(DARK_PARTNERS)
+    assert colour("an arm of yours") in DARK_PARTNERS
 
 
 def _luminance(colour_code):
@@ -102,12 +97,12 @@ def _contrast(one, other):
     return (light + 0.05) / (dark + 0.05)
 
 
-@pytest.mark.parametrize("arm", ARM_COLOURS)
+@pytest.mark.parametrize("arm", ARMS.values(), ids=lambda arm: arm.name)
 def test_arm_colours_stand_out_on_light_and_dark_pages(arm):
     # WCAG 2.1, 1.4.11: graphics need a contrast of 3 to what is next to them.
     light_page, dark_page = "#fdfdfc", DARK_PARTNERS["#fdfdfc"]
-    assert _contrast(ARM_COLOURS[arm], light_page) >= 3
-    assert _contrast(DARK_PARTNERS[ARM_COLOURS[arm]], dark_page) >= 3
+    assert _contrast(arm.colour, light_page) >= 3
+    assert _contrast(arm.dark_colour, dark_page) >= 3
 
 
 @pytest.mark.parametrize(
@@ -145,7 +140,7 @@ def test_a_legend_lies_inside_its_figure(width, count):
     with style_context():
         figure = mpl.figure.Figure(figsize=(width, 3), layout="constrained")
         figure.subplots()
-        legend(figure, [*ARM_LABELS][:count])
+        legend(figure, [*ARMS][:count])
         figure.draw_without_rendering()
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1

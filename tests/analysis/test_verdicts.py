@@ -1,7 +1,5 @@
 """Tests of the analysis room: from interval and rule to verdict, on both sides of every edge."""
 
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +10,7 @@ from moe_rl.analysis.verdicts.verdicts import (
     MIN_SEEDS,
     NOT_REPRODUCED,
     REPRODUCED,
-    Finding,
+    Judgement,
     both,
     judge_fraction,
     judge_interval,
@@ -62,8 +60,8 @@ def test_a_straddling_interval_says_how_many_seeds_would_clear_it():
 
 
 def test_nothing_measured_is_inconclusive():
-    nothing = Interval(value=math.nan, low=math.nan, high=math.nan, n=0)
-    assert judge_interval(nothing, low=0.0) == Finding(verdict=INCONCLUSIVE, reason="not measured")
+    nothing = Judgement(verdict=INCONCLUSIVE, reason="not measured")
+    assert judge_interval(Interval(), low=0.0) == nothing
 
 
 @pytest.mark.parametrize(
@@ -103,9 +101,9 @@ def test_a_small_fraction_names_the_seeds_it_needs():
 
 
 def test_one_failed_part_fails_the_whole():
-    good, bad = (Finding(verdict=v, reason=v) for v in (REPRODUCED, NOT_REPRODUCED))
+    good, bad = (Judgement(verdict=v, reason=v) for v in (REPRODUCED, NOT_REPRODUCED))
     assert both(good, good)[0] == REPRODUCED
     assert both(good, bad) == (NOT_REPRODUCED, NOT_REPRODUCED)
-    unsettled = Finding(verdict=INCONCLUSIVE, reason="few")
+    unsettled = Judgement(verdict=INCONCLUSIVE, reason="few")
     assert both(good, unsettled) == (INCONCLUSIVE, "few")
     assert both(bad, unsettled)[0] == NOT_REPRODUCED

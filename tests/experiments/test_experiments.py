@@ -6,14 +6,14 @@ import pytest
 
 from moe_rl.config import ConfigError, preset
 from moe_rl.experiments import collapse, collapse_map
-from moe_rl.experiments.arms import ARMS, RESTARTS, arm_config
+from moe_rl.experiments.arms import ARMS, FRESH_ARMS, RESTARTS, arm_config
 from moe_rl.experiments.bench.training import useful_operations
 from moe_rl.experiments.runner import check_study, run_all, run_folder
-from moe_rl.experiments.study import Study
+from moe_rl.experiments.study import StudyPlan
 from moe_rl.tasks import make_task
 
 
-def small_map(**changes: object) -> Study:
+def small_map(**changes: object) -> StudyPlan:
     axes = {
         "learning_rates": (2e-4,),
         "updates": (4,),
@@ -26,7 +26,7 @@ def small_map(**changes: object) -> Study:
 
 def test_arms_differ_in_what_they_are_for_alone() -> None:
     base = preset("staleness")
-    for name in ARMS:
+    for name in FRESH_ARMS:
         config = arm_config(name, base, replay="R2", seed=3)
         ours, theirs = config.to_dict(), base.to_dict()
         changed = {k for k in ours if ours[k] != theirs[k]} - {"arm", "seed"}
@@ -98,7 +98,7 @@ def test_useful_operations_are_those_of_a_dense_count() -> None:
     assert work.total == 5 * work.rollout
 
 
-@pytest.mark.parametrize(("arm", "rate"), [*RESTARTS.items()])
+@pytest.mark.parametrize(("arm", "rate"), [("grpo-restart", 0.5), ("grpo-restart-full-rate", 1.0)])
 def test_a_restart_is_grpo_from_what_the_original_saves_before_it_ends(
     tmp_path: Path, arm: str, rate: float
 ) -> None:
@@ -112,6 +112,7 @@ def test_a_restart_is_grpo_from_what_the_original_saves_before_it_ends(
     assert restarted.sft_steps == 0, "a restart gets no second cold start"
     assert restarted.learning_rate == rate * original.learning_rate
     assert restarted.steps == original.steps - step
+    assert arm in RESTARTS and ARMS[arm].is_restart
 
 
 def test_a_run_waits_for_the_checkpoint_it_starts_from(tmp_path: Path) -> None:
