@@ -17,15 +17,16 @@ import torch
 
 from moe_rl.batch import RolloutBatch, response_positions
 from moe_rl.config import ConfigError, RunConfig
-from moe_rl.policy.forward import Pass, response_pass
+from moe_rl.policy.forward import ForwardOptions, response_pass
 from moe_rl.policy.policy import Policy
-from moe_rl.rollout.router_noise import RouterNoise
-from moe_rl.rollout.sampling import sample_responses
+from moe_rl.policy.router_noise import RouterNoise
+from moe_rl.rollout.cached import CachedEngine
+from moe_rl.rollout.request import Request
 from moe_rl.routing.statistics import churn, router_disagreement, token_disagreement
 from moe_rl.runtime.process import prepare_process
 from moe_rl.runtime.seeding import generator
-from moe_rl.tasks import make_task
-from moe_rl.training.start import starting_policy
+from moe_rl.tasks import Task, make_task
+from moe_rl.training.cold_start import starting_policy
 
 Of = Literal["routers", "tokens"]
 R3_SHARES: dict[Of, float] = {"routers": 0.10, "tokens": 0.94}
@@ -82,8 +83,9 @@ def calibrate_noise(
     if not 0.0 < share < 1.0:
         raise ConfigError(f"share={share}: must be between 0 and 1, both excluded")
     prepare_process(config.num_threads)
-    policy = starting_policy(config, cold_start_cache)
-    batch = _rollout(config, policy)
+    task = make_task(config.task.task, **config.task.options())
+    policy = starting_policy(config, task, cold_start_cache)
+    batch = _rollout(config, policy, task)
     low, high = _SMALLEST_NOISE, _LARGEST_NOISE
     if _measure(config, policy, batch, high).share(of) < share:
         raise ConfigError(f"share={share}: not reached with any noise up to {high:g}; choose less")
@@ -96,17 +98,17 @@ def calibrate_noise(
     return _measure(config, policy, batch, high)
 
 
-def _rollout(config: RunConfig, policy: Policy) -> RolloutBatch:
-    task = make_task(config.task.task, **config.task.options())
+def _rollout(config: RunConfig, policy: Policy, task: Task) -> RolloutBatch:
     problems = task.prompts(generator(config.seed, "calibrate"), config.prompts_per_rollout)
-    return sample_responses(
-        policy,
-        task,
-        problems,
+    request = Request(
+        prompts=[problem.prompt for problem in problems],
+        numbers=range(len(problems)),
         seed=config.seed,
         purpose="calibrate_samples",
         group_size=config.group_size,
+        max_tokens=task.max_response_tokens,
     )
+    return CachedEngine(policy).sample(request)
 
 
 @torch.no_grad()
@@ -121,7 +123,7 @@ def _measure(config: RunConfig, policy: Policy, batch: RolloutBatch, noise: floa
             prompts=range(batch.prompt_ids.shape[0]),
             group_size=batch.group_size,
         )
-        output = response_pass(policy, batch, Pass(noise=source))
+        output = response_pass(policy, batch, ForwardOptions(noise=source))
         assert output.routed_experts is not None
         routes.append(response_positions(output.routed_experts, batch.prompt_ids.shape[1]))
     mask = batch.response_mask

@@ -26,4 +26,4 @@ def widen(policy: Policy) -> Policy:
 def rollout(policy: Policy, prompts: list[str], group: int = 3, length: int = 6) -> RolloutBatch:
     rng = torch.Generator().manual_seed(0)
     uniforms = torch.rand(len(prompts) * group, length, generator=rng, dtype=torch.float64)
-    return generate(policy, prompts, uniforms, scores=True)
+    return generate(policy, prompts, uniforms, router_logits=True)

@@ -18,7 +18,7 @@ import torch
 
 from moe_rl.batch import RolloutBatch
 from moe_rl.config import ModelConfig
-from moe_rl.policy.forward import Pass, response_pass
+from moe_rl.policy.forward import ForwardOptions, response_pass
 from moe_rl.policy.policy import Policy, build_policy
 from moe_rl.rollout.cached import generate
 from moe_rl.runtime.seeding import generator
@@ -139,7 +139,9 @@ class LLM:
         texts = policy.tokenizer.batch_decode(ids)
         batch = generate(policy, texts, torch.from_numpy(np.concatenate(draws)))
         if self.processed == "raw_logprobs":
-            raw = response_pass(dataclasses.replace(policy, temperature=1.0), batch, Pass())
+            raw = response_pass(
+                dataclasses.replace(policy, temperature=1.0), batch, ForwardOptions()
+            )
             batch = dataclasses.replace(batch, rollout_logprobs=raw.logprobs.detach())
         outputs = [self._output(i, row, batch, first) for i, row in enumerate(ids)]
         self.behaviour.spoil(outputs)

@@ -20,9 +20,10 @@ from moe_rl.batch import RolloutBatch
 from moe_rl.config import RunConfig, preset
 from moe_rl.experiments.bench.result import check_repeats, write_result
 from moe_rl.losses import loss_function
-from moe_rl.policy.forward import Pass, response_pass
+from moe_rl.policy.forward import ForwardOptions, response_pass
 from moe_rl.policy.policy import Policy, build_policy
-from moe_rl.rollout.sampling import sample_responses
+from moe_rl.rollout.cached import CachedEngine
+from moe_rl.rollout.request import Request
 from moe_rl.runtime.process import prepare_process
 from moe_rl.runtime.seeding import generator
 from moe_rl.tasks import make_task
@@ -57,13 +58,19 @@ def _case(config: RunConfig, repeats: int) -> dict[str, Any]:
     policy = build_policy(config.model, task.alphabet, seed=0)
     prompts = config.prompts_per_rollout // config.updates_per_rollout
     problems = task.prompts(generator(0, "bench"), prompts)
-    batch = sample_responses(
-        policy, task, problems, seed=0, purpose="bench", group_size=config.group_size
+    request = Request(
+        prompts=[problem.prompt for problem in problems],
+        numbers=range(len(problems)),
+        seed=0,
+        purpose="bench",
+        group_size=config.group_size,
+        max_tokens=task.max_response_tokens,
     )
+    batch = CachedEngine(policy).sample(request)
     ways = {
-        "plain": Pass(record=False),
-        "record": Pass(record=True),
-        "replay": Pass(record=False, replay=batch.routed_experts),
+        "plain": ForwardOptions(record=False),
+        "record": ForwardOptions(record=True),
+        "replay": ForwardOptions(record=False, replay=batch.routed_experts),
     }
     step = _step(config, policy, batch)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -91,14 +98,16 @@ def _case(config: RunConfig, repeats: int) -> dict[str, Any]:
     }
 
 
-def _step(config: RunConfig, policy: Policy, batch: RolloutBatch) -> Callable[[Pass], None]:
+def _step(
+    config: RunConfig, policy: Policy, batch: RolloutBatch
+) -> Callable[[ForwardOptions], None]:
     """One update along random advantages."""
     parameters = [*policy.model.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-8, fused=True)
     loss, (clip_low, clip_high) = loss_function(config.algorithm), clip_range(config)
     advantages = torch.randn(len(batch.response_ids), generator=torch.Generator().manual_seed(0))
 
-    def step(options: Pass) -> None:
+    def step(options: ForwardOptions) -> None:
         output = response_pass(policy, batch, options)
         loss(
             output.logprobs,

@@ -83,7 +83,7 @@ class CheckReplay(TraceLayout, Command):
         return _print_total(failures, len(names), "families")
 
     def _check_model(self, folder: Path) -> int:
-        from moe_rl.policy.loading import load_model
+        from moe_rl.policy.folder import load_model
 
         model = load_model(folder, str(folder), tokenizer=False, attn_implementation="eager")
         _print_header("model")

@@ -23,7 +23,7 @@ from moe_rl.metrics.ratios import (
     ratio_statistics,
     split_log_ratio,
 )
-from moe_rl.policy.forward import PassOutput
+from moe_rl.policy.forward import ForwardOutput
 from moe_rl.routing import statistics
 
 Tables = Mapping[str, Tensor]
@@ -37,7 +37,7 @@ def alone(tables: Tables) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def rollout_metrics(
-    batch: RolloutBatch, old: PassOutput, *, gather: Gather = alone
+    batch: RolloutBatch, old: ForwardOutput, *, gather: Gather = alone
 ) -> dict[str, Any]:
     """What the old policy's routing looks like on a rollout: spread, margin, load.
 
@@ -69,7 +69,7 @@ def rollout_metrics(
 
 @torch.no_grad()
 def mismatch_metrics(
-    batch: RolloutBatch, old: PassOutput, *, gather: Gather = alone
+    batch: RolloutBatch, old: ForwardOutput, *, gather: Gather = alone
 ) -> dict[str, Any]:
     """How far the rollout engine and the trainer are apart on equal weights."""
     assert old.routed_experts is not None and batch.routed_experts is not None
@@ -92,14 +92,14 @@ def mismatch_metrics(
 
 @torch.no_grad()
 def update_metrics(
-    output: PassOutput,
+    output: ForwardOutput,
     *,
     clipped_low: Tensor,
     clipped_high: Tensor,
     mask: Tensor,
     old_logprobs: Tensor,
     old_routes: Tensor,
-    old_scores: Tensor | None,
+    old_router_logits: Tensor | None,
     prompt_length: int,
     other_logprobs: Tensor | None = None,
     replayed: bool = False,
@@ -114,7 +114,7 @@ def update_metrics(
         mask: bool [B, T], response tokens.
         old_logprobs: float32 [B, T].
         old_routes: int16 [B, Sp + T, L, K], live choices of the old policy.
-        old_scores: float32 [B, T, L, E], its router logits.
+        old_router_logits: float32 [B, T, L, E], its router logits.
         prompt_length: Sp.
         other_logprobs: the same pass with replay switched over; asks for the split of the
             log-ratio variance into routing part and weight part.
@@ -136,8 +136,8 @@ def update_metrics(
     logits = output.router_logits
     if logits is not None:
         own["margin"] = statistics.margin(logits, old.shape[-1], mask)
-        if old_scores is not None:
-            own["shift"] = statistics.shift(old_scores, logits, old, mask)
+        if old_router_logits is not None:
+            own["shift"] = statistics.shift(old_router_logits, logits, old, mask)
     if other_logprobs is not None:
         own["other_logprobs"] = other_logprobs
     rows = gather(own)

@@ -1,7 +1,7 @@
 """The model families that a small policy can belong to: transformers configs of equal sizes.
 
-One function a family. Each keeps what makes its routing its own (scoring, normalisation, scaling,
-biases) and takes width, depth and experts from `ModelConfig`.
+One function per family. Each keeps what makes its routing special (gate function, normalisation,
+scaling, biases) and takes width, depth and experts from `ModelConfig`.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from moe_rl.config import Family, ModelConfig
 
 
 def family_config(config: ModelConfig, vocabulary: int) -> PreTrainedConfig:
-    """The transformers config of `config.family` for a vocabulary of so many tokens."""
+    """The transformers config of `config.family` for a vocabulary of that many tokens."""
     return FAMILIES[config.family](config, vocabulary)
 
 
@@ -34,7 +34,7 @@ def _common(config: ModelConfig, vocabulary: int) -> dict[str, Any]:
         "num_key_value_heads": config.num_attention_heads,
         "num_experts_per_tok": config.experts_per_token,
         "max_position_embeddings": 1024,
-        # Twice the usual 0.02: at width 96 it shortens the cold start, measured.
+        # Twice the usual 0.02: measured to shorten the cold start at width 96.
         "initializer_range": 0.04,
         "tie_word_embeddings": False,
         "pad_token_id": 0,
@@ -59,7 +59,7 @@ def _qwen3_moe(config: ModelConfig, vocabulary: int) -> PreTrainedConfig:
 
 
 def _olmoe(config: ModelConfig, vocabulary: int) -> PreTrainedConfig:
-    """Softmax over all experts, the K largest as they are (arXiv 2409.02060)."""
+    """Softmax over all experts, the K largest not normalised (arXiv 2409.02060)."""
     return OlmoeConfig(
         **_common(config, vocabulary), num_experts=config.num_experts, norm_topk_prob=False
     )
@@ -76,10 +76,10 @@ def _mixtral(config: ModelConfig, vocabulary: int) -> PreTrainedConfig:
 
 
 def _deepseek_v3(config: ModelConfig, vocabulary: int) -> PreTrainedConfig:
-    """Sigmoid scores, normalised and scaled by 2.5, a shared expert, latent attention.
+    """Sigmoid gates, normalised and scaled by 2.5, a shared expert, latent attention.
 
-    arXiv 2412.19437, equations 12 to 16, without groups; the correction bias stays 0, as the
-    balancing that moves it belongs to pre-training.
+    arXiv 2412.19437, eq. 12-16, without groups; the correction bias stays 0, because the balancing
+    that moves it belongs to pre-training.
     """
     head = _head_size(config)
     rotary = max(2, 2 * (head // 6))
@@ -104,7 +104,7 @@ def _deepseek_v3(config: ModelConfig, vocabulary: int) -> PreTrainedConfig:
 def _gpt_oss(config: ModelConfig, vocabulary: int) -> PreTrainedConfig:
     """Softmax over the K largest logits, biases in router and experts, attention sinks.
 
-    Full attention in every layer: no response here is as long as the published window.
+    Full attention in every layer: no response here is as long as the published sliding window.
     """
     return GptOssConfig(
         **_common(config, vocabulary),

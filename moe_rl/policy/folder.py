@@ -1,18 +1,20 @@
-"""A folder of a Hugging Face model, as far as its files tell without building the model.
+"""Models and tokenizers from Hugging Face folders: checked by their files first, then loaded.
 
-Missing, cut off and pickled weights are found here in milliseconds, before torch is imported and
-before anything is written. Importable without torch.
+The check takes milliseconds and runs before anything is written. This module imports neither torch
+nor transformers until something is loaded.
 """
 
+import contextlib
+import json
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from moe_rl.config import ConfigError
-from moe_rl.runtime.json_text import parse_json
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.tiktoken", "spiece.model")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -23,93 +25,105 @@ def check_model_folder(folder: Path, name: str, *, tokenizer: bool = True) -> No
 
     Args:
         folder: the folder.
-        name: what messages begin with.
+        name: what error messages begin with.
         tokenizer: whether a tokenizer must be beside the model.
 
     Raises:
-        ConfigError: no config.json; a file that is not what its name says; weights that are
-            missing, cut off or pickled; no tokenizer.
+        ConfigError: no config.json; weights that are missing, cut off or pickled; no tokenizer.
     """
-    if not (folder / CONFIG).is_file():
+    if not (folder / "config.json").is_file():
         raise ConfigError(f"{name}: no config.json there; give the folder of a Hugging Face model")
-    try:
-        _object(folder / CONFIG)
-        if (folder / WEIGHTS).is_file():  # transformers looks for it first
-            _weights(folder / WEIGHTS)
-        elif (folder / INDEX).is_file():
-            _check_shards(folder)
-        else:
-            raise ValueError(_without_weights(folder))
-        if tokenizer:
-            _check_tokenizer(folder)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"{name}: cannot be loaded ({first_line(error)})") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    if isinstance(error, KeyError):
-        return f"no {error}"
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return repr(error)
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
-
-
-def _check_tokenizer(folder: Path) -> None:
-    if not any(found for glob in _TOKENIZERS for found in folder.glob(glob)):
-        raise ValueError("no tokenizer beside the model; save it into the folder")
-    if (folder / TOKENIZER).is_file():
-        _object(folder / TOKENIZER)
-
-
-def _without_weights(folder: Path) -> str:
-    pickled = sorted(file.name for glob in _PICKLED for file in folder.glob(glob))
-    if not pickled:
-        return f"no {WEIGHTS} there"
-    return (
-        f"its weights are pickled, in {pickled[0]}, and reading them could run code; save the "
-        "model as safetensors"
-    )
-
-
-def _check_shards(folder: Path) -> None:
-    """Every shard of the index is there and holds the weights that the index places in it."""
-    places = _object(folder / INDEX).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
-        raise ValueError(f"{INDEX} has no weight_map of weights to files")
-    shards: dict[str, list[str]] = {}
-    for weight, shard in places.items():
-        shards.setdefault(shard, []).append(weight)
-    if not shards:
-        raise ValueError(f"{INDEX} names no file")
-    for shard, weights in sorted(shards.items()):
-        if not (folder / shard).is_file():
-            raise ValueError(f"{shard!r:.80} is missing, which {INDEX} names")
-        lacking = set(weights) - _weights(folder / shard)
-        if lacking:
-            raise ValueError(
-                f"{shard} lacks {len(lacking)} of the weights that {INDEX} places in it, "
-                f"{min(lacking)!r:.80} for one"
+    shards = [WEIGHTS]
+    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
+        with loading(name, INDEX):
+            shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    elif not (folder / WEIGHTS).is_file():
+        pickled = sorted(file.name for glob in _PICKLED for file in folder.glob(glob))
+        if pickled:
+            raise ConfigError(
+                f"{name}: its weights are pickled, in {pickled[0]}, and reading them could run "
+                "code; save the model as safetensors"
             )
+    for shard in shards:
+        with loading(name, shard), safe_open(folder / shard, framework="numpy"):
+            pass  # opening compares the file's length with its header
+    if tokenizer and not any(found for glob in _TOKENIZERS for found in folder.glob(glob)):
+        raise ConfigError(f"{name}: no tokenizer beside the model; save it into the folder")
 
 
-def _weights(file: Path) -> set[str]:
-    """Names of the weights in a file that is as long as its header says."""
+def load_model(folder: Path, name: str, *, tokenizer: bool, **options: Any) -> Any:
+    """The causal LM in `folder`, with every weight from its files.
+
+    Args:
+        folder: the folder.
+        name: what error messages begin with.
+        tokenizer: whether a tokenizer must be beside the model.
+        options: further arguments of `from_pretrained`.
+
+    Raises:
+        ConfigError: anything is wrong with the folder. That weights are missing or of other shapes
+            is an error too: transformers would draw them at random.
+    """
+    check_model_folder(folder, name, tokenizer=tokenizer)
+    transformers = _import_transformers()
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its report of weights is a table of many lines
     try:
-        with safe_open(file, framework="numpy") as opened:
-            return set(opened.keys())
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{file.name} is no whole safetensors file: {first_line(error)}"
-        ) from error
+        with loading(name):
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+                **options,
+            )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    wrong = sorted(name for name, *_ in found["mismatched_keys"]) + sorted(found["missing_keys"])
+    if wrong:
+        raise ConfigError(
+            f"{name}: cannot be loaded ({len(wrong)} weights of the model are missing in its files "
+            f"or have other shapes there than its config gives them, {wrong[0]} for one)"
+        )
+    return model
 
 
-def _object(file: Path) -> dict[str, Any]:
+def load_tokenizer(folder: Path, name: str) -> Any:
+    """The tokenizer in `folder`.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    with loading(name):
+        return _import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _import_transformers() -> Any:
+    """transformers without its progress bars, which would break our one line per step."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    # It would ask on the terminal whether to run code that lies in the folder. 0 s: it refuses.
+    transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    return transformers
+
+
+@contextlib.contextmanager
+def loading(name: str, file: str = "") -> Iterator[None]:
+    """Turn whatever a library raises on a broken file into a ConfigError of one line.
+
+    transformers checks little beforehand, so that a broken file surfaces as nearly any exception;
+    tokenizers, written in Rust, raises a bare Exception.
+
+    Args:
+        name: what the message begins with.
+        file: the file, where the library's own message does not name it.
+    """
     try:
-        value = parse_json(file.read_text(encoding="utf-8"), unique_keys=False)
-    except ValueError as error:
-        raise ValueError(f"{file.name}: not JSON, {first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file.name}: not an object")
-    return value
+        yield
+    except Exception as error:
+        # A KeyError says only the key.
+        said = str(error) if " " in str(error) else repr(error)
+        said = textwrap.shorten(f"{file}: {said}" if file else said, 300)
+        raise ConfigError(f"{name}: cannot be loaded ({said})") from error

@@ -3,8 +3,11 @@
 Three layouts read the same tokens to the same numbers, up to rounding:
 
     one_pass   all prompts and responses as the rows of one sequence: fused attention only, fastest
-    cached     prompts once a group into a key-value cache, then the responses: any model
+    cached     each prompt once per group into a key-value cache, then the responses: any model
     whole      every sequence from its first token: gradient checkpointing, which forbids a cache
+
+Shapes: P prompts, B = P * G responses, Sp prompt and T response positions, L MoE layers, E experts,
+K experts per token, H hidden.
 """
 
 import contextlib
@@ -20,30 +23,30 @@ from moe_rl.batch import RolloutBatch, full_record, predictions
 from moe_rl.cpu import attention_is_fused, read_in_one_pass
 from moe_rl.kernels import token_logprobs
 from moe_rl.policy.policy import Policy
-from moe_rl.rollout.router_noise import NoiseDraw, RouterNoise
+from moe_rl.policy.router_noise import NoiseDraw, RouterNoise
 from moe_rl.routing import record_routing, replay_routing, router_noise
 
 Layout = Literal["one_pass", "cached", "whole"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pass:
-    """How one forward pass treats routing, and what it should bring back."""
+class ForwardOptions:
+    """How one forward pass treats routing, and what it returns."""
 
     replay: Tensor | None = None
     """int16 [B, Sp + T, L, K] expert choices to replay; None: live routing."""
     record: bool = True
-    """Bring back the live expert choices."""
-    scores: bool = False
-    """Bring back the router logits."""
+    """Return the live expert choices."""
+    router_logits: bool = False
+    """Return the router logits."""
     entropy: bool = False
-    """Bring back the entropy of each predicted distribution."""
+    """Return the entropy of each predicted distribution."""
     noise: RouterNoise | None = None
     """Noise on the choice of experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PassOutput:
+class ForwardOutput:
     """Result of `response_pass`; tensors over the T response tokens of B sequences."""
 
     logprobs: Tensor
@@ -56,7 +59,7 @@ class PassOutput:
     """float32 [B, T, L, E] where each response token is predicted."""
 
     @classmethod
-    def concatenate(cls, outputs: list["PassOutput"]) -> "PassOutput":
+    def concatenate(cls, outputs: list["ForwardOutput"]) -> "ForwardOutput":
         """The outputs of consecutive parts of a batch as one."""
         if len(outputs) == 1:
             return outputs[0]
@@ -66,27 +69,33 @@ class PassOutput:
             parts[field.name] = None if values[0] is None else torch.cat(values)
         return cls(**parts)  # type: ignore[arg-type]
 
-    def select(self, sequences: slice) -> "PassOutput":
+    def select_sequences(self, sequences: slice) -> "ForwardOutput":
         """The output for some of the sequences."""
         parts: dict[str, Tensor | None] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             parts[field.name] = None if value is None else value[sequences]
-        return PassOutput(**parts)  # type: ignore[arg-type]
+        return ForwardOutput(**parts)  # type: ignore[arg-type]
 
 
 def response_pass(
-    policy: Policy, batch: RolloutBatch, options: Pass, layout: Layout | None = None
-) -> PassOutput:
+    policy: Policy, batch: RolloutBatch, options: ForwardOptions, layout: Layout | None = None
+) -> ForwardOutput:
     """Log-probs of the response tokens under the current weights.
 
-    Gradients flow where grad mode is on. `layout` overrides `choose_layout`.
+    Gradients flow where grad mode is on.
+
+    Args:
+        policy: the model; its temperature divides the logits.
+        batch: the rollout, whose response tokens are asked for.
+        options: replay, noise, and what to return.
+        layout: None: see `choose_layout`.
     """
     read = _LAYOUTS[layout or choose_layout(policy)]
-    # A response of one token is predicted by the prompt alone: nothing follows to read.
+    # Responses of one token are predicted by the prompt alone: there is nothing to read after it.
     if batch.response_ids.shape[1] == 1 and read is _one_pass:
         read = _cached
-    hidden, routes, scores = read(policy, batch, options)
+    hidden, routes, logits = read(policy, batch, options)
     head = policy.model.get_output_embeddings()
     found = token_logprobs(
         hidden,
@@ -97,11 +106,11 @@ def response_pass(
         ignore_index=None,  # what counts is the caller's mask to say
         entropy=options.entropy,
     )
-    return PassOutput(
+    return ForwardOutput(
         logprobs=found.logprobs,
         entropy=None if found.entropy is None else found.entropy.detach(),
         routed_experts=routes,
-        router_logits=scores,
+        router_logits=logits,
     )
 
 
@@ -113,26 +122,26 @@ def choose_layout(policy: Policy) -> Layout:
 
 
 @contextlib.contextmanager
-def routing(
-    model: Any, options: Pass, replay: Tensor | None, noise: NoiseDraw | None
+def routing_contexts(
+    model: Any, options: ForwardOptions, replay: Tensor | None, noise: NoiseDraw | None
 ) -> Iterator[Any]:
-    """Record, replay and noise around the calls of a model that share one record.
+    """Record, replay and noise around those calls of a model that share one record.
 
     Args:
         model: the model that is called.
-        options: what is asked for; its own `replay` and `noise` are those of a whole rollout.
+        options: what to return; its own `replay` and `noise` belong to the whole rollout.
         replay: `[B, S, L, K]` choices for the tokens of these calls.
-        noise: draws for them.
+        noise: draws for the tokens of these calls.
     """
     with contextlib.ExitStack() as stack:
         if noise is not None:
             stack.enter_context(router_noise(model, noise))
         if replay is not None:
             yield stack.enter_context(
-                replay_routing(model, replay, router_logits=options.scores, validate=False)
+                replay_routing(model, replay, router_logits=options.router_logits, validate=False)
             )
-        elif options.record or options.scores:
-            yield stack.enter_context(record_routing(model, router_logits=options.scores))
+        elif options.record or options.router_logits:
+            yield stack.enter_context(record_routing(model, router_logits=options.router_logits))
         else:
             yield None
 
@@ -141,33 +150,34 @@ class _Read(NamedTuple):
     hidden: Tensor
     """[B, T, H] where each response token is predicted."""
     routes: Tensor | None
-    scores: Tensor | None
+    router_logits: Tensor | None
 
 
-def _one_pass(policy: Policy, batch: RolloutBatch, options: Pass) -> _Read:
+def _one_pass(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Read:
     group, prompt_length = batch.group_size, batch.prompt_ids.shape[1]
     replay = options.replay
     if replay is not None:
+        # A prompt is read once per group, and the last token of a response is never read.
         prompts, responses = replay[::group, :prompt_length], replay[:, prompt_length:-1]
         replay = torch.cat([prompts.flatten(0, 1), responses.flatten(0, 1)]).unsqueeze(0)
     noise = options.noise.for_rows(prompt_length) if options.noise else None
-    with routing(policy.model, options, replay, noise) as seen:
+    with routing_contexts(policy.model, options, replay, noise) as seen:
         prompt_hidden, response_hidden = read_in_one_pass(
             policy.model,
             batch.prompt_ids,
             batch.response_ids[:, :-1],
             None if bool(batch.prompt_mask.all()) else batch.prompt_mask,
         )
-    routes = scores = None
+    routes = logits = None
     if options.record:
         routes = full_record(*_split_rows(_live(seen), batch), group)
-    if options.scores:
-        scores = predictions(*_split_rows(seen.router_logits, batch), group)
-    return _Read(predictions(prompt_hidden, response_hidden, group), routes, scores)
+    if options.router_logits:
+        logits = predictions(*_split_rows(seen.router_logits, batch), group)
+    return _Read(predictions(prompt_hidden, response_hidden, group), routes, logits)
 
 
 def _split_rows(rows: Tensor, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-    """One pass's `[1, P * Sp + B * (T - 1), ...]` as `[P, Sp, ...]` and `[B, T - 1, ...]`."""
+    """`[1, P * Sp + B * (T - 1), ...]` of one pass as `[P, Sp, ...]` and `[B, T - 1, ...]`."""
     prompts, end = rows[0].split(
         [batch.prompt_ids.numel(), rows.shape[1] - batch.prompt_ids.numel()]
     )
@@ -175,35 +185,38 @@ def _split_rows(rows: Tensor, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
     return prompts.view(*batch.prompt_ids.shape, *prompts.shape[1:]), responses
 
 
-def _cached(policy: Policy, batch: RolloutBatch, options: Pass) -> _Read:
+def _cached(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Read:
     group, prompt_length = batch.group_size, batch.prompt_ids.shape[1]
     noise = options.noise
+    # Prompts and responses are two reads of different batch sizes, so two records and two replays.
     replay_prompts = replay_responses = None
     if options.replay is not None:
         replay_prompts = options.replay[::group, :prompt_length]
         replay_responses = options.replay[:, prompt_length:-1]
-    with routing(
+    with routing_contexts(
         policy.model, options, replay_prompts, noise.for_prompts() if noise else None
     ) as seen_prompts:
         prompt_hidden, cache = policy.read_prompts(batch.prompt_ids, batch.prompt_mask)
-    cache.batch_repeat_interleave(group)
+    cache.batch_repeat_interleave(group)  # differentiable: gradients of a group meet in its prompt
     rest = seen = None
     if batch.response_ids.shape[1] > 1:
-        with routing(
+        with routing_contexts(
             policy.model, options, replay_responses, noise.for_responses() if noise else None
         ) as seen:
-            rest = policy.read_on(batch.response_ids[:, :-1], cache, batch.prompt_mask, group)
-    routes = scores = None
+            rest = policy.continue_responses(
+                batch.response_ids[:, :-1], cache, batch.prompt_mask, group
+            )
+    routes = logits = None
     if options.record:
         routes = full_record(_live(seen_prompts), None if seen is None else _live(seen), group)
-    if options.scores:
-        scores = predictions(
+    if options.router_logits:
+        logits = predictions(
             seen_prompts.router_logits, None if seen is None else seen.router_logits, group
         )
-    return _Read(predictions(prompt_hidden, rest, group), routes, scores)
+    return _Read(predictions(prompt_hidden, rest, group), routes, logits)
 
 
-def _whole(policy: Policy, batch: RolloutBatch, options: Pass) -> _Read:
+def _whole(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Read:
     group, prompt_length = batch.group_size, batch.prompt_ids.shape[1]
     prompt_mask = batch.prompt_mask.repeat_interleave(group, dim=0)
     ids = torch.cat(
@@ -212,20 +225,21 @@ def _whole(policy: Policy, batch: RolloutBatch, options: Pass) -> _Read:
     mask = torch.nn.functional.pad(prompt_mask, (0, ids.shape[1] - prompt_length), value=True)
     replay = None if options.replay is None else options.replay[:, :-1]
     noise = options.noise.for_sequences(prompt_length) if options.noise else None
-    with routing(policy.model, options, replay, noise) as seen:
+    with routing_contexts(policy.model, options, replay, noise) as seen:
         hidden = policy.model.base_model(
             input_ids=ids,
             attention_mask=None if bool(mask.all()) else mask.long(),
             position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
             use_cache=False,
         ).last_hidden_state
-    routes = scores = None
+    routes = logits = None
     if options.record:
         live = _live(seen)
+        # The last sampled token is never read: -1 means no record.
         routes = torch.cat([live, torch.full_like(live[:, :1], -1)], dim=1)
-    if options.scores:
-        scores = seen.router_logits[:, prompt_length - 1 :]
-    return _Read(hidden[:, prompt_length - 1 :], routes, scores)
+    if options.router_logits:
+        logits = seen.router_logits[:, prompt_length - 1 :]
+    return _Read(hidden[:, prompt_length - 1 :], routes, logits)
 
 
 _LAYOUTS = {"one_pass": _one_pass, "cached": _cached, "whole": _whole}

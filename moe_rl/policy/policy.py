@@ -1,7 +1,8 @@
 """The policy: a transformers MoE causal LM built small or loaded, its tokenizer, its backends.
 
 The prompts of a group are read once: their key-value cache is repeated for the G responses, with
-gradients, which halves the tokens of a forward pass when prompt and response are as long.
+gradients, which nearly halves the tokens of a forward pass when prompt and response are as long.
+Shapes: P prompts, G responses to each, B = P * G, Sp prompt positions, H hidden, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -17,19 +18,21 @@ from moe_rl.cpu import FUSED, choose_layers, new_cache, use_fused_layers
 from moe_rl.experts import choose_experts
 from moe_rl.kernels.patch import FinalLogits, final_logits
 from moe_rl.policy.families import family_config
-from moe_rl.policy.loading import load_model, load_tokenizer
+from moe_rl.policy.folder import load_model, load_tokenizer, loading
 from moe_rl.policy.tokenizer import character_tokenizer
 from moe_rl.routing import find_routers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """A causal LM with routers, its tokenizer, and the reasons for its backends."""
+    """A causal LM with routers and its tokenizer."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     experts: str
+    """Name of the experts backend."""
     temperature: float = 1.0
+    """Log-probs and samples are taken at this temperature."""
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -56,7 +59,7 @@ class Policy:
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that one token passes through: all of them, but K of E experts a layer."""
+        """Parameters that one token passes through: all, but only K of E experts per layer."""
         named = [*self.model.named_parameters()]
         experts = sum(p.numel() for name, p in named if ".experts." in name)
         router = find_routers(self.model)[0]
@@ -77,9 +80,8 @@ class Policy:
             add_special_tokens=False,
             return_tensors="pt",
         )
-        return encoded["input_ids"].to(self.device), encoded["attention_mask"].bool().to(
-            self.device
-        )
+        mask = encoded["attention_mask"].bool()
+        return encoded["input_ids"].to(self.device), mask.to(self.device)
 
     def decode(self, response_ids: Tensor) -> list[str]:
         """Text of each response, without padding and end of sequence."""
@@ -99,8 +101,10 @@ class Policy:
         )
         return output.last_hidden_state, cache
 
-    def read_on(self, ids: Tensor, cache: Cache, prompt_mask: Tensor, group_size: int) -> Tensor:
-        """Hidden states [B, s, H] of the next s tokens of every response."""
+    def continue_responses(
+        self, ids: Tensor, cache: Cache, prompt_mask: Tensor, group_size: int
+    ) -> Tensor:
+        """Hidden states [B, s, H] of the next s tokens of every response, which join the cache."""
         mask = positions = None
         if not bool(prompt_mask.all()):
             start = cache.get_seq_length() - prompt_mask.shape[1]
@@ -137,12 +141,13 @@ def build_policy(
         config: sizes, or the folder of a checkpoint.
         alphabet: characters of the task; a loaded tokenizer must know them.
         seed: seed of the initial weights of a built model.
-        temperature: log-probs and samples are taken at this temperature.
+        temperature: see `Policy`.
         fuse: on a CPU, swap in the fused layers; False leaves transformers' own.
-        sharded: FSDP2 will cut up the model: only what acts through its modules' forwards is used.
+        sharded: FSDP2 will shard the model: only what acts through its modules' forwards is used.
 
     Raises:
-        ConfigError: no such folder, no MoE, no tokenizer, an unusable device or experts backend.
+        ConfigError: a folder without a model that has routers and a tokenizer, logits that are more
+            than the head's product, or a device or experts backend that is unusable here.
     """
     device = resolve_device(config.device)
     dtype = getattr(torch, config.dtype)
@@ -163,16 +168,10 @@ def build_policy(
 
 
 def _check_head(model: Any, config: ModelConfig) -> None:
-    """Refuse a model that does more to its logits than one product, which training would leave out.
-
-    Raises:
-        ConfigError: names what it does.
-    """
+    """Refuse a model that does more to its logits than one product: training would leave it out."""
     name = config.checkpoint or config.family
-    try:
+    with loading(name):
         final = final_logits(model)
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from error
     if final != FinalLogits():
         raise ConfigError(
             f"{name}: its logits are scaled or capped ({final}), which training does not support; "
@@ -181,42 +180,31 @@ def _check_head(model: Any, config: ModelConfig) -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto`: CUDA where there is one, else the CPU. An absent CUDA asked for is an error."""
+    """`auto`: CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: a device that is not available here.
+    """
+    count = torch.cuda.device_count()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device={name!r}: not a torch device; use auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device={name!r}: only cpu and cuda are supported")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device={name!r}: {torch.cuda.device_count()} CUDA devices are available here; "
-            "use cpu or auto"
-        )
-    return device
+        name = "cuda" if count else "cpu"
+    usable = ["cpu", *(["cuda"] if count else []), *(f"cuda:{index}" for index in range(count))]
+    if name not in usable:
+        raise ConfigError(f"device={name!r}: not available here; use auto, {', '.join(usable)}")
+    return torch.device(name)
 
 
 def _load(folder: str, alphabet: str) -> tuple[Any, PreTrainedTokenizerBase]:
     path, name = Path(folder), f"checkpoint={folder!r}"
     model = load_model(path, name, tokenizer=True)
     tokenizer = load_tokenizer(path, name)
-    try:
+    with loading(name):
         find_routers(model)
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from error
-    words = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > words:
+        spelled = tokenizer.decode(tokenizer.encode(alphabet, add_special_tokens=False))
+    if tokenizer.eos_token_id is None or spelled != alphabet:
         raise ConfigError(
-            f"{name}: its tokenizer has {len(tokenizer)} words, its model embeds "
-            f"{words}: they do not belong together"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"{name}: its tokenizer has no end-of-sequence token")
-    if tokenizer.decode(tokenizer.encode(alphabet, add_special_tokens=False)) != alphabet:
-        raise ConfigError(
-            f"{name}: its tokenizer cannot spell the task's characters {alphabet!r:.80}"
+            f"{name}: its tokenizer cannot spell the task's characters {alphabet!r:.80} or has no "
+            "end-of-sequence token; take a model whose tokenizer does"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -10,24 +10,24 @@ from moe_rl.policy.policy import Policy
 from moe_rl.tasks import Problem, Task
 
 
-def score(
+def score_responses(
     policy: Policy,
     task: Task,
     problems: Sequence[Problem],
     response_ids: Tensor,
     *,
-    step: int | None = None,
+    step: int = 0,
     numbers: Sequence[int] | None = None,
 ) -> Tensor:
     """Rewards of the G responses to each of P problems: float32 [P, G].
 
     Args:
-        policy: whose tokenizer reads the responses.
+        policy: whose tokenizer decodes the responses.
         task: whose reward function judges them.
         problems: P problems.
         response_ids: int64 [P * G, T].
-        step: rollout step, for messages.
-        numbers: of the P prompts within it, likewise; None: from 0.
+        step: rollout step, for error messages.
+        numbers: number of each prompt within the step, for error messages; None: from 0.
 
     Raises:
         ValueError: the reward function returned another number of rewards than responses, or one
@@ -41,30 +41,26 @@ def score(
     }
     responses = policy.decode(response_ids)
     values = list(task.reward(prompts, responses, **columns))
-    where = "" if step is None else f"rollout step {step}: "
+    where = f"rollout step {step}: task {task.name!r}"
     if len(values) != len(prompts):
-        raise ValueError(
-            f"{where}task {task.name!r} returned {len(values)} rewards for {len(prompts)} responses"
-        )
-    exact = torch.tensor([_number(value) for value in values], dtype=torch.float64)
-    rewards = exact.float()  # beyond its range: infinite
+        raise ValueError(f"{where} returned {len(values)} rewards for {len(prompts)} responses")
+    # Tasks may be judges in float64; what exceeds float32 becomes infinite, and is refused.
+    rewards = torch.tensor([_to_float(value) for value in values], dtype=torch.float64).float()
     bad = (~rewards.isfinite()).nonzero().flatten().tolist()
     if bad:
         prompt, sample = divmod(bad[0], group)
         raise ValueError(
-            f"{where}task {task.name!r} gave the reward {values[bad[0]]!r:.60} to response "
-            f"{sample} of prompt {numbers[prompt] if numbers else prompt}, "
-            f"{responses[bad[0]]!r:.60} to {prompts[bad[0]]!r:.60} "
-            f"({len(bad)} of {len(values)} are no finite numbers); mend its reward function"
+            f"{where} gave the reward {values[bad[0]]!r:.60} to response {sample} of prompt "
+            f"{numbers[prompt] if numbers else prompt}, {responses[bad[0]]!r:.60} to "
+            f"{prompts[bad[0]]!r:.60} ({len(bad)} of {len(values)} are no finite numbers); fix its "
+            "reward function"
         )
     return rewards.view(len(problems), group)
 
 
-def _number(reward: Any) -> float:
-    """A reward as a float, NaN for what is no number."""
-    if isinstance(reward, str | bytes):  # float() would read a number in it
-        return float("nan")
+def _to_float(reward: Any) -> float:
+    """A reward as a float, NaN for None and whatever else is no number."""
     try:
         return float(reward)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError):
         return float("nan")

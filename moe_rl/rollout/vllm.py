@@ -1,14 +1,14 @@
 """vLLM as the rollout engine: a copy of the weights, refreshed before each rollout.
 
-The weights go the way that vLLM documents for reinforcement learning and that is the same in every
-release since 0.11: safetensors in the folder the engine was built from, `reload_weights` on its
-workers, and an empty prefix cache, as its keys and values belong to the old weights. A safetensors
-folder costs a write and a read a rollout, and needs no process group that both sides share.
+Weights are handed over as vLLM documents it for reinforcement learning, the same in every release
+since 0.11: safetensors in the folder the engine was built from, `reload_weights` on its workers,
+and an emptied prefix cache, whose keys and values belong to the old weights. The folder costs a
+write and a read per rollout, and needs no process group that both sides share.
 
-Sampling: a seed a prompt from the address (run seed, purpose, step, prompt); vLLM gives sample g of
-a prompt the seed + g. Which tokens follow is vLLM's doing, and depends on its version and kernels.
+Sampling: each prompt has a seed, made from its address (run seed, purpose, step, prompt); vLLM
+gives sample g of a prompt the seed + g. Which tokens follow depends on vLLM's version and kernels.
 
-Only the contract of the fields is under test here, against a stand-in; no real vLLM has been run.
+Only the contract of the fields is tested here, against a stand-in; no real vLLM has been run.
 """
 
 import os
@@ -18,20 +18,20 @@ from typing import Any
 
 from moe_rl.batch import RolloutBatch
 from moe_rl.policy.policy import Policy
-from moe_rl.rollout.engine import Request
+from moe_rl.rollout.request import Request
 from moe_rl.rollout.vllm_outputs import read_outputs
 from moe_rl.runtime.extras import import_extra
 from moe_rl.runtime.seeding import request_seed
 
-# The trainer, its gradients and AdamW's moments live on the same GPU: vLLM's default of 0.9 of the
-# memory would leave them none.
+# Share of the GPU's memory. vLLM's default of 0.9 would leave none for the trainer, its gradients
+# and AdamW's moments, which live on the same GPU.
 GPU_SHARE = 0.3
 
 OPTIONS: dict[str, Any] = {
     "enable_return_routed_experts": True,
     # Log-probs of the distribution that is sampled from: the default is that before temperature.
     "logprobs_mode": "processed_logprobs",
-    # No stop tokens and no sampling defaults but ours, whatever a checkpoint brings along.
+    # Only our own stop tokens and sampling defaults, whatever the checkpoint's folder says.
     "generation_config": "vllm",
     # Ids go in and come out.
     "skip_tokenizer_init": True,
@@ -57,11 +57,8 @@ class VllmEngine:
 
     def sample(self, request: Request) -> RolloutBatch:
         """See `Engine`."""
-        if request.noise is not None or request.scores:
-            raise ValueError(
-                "engine='vllm': it takes no router noise and gives no router logits; use "
-                "router_noise=0 and old_logprobs=trainer, or engine='cached'"
-            )
+        # RunConfig refuses router_noise and old_logprobs=rollout with instruments for this engine.
+        assert request.noise is None and not request.router_logits
         self._send_weights()
         ids, mask = self.policy.encode_prompts(list(request.prompts))
         rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
@@ -92,7 +89,7 @@ class VllmEngine:
         )
 
     def _send_weights(self) -> None:
-        """Have vLLM sample with the policy's weights as they are now."""
+        """Make vLLM sample with the policy's weights as they are now."""
         served = self._write_weights()
         if self._llm is None:
             dtype = str(self.policy.model.dtype).removeprefix("torch.")
@@ -101,8 +98,8 @@ class VllmEngine:
         self._llm.collective_rpc("reload_weights")
         if self._llm.reset_prefix_cache() is False:
             raise ValueError(
-                "vLLM kept its prefix cache, which belongs to the weights before; requests of "
-                "others are under way in this engine"
+                "engine='vllm': it kept the prefix cache of the old weights because other requests "
+                "are running; give the run an engine of its own"
             )
 
     def _write_weights(self) -> Path:
@@ -111,7 +108,7 @@ class VllmEngine:
         served.mkdir(exist_ok=True)
         self.policy.model.save_pretrained(fresh)
         self.policy.tokenizer.save_pretrained(fresh)
-        # By rename: vLLM may have the files of before mapped into its memory.
+        # By rename: vLLM may have mapped the old files into its memory.
         for file in fresh.iterdir():
             os.replace(file, served / file.name)
         return served

@@ -1,26 +1,24 @@
-"""vLLM's outputs as a rollout, every field checked on the way.
+"""vLLM's outputs as a rollout.
 
-| field of RequestOutput           | what it must be                                              |
-|----------------------------------|--------------------------------------------------------------|
-| `prompt_token_ids`               | the prompt that was sent                                     |
-| `prompt_routed_experts`          | a row a prompt token, in the release that has it (0.21)      |
-| `outputs`                        | G completions, one of each `index`                           |
+| field of RequestOutput    | what it must be                                                      |
+|---------------------------|----------------------------------------------------------------------|
+| `prompt_token_ids`        | the prompt that was sent                                             |
+| `prompt_routed_experts`   | one row per prompt token, in the release that has it (0.21)          |
+| `outputs`                 | G completions, one of each `index`                                   |
 
-| field of CompletionOutput        | what it must be                                              |
-|----------------------------------|--------------------------------------------------------------|
-| `token_ids`                      | 1 to max_tokens ids, behind the end of sequence none         |
-| `finish_reason`                  | stop, or length: truncated                                   |
-| `logprobs`                       | a dict a token, in it the sampled id's log-prob, finite      |
-| `routed_experts`                 | a layout of moe_rl/traces/foreign.py: a row a token that was |
-|                                  | fed, of K different ids below E                              |
+| field of CompletionOutput | what it must be                                                      |
+|---------------------------|----------------------------------------------------------------------|
+| `token_ids`               | 1 to max_tokens ids                                                  |
+| `finish_reason`           | stop at the end of sequence; length at max_tokens: truncated         |
+| `logprobs`                | one dict per token, with the finite log-prob of the sampled id       |
+| `routed_experts`          | a layout of moe_rl/traces/foreign.py: one row per token that was fed |
 
 Errors name the request, the completion and the field.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +30,7 @@ from moe_rl.routing.routed_experts import NO_RECORD
 from moe_rl.traces.foreign import from_vllm, record_for_model
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Response:
+class _Response(NamedTuple):
     tokens: list[int]
     logprobs: list[float]
     truncated: bool
@@ -61,148 +58,86 @@ def read_outputs(
 
     Raises:
         ValueError: a field is missing or malformed.
-        FloatingPointError: a log-prob is not a number.
+        FloatingPointError: a log-prob is NaN or inf.
     """
-    if len(outputs) != len(prompt_ids):
-        raise ValueError(f"vLLM: {len(outputs)} outputs for {len(prompt_ids)} requests")
     responses = []
     for i, (output, ids, kept) in enumerate(zip(outputs, prompt_ids, prompt_mask, strict=True)):
-        where = f"vLLM, request {i}"
-        _check_prompt(output, ids[kept].tolist(), where)
-        for completion in _completions(output, group_size, where):
-            named = f"{where}, completion {completion.index}"
-            responses.append(_response(output, completion, policy, max_tokens, named))
-    return _batch(responses, policy, prompt_ids, prompt_mask)
+        completions = sorted(output.outputs, key=lambda completion: completion.index)
+        found = [completion.index for completion in completions]
+        if output.prompt_token_ids != ids[kept].tolist() or found != [*range(group_size)]:
+            raise ValueError(
+                f"vLLM, request {i}: prompt_token_ids={output.prompt_token_ids!r:.100} with "
+                f"completions {found}: expected the prompt that was sent and {group_size} "
+                "completions; outputs must come in the order of the requests"
+            )
+        for completion in completions:
+            where = f"vLLM, request {i}, completion {completion.index}"
+            tokens = [*completion.token_ids]
+            truncated = completion.finish_reason == "length" and len(tokens) == max_tokens
+            stopped = completion.finish_reason == "stop" and tokens[-1:] == [policy.eos_id]
+            if not (truncated or stopped):
+                raise ValueError(
+                    f"{where}: finish_reason={completion.finish_reason!r} after {len(tokens)} of "
+                    f"{max_tokens} tokens: expected the end of sequence, or the last token; vLLM's "
+                    "max_model_len must hold prompt and response"
+                )
+            responses.append(
+                _Response(
+                    tokens=tokens,
+                    logprobs=_read_logprobs(completion.logprobs, tokens, where),
+                    truncated=truncated,
+                    routes=_read_routes(output, completion, policy, where),
+                )
+            )
+    return _batch_responses(responses, policy, prompt_ids, prompt_mask)
 
 
-def _check_prompt(output: Any, sent: list[int], where: str) -> None:
-    received = output.prompt_token_ids
-    if received is None or list(received) != sent:
-        raise ValueError(
-            f"{where}: prompt_token_ids {received!r:.100} is not the prompt that was sent; "
-            "outputs must come in the order of the requests"
-        )
-
-
-def _completions(output: Any, group_size: int, where: str) -> list[Any]:
-    found = sorted(output.outputs, key=lambda completion: completion.index)
-    if [completion.index for completion in found] != list(range(group_size)):
-        raise ValueError(
-            f"{where}: outputs has completions {[completion.index for completion in found]}, "
-            f"asked for were {group_size} (SamplingParams.n)"
-        )
-    return found
-
-
-def _response(
-    output: Any, completion: Any, policy: Policy, max_tokens: int, where: str
-) -> _Response:
-    tokens = [int(token) for token in completion.token_ids]
-    truncated = _truncated(completion.finish_reason, tokens, policy.eos_id, max_tokens, where)
-    vocabulary = policy.model.get_input_embeddings().num_embeddings
-    if not all(0 <= token < vocabulary for token in tokens):
-        raise ValueError(
-            f"{where}: token_ids from {min(tokens)} to {max(tokens)}, the model has "
-            f"{vocabulary} words"
-        )
-    return _Response(
-        tokens=tokens,
-        logprobs=_logprobs(completion.logprobs, tokens, where),
-        truncated=truncated,
-        routes=_routes(output, completion, len(output.prompt_token_ids), policy, where),
-    )
-
-
-def _truncated(reason: Any, tokens: list[int], eos_id: int, limit: int, where: str) -> bool:
-    if not 1 <= len(tokens) <= limit:
-        raise ValueError(
-            f"{where}: token_ids has {len(tokens)} tokens, asked for were 1 to {limit}"
-        )
-    if eos_id in tokens[:-1]:
-        raise ValueError(f"{where}: token_ids goes on behind the end of sequence ({eos_id})")
-    ended = tokens[-1] == eos_id
-    if reason == "stop" and ended:
-        return False
-    if reason == "length" and not ended and len(tokens) == limit:
-        return True
-    hint = ""
-    if reason == "length" and not ended:
-        hint = "; the model's context is too short for prompt and response (max_model_len)"
-    raise ValueError(
-        f"{where}: finish_reason={reason!r} with {len(tokens)} of {limit} tokens, the last "
-        f"{'the' if ended else 'not the'} end of sequence{hint}"
-    )
-
-
-def _logprobs(rows: Any, tokens: list[int], where: str) -> list[float]:
+def _read_logprobs(rows: Any, tokens: list[int], where: str) -> list[float]:
     if rows is None:
         raise ValueError(f"{where}: logprobs is missing; sample with SamplingParams(logprobs=0)")
-    if len(rows) != len(tokens):
-        raise ValueError(f"{where}: logprobs has {len(rows)} rows for {len(tokens)} tokens")
-    found = []
-    for t, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-        if token not in row:
-            raise ValueError(
-                f"{where}: logprobs[{t}] has ids {sorted(row)[:8]}, not the sampled one ({token})"
-            )
-        value = float(row[token].logprob)
-        if not math.isfinite(value):
-            raise FloatingPointError(f"{where}: logprobs[{t}] of token {token} is {value}")
-        found.append(value)
+    found = [float(row[token].logprob) for row, token in zip(rows, tokens, strict=True)]
+    if not all(map(math.isfinite, found)):
+        raise FloatingPointError(f"{where}: logprobs has NaN or inf")
     return found
 
 
-def _routes(output: Any, completion: Any, prompt_length: int, policy: Policy, where: str) -> Tensor:
+def _read_routes(output: Any, completion: Any, policy: Policy, where: str) -> Tensor:
     """int16 [S, L, K] of a prompt and its response; the last token was never fed: -1."""
-    generated = completion.routed_experts
-    prompt = getattr(output, "prompt_routed_experts", None)
-    if generated is None:
+    if completion.routed_experts is None:
         raise ValueError(
             f"{where}: routed_experts is missing; build the engine with "
-            "enable_return_routed_experts=True. Where that was done, vLLM 0.21 loses the record of "
-            "a request that it preempts: leave it more memory"
+            "enable_return_routed_experts=True. vLLM 0.21 also loses the record of a request that "
+            "it preempts: leave it more memory"
         )
+    prompt_length = len(output.prompt_token_ids)
     length = prompt_length + len(completion.token_ids)
+    prompt = getattr(output, "prompt_routed_experts", None)
+    rows = from_vllm(np.asarray(completion.routed_experts), prompt)
     try:
-        rows = _joined(generated, prompt, prompt_length, length)
-        record = record_for_model([rows], policy.model, num_tokens=length)
+        # Some releases give the last token a row too, though it was never fed: no route.
+        record = record_for_model([rows[: length - 1]], policy.model, num_tokens=length)[0]
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    lost = (record[0, prompt_length - 1 : -1] < 0).flatten(1).any(dim=1).nonzero()
+    lost = (record[prompt_length - 1 : -1] < 0).flatten(1).any(dim=1).nonzero()
     if len(lost):
         raise ValueError(
             f"{where}: routed_experts has no record where response token {int(lost[0])} is "
-            "predicted; a replay would choose live there"
+            "predicted, and a replay would choose live there; leave vLLM more memory"
         )
-    return record[0]
+    return record
 
 
-def _joined(generated: Any, prompt: Any, prompt_length: int, length: int) -> np.ndarray:
-    """Rows of the tokens that were fed, S - 1 of them, whichever way the release gives them."""
-    generated = np.asarray(generated)
-    if prompt is not None:
-        prompt = np.asarray(prompt)
-        if len(prompt) != prompt_length:
-            raise ValueError(
-                f"prompt_routed_experts: {len(prompt)} rows for {prompt_length} prompt tokens."
-            )
-    rows = from_vllm(generated, prompt)
-    # A row for the last token, where there is one, is no route: that token was never fed.
-    return rows[: length - 1] if len(rows) == length else rows
-
-
-def _batch(
+def _batch_responses(
     responses: list[_Response], policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor
 ) -> RolloutBatch:
-    """Responses of uneven length, right padded, behind prompts that are left padded."""
+    """Responses of different lengths, right padded, after prompts that are left padded."""
     count, width = len(responses), prompt_ids.shape[1]
     longest = max(len(response.tokens) for response in responses)
     ids = torch.full((count, longest), policy.pad_id)
     mask = torch.zeros(count, longest, dtype=torch.bool)
     logprobs = torch.zeros(count, longest)
     layers, top_k = responses[0].routes.shape[1:]
-    shape = (count, width + longest, layers, top_k)
-    routes = torch.full(shape, NO_RECORD, dtype=torch.int16)
+    routes = torch.full((count, width + longest, layers, top_k), NO_RECORD, dtype=torch.int16)
     for i, response in enumerate(responses):
         length = len(response.tokens)
         ids[i, :length] = torch.tensor(response.tokens)

@@ -89,13 +89,13 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: Tensor, model: Tensor) -> Tensor:
-    """A whole tensor, cut up as `model` is if that is in parts on the ranks."""
-    if not isinstance(model, DTensor) or tensor.shape != model.shape:
+def shard_like(tensor: Tensor, sharded: Tensor) -> Tensor:
+    """This rank's shard of a whole tensor, where `sharded` is a DTensor of its shape."""
+    if not isinstance(sharded, DTensor) or tensor.shape != sharded.shape:
         return tensor
-    whole = tensor.to(model.device)
+    whole = tensor.to(sharded.device)
     # Every rank has it whole: nothing is sent.
-    return distribute_tensor(whole, model.device_mesh, model.placements, src_data_rank=None)
+    return distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 def clip_gradients(parameters: list[nn.Parameter], most: float) -> float:

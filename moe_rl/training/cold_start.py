@@ -20,8 +20,9 @@ from transformers import Qwen3MoeForCausalLM
 from moe_rl.config import RunConfig
 from moe_rl.policy.fit import check_fit
 from moe_rl.policy.policy import Policy, build_policy, resolve_device
-from moe_rl.rollout.rewards import score
-from moe_rl.rollout.sampling import sample_responses
+from moe_rl.rollout.cached import CachedEngine
+from moe_rl.rollout.request import Request
+from moe_rl.rollout.rewards import score_responses
 from moe_rl.routing import collect_router_logits, find_routers
 from moe_rl.run_folder.log import check_can_be_made, jsonable
 from moe_rl.run_folder.sealing import is_whole, read_manifest, write_sealed
@@ -220,7 +221,12 @@ def evaluate(policy: Policy, task: Task, config: RunConfig) -> float:
     """Mean reward of one sample each on fresh prompts."""
     seed = config.cold_start.sft_seed
     problems = task.prompts(generator(seed, "cold_start_evaluation"), _EVALUATION_PROMPTS)
-    batch = sample_responses(
-        policy, task, problems, seed=seed, purpose="cold_start_evaluation_samples"
+    request = Request(
+        prompts=[problem.prompt for problem in problems],
+        numbers=range(len(problems)),
+        seed=seed,
+        purpose="cold_start_evaluation_samples",
+        max_tokens=task.max_response_tokens,
     )
-    return float(score(policy, task, problems, batch.response_ids).mean())
+    batch = CachedEngine(policy).sample(request)
+    return float(score_responses(policy, task, problems, batch.response_ids).mean())

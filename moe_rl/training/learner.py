@@ -18,9 +18,9 @@ from moe_rl.config import RunConfig
 from moe_rl.experience import Experience
 from moe_rl.losses import LossOutput, loss_function
 from moe_rl.metrics import instruments
-from moe_rl.policy.forward import Pass, PassOutput, response_pass
+from moe_rl.policy.forward import ForwardOptions, ForwardOutput, response_pass
 from moe_rl.policy.policy import Policy
-from moe_rl.rollout.router_noise import RouterNoise
+from moe_rl.policy.router_noise import RouterNoise
 from moe_rl.runtime.ranks import Ranks
 from moe_rl.runtime.share import Share
 from moe_rl.runtime.stopwatch import Stopwatch
@@ -48,7 +48,7 @@ class Passed:
     """A forward and backward pass and what came out."""
 
     forward: Forward
-    output: PassOutput
+    output: ForwardOutput
     loss: LossOutput
 
 
@@ -103,7 +103,7 @@ class Learner:
         )
 
     @torch.no_grad()
-    def old_pass(self, batch: RolloutBatch, step: int) -> PassOutput:
+    def old_pass(self, batch: RolloutBatch, step: int) -> ForwardOutput:
         """The old policy over the rollout, in the very batches that the updates will use.
 
         Equal shapes make the first update's ratios 1 up to rounding. Straight from the engine where
@@ -111,7 +111,7 @@ class Learner:
         """
         config = self.config
         if config.old_logprobs == "rollout":
-            return PassOutput(
+            return ForwardOutput(
                 logprobs=batch.rollout_logprobs,
                 entropy=None,
                 routed_experts=batch.routed_experts,
@@ -121,16 +121,16 @@ class Learner:
         for update in range(config.updates_per_rollout):
             for forward in self._forwards(update):
                 part = batch.select(forward.prompts)
-                options = Pass(
+                options = ForwardOptions(
                     replay=part.routed_experts if config.routing_replay == "R3" else None,
-                    scores=config.instruments,
+                    router_logits=config.instruments,
                     entropy=config.instruments,
                     noise=self.noise(step, "old", forward.prompts),
                 )
                 output = self.wrapped.run(response_pass, self.policy, part, options)
                 if forward.counts:
                     outputs.append(output)
-        return PassOutput.concatenate(outputs)
+        return ForwardOutput.concatenate(outputs)
 
     def gradients(self, experience: Experience, step: int, update: int) -> list[Passed]:
         """Forward and backward passes of one update; gradients are left at the parameters."""
@@ -189,8 +189,8 @@ class Learner:
         config, batch = self.config, experience.batch
         every, last = config.attribution_every, update == config.updates_per_rollout - 1
         attribute = bool(last and every and step % every == 0)
-        outputs = [part.output.select(part.forward.counted) for part in passed]
-        output = PassOutput.concatenate(outputs)
+        outputs = [part.output.select_sequences(part.forward.counted) for part in passed]
+        output = ForwardOutput.concatenate(outputs)
         other = None
         if attribute:
             flipped = [
@@ -210,7 +210,9 @@ class Learner:
             mask=batch.response_mask[rows],
             old_logprobs=experience.old_logprobs[rows],
             old_routes=experience.old_routes[rows],
-            old_scores=None if experience.old_scores is None else experience.old_scores[rows],
+            old_router_logits=None
+            if experience.old_scores is None
+            else experience.old_scores[rows],
             prompt_length=batch.prompt_ids.shape[1],
             other_logprobs=other,
             replayed=config.routing_replay != "disabled",
@@ -233,14 +235,14 @@ class Learner:
 
     def _forward(
         self, experience: Experience, forward: Forward, step: int, purpose: str, flip: bool = False
-    ) -> PassOutput:
+    ) -> ForwardOutput:
         """The current policy over some prompts; `flip` turns replay on where it is off."""
         rows = self._rows(forward.prompts)
         replayed = (self.config.routing_replay != "disabled") != flip
-        options = Pass(
+        options = ForwardOptions(
             replay=experience.replay[rows] if replayed else None,
             record=self.config.instruments and not flip,
-            scores=self.config.instruments and not flip,
+            router_logits=self.config.instruments and not flip,
             noise=self.noise(step, purpose, forward.prompts),
         )
         part = experience.batch.select(forward.prompts)

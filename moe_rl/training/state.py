@@ -25,7 +25,7 @@ from moe_rl.experience import Experience
 from moe_rl.policy.policy import Policy
 from moe_rl.run_folder.log import Marks
 from moe_rl.runtime.share import Share
-from moe_rl.runtime.wrapped import like, whole_tensor
+from moe_rl.runtime.wrapped import shard_like, whole_tensor
 from moe_rl.training.learner import Learner
 
 POLICY = "policy"
@@ -162,7 +162,7 @@ def _restore_optimizer(
     states: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit("/", 1)
-        states.setdefault(name, {})[key] = like(tensor, parameters[name])
+        states.setdefault(name, {})[key] = shard_like(tensor, parameters[name])
     index = {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
     state = {index[id(parameters[name])]: values for name, values in states.items()}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -21,8 +21,8 @@ from moe_rl.losses.advantages import group_advantages
 from moe_rl.metrics import instruments
 from moe_rl.policy.policy import Policy
 from moe_rl.rollout.engine import make_engine
-from moe_rl.rollout.rewards import score
-from moe_rl.rollout.sampling import sample_responses
+from moe_rl.rollout.request import Request
+from moe_rl.rollout.rewards import score_responses
 from moe_rl.run_folder.checkpoints import Checkpoint, Checkpoints
 from moe_rl.run_folder.disk import writes_to
 from moe_rl.run_folder.log import NoLog, RunLog
@@ -178,26 +178,22 @@ class Trainer:
             for p in prompts
         ]
 
-        def sample() -> RolloutBatch:
-            return sample_responses(
-                self.policy,
-                self.task,
-                problems,
-                seed=config.seed,
-                purpose="sample",
-                step=step,
-                prompts=prompts,
-                group_size=config.group_size,
-                noise=self.learner.noise(step, "rollout", slice(0, len(prompts))),
-                scores=config.instruments and config.old_logprobs == "rollout",
-                engine=self.engine,
-            )
-
+        request = Request(
+            prompts=[problem.prompt for problem in problems],
+            numbers=prompts,
+            seed=config.seed,
+            purpose="sample",
+            step=step,
+            group_size=config.group_size,
+            max_tokens=self.task.max_response_tokens,
+            noise=self.learner.noise(step, "rollout", slice(0, len(prompts))),
+            router_logits=config.instruments and config.old_logprobs == "rollout",
+        )
         failure = ""
         with self.ranks.together(), torch.no_grad(), self.learner.wrapped.whole():
             try:
-                batch = self.learner.wrapped.run(sample)
-                rewards = score(
+                batch = self.learner.wrapped.run(self.engine.sample, request)
+                rewards = score_responses(
                     self.policy,
                     self.task,
                     problems,

@@ -10,7 +10,7 @@ from small_policy import ALPHABET, PROMPTS, rollout, widen
 from moe_rl.batch import response_positions
 from moe_rl.config import Family, RunConfig, preset
 from moe_rl.experiments import collapse
-from moe_rl.policy.forward import Pass, response_pass
+from moe_rl.policy.forward import ForwardOptions, response_pass
 from moe_rl.policy.policy import Policy, build_policy
 from moe_rl.routing import collect_router_logits, find_routers, record_routing
 from moe_rl.training.run import train
@@ -31,7 +31,7 @@ def built(family: str, **changes: object) -> Policy:
 def test_the_engine_and_the_trainer_agree(family: str) -> None:
     policy = built(family)
     batch = rollout(policy, PROMPTS)
-    read = response_pass(policy, batch, Pass(scores=True))
+    read = response_pass(policy, batch, ForwardOptions(router_logits=True))
     torch.testing.assert_close(
         read.logprobs[batch.response_mask],
         batch.rollout_logprobs[batch.response_mask],
@@ -51,12 +51,12 @@ def test_the_engine_and_the_trainer_agree(family: str) -> None:
 def test_replay_of_its_own_record_is_bitwise_and_of_anothers_is_not(family: str) -> None:
     policy = built(family)
     batch = rollout(policy, PROMPTS)
-    live = response_pass(policy, batch, Pass())
-    same = response_pass(policy, batch, Pass(replay=live.routed_experts))
+    live = response_pass(policy, batch, ForwardOptions())
+    same = response_pass(policy, batch, ForwardOptions(replay=live.routed_experts))
     assert torch.equal(live.logprobs, same.logprobs)
     assert live.routed_experts is not None
     foreign = torch.where(live.routed_experts < 0, -1, (live.routed_experts + 3) % 8)
-    other = response_pass(policy, batch, Pass(replay=foreign.to(torch.int16)))
+    other = response_pass(policy, batch, ForwardOptions(replay=foreign.to(torch.int16)))
     assert not torch.equal(live.logprobs, other.logprobs)
 
 

@@ -6,9 +6,9 @@ from small_policy import ALPHABET, PROMPTS, rollout
 
 from moe_rl.batch import response_positions
 from moe_rl.config import preset
-from moe_rl.policy.forward import Layout, Pass, choose_layout, response_pass
+from moe_rl.policy.forward import ForwardOptions, Layout, choose_layout, response_pass
 from moe_rl.policy.policy import Policy, build_policy
-from moe_rl.rollout.router_noise import RouterNoise
+from moe_rl.policy.router_noise import RouterNoise
 
 LAYOUTS: list[Layout] = ["one_pass", "cached"]
 PADDING = pytest.mark.parametrize("prompts", [PROMPTS[:2], PROMPTS], ids=["equal", "padded"])
@@ -20,7 +20,7 @@ def test_layouts_change_neither_values_nor_gradients(
     policy: Policy, prompts: list[str], layout: Layout
 ) -> None:
     batch = rollout(policy, prompts)
-    options = Pass(scores=True, entropy=True)
+    options = ForwardOptions(router_logits=True, entropy=True)
     gradients = []
     outputs = []
     for name in (layout, "whole"):
@@ -52,19 +52,20 @@ def test_layouts_replay_the_same_choices_and_see_the_same_live_ones(
 ) -> None:
     batch = rollout(policy, prompts)
     with torch.no_grad():
-        record = response_pass(policy, batch, Pass(), "whole").routed_experts
+        record = response_pass(policy, batch, ForwardOptions(), "whole").routed_experts
         foreign = (record + 1) % 8
         foreign[record < 0] = -1
         foreign[:, ::3] = -1  # some tokens choose live
         ours, whole = (
-            response_pass(policy, batch, Pass(replay=foreign), name) for name in (layout, "whole")
+            response_pass(policy, batch, ForwardOptions(replay=foreign), name)
+            for name in (layout, "whole")
         )
     mask = batch.response_mask
     torch.testing.assert_close(ours.logprobs[mask], whole.logprobs[mask], atol=2e-5, rtol=1e-5)
     read = response_positions(ours.routed_experts, batch.prompt_ids.shape[1])[mask]
     expected = response_positions(whole.routed_experts, batch.prompt_ids.shape[1])[mask]
     assert (read.sort(-1).values == expected.sort(-1).values).float().mean() > 0.999
-    live = response_pass(policy, batch, Pass()).logprobs
+    live = response_pass(policy, batch, ForwardOptions()).logprobs
     assert (live - ours.logprobs)[mask].abs().max() > 1e-2, "the foreign choices must matter"
 
 
@@ -73,9 +74,9 @@ def test_layouts_see_the_same_noise(policy: Policy, layout: Layout) -> None:
     batch = rollout(policy, PROMPTS[:2])
     source = RouterNoise(std=2.0, seed=1, step=0, purpose="old", prompts=range(2), group_size=3)
     with torch.no_grad():
-        quiet = response_pass(policy, batch, Pass()).logprobs
+        quiet = response_pass(policy, batch, ForwardOptions()).logprobs
         noisy, whole = (
-            response_pass(policy, batch, Pass(noise=source), name).logprobs
+            response_pass(policy, batch, ForwardOptions(noise=source), name).logprobs
             for name in (layout, "whole")
         )
     mask = batch.response_mask
@@ -86,7 +87,7 @@ def test_layouts_see_the_same_noise(policy: Policy, layout: Layout) -> None:
 def test_responses_of_one_token_need_no_second_read(policy: Policy) -> None:
     batch = rollout(policy, PROMPTS[:2], length=1)
     assert batch.response_ids.shape[1] == 1
-    options = Pass(scores=True)
+    options = ForwardOptions(router_logits=True)
     ours, whole = (response_pass(policy, batch, options, name) for name in (None, "whole"))
     torch.testing.assert_close(ours.logprobs, whole.logprobs, atol=2e-5, rtol=1e-5)
     assert torch.equal(ours.routed_experts, whole.routed_experts)
@@ -105,7 +106,7 @@ def test_checkpointing_takes_the_layout_without_a_cache(policy: Policy) -> None:
 def test_the_engine_and_the_trainer_agree_on_log_probs_and_routes(policy: Policy) -> None:
     batch = rollout(policy, PROMPTS)
     with torch.no_grad():
-        output = response_pass(policy, batch, Pass())
+        output = response_pass(policy, batch, ForwardOptions())
     mask = batch.response_mask
     torch.testing.assert_close(
         output.logprobs[mask], batch.rollout_logprobs[mask], atol=2e-5, rtol=1e-5
@@ -120,8 +121,8 @@ def test_the_engine_and_the_trainer_agree_on_log_probs_and_routes(policy: Policy
 def test_replaying_its_own_record_changes_no_log_prob(policy: Policy) -> None:
     batch = rollout(policy, PROMPTS)
     with torch.no_grad():
-        live = response_pass(policy, batch, Pass())
-        replayed = response_pass(policy, batch, Pass(replay=live.routed_experts))
+        live = response_pass(policy, batch, ForwardOptions())
+        replayed = response_pass(policy, batch, ForwardOptions(replay=live.routed_experts))
     assert torch.equal(live.logprobs, replayed.logprobs)
     assert torch.equal(live.routed_experts, replayed.routed_experts)
 
@@ -129,10 +130,10 @@ def test_replaying_its_own_record_changes_no_log_prob(policy: Policy) -> None:
 def test_log_probs_of_a_sequence_do_not_depend_on_its_neighbours(policy: Policy) -> None:
     batch = rollout(policy, PROMPTS)
     with torch.no_grad():
-        together = response_pass(policy, batch, Pass()).logprobs
+        together = response_pass(policy, batch, ForwardOptions()).logprobs
         for p in range(len(PROMPTS)):
             part = batch.select(slice(p, p + 1))
-            alone = response_pass(policy, part, Pass()).logprobs
+            alone = response_pass(policy, part, ForwardOptions()).logprobs
             rows = slice(3 * p, 3 * p + 3)
             mask = part.response_mask
             torch.testing.assert_close(alone[mask], together[rows][mask], atol=2e-5, rtol=1e-5)
@@ -141,7 +142,7 @@ def test_log_probs_of_a_sequence_do_not_depend_on_its_neighbours(policy: Policy)
 def test_gradient_checkpointing_changes_no_gradient(policy: Policy) -> None:
     batch = rollout(policy, PROMPTS)
     with torch.no_grad():
-        record = response_pass(policy, batch, Pass()).routed_experts
+        record = response_pass(policy, batch, ForwardOptions()).routed_experts
     other = (record + 1) % 8
     other[record < 0] = -1
     gradients = []
@@ -150,7 +151,7 @@ def test_gradient_checkpointing_changes_no_gradient(policy: Policy) -> None:
         if checkpointing:
             policy.model.gradient_checkpointing_enable()
             policy.model.train()
-        output = response_pass(policy, batch, Pass(replay=other), "whole")
+        output = response_pass(policy, batch, ForwardOptions(replay=other), "whole")
         output.logprobs[batch.response_mask].sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)

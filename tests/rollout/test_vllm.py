@@ -16,7 +16,9 @@ from moe_rl.batch import RolloutBatch
 from moe_rl.commands.cli import main
 from moe_rl.config import ConfigError, RunConfig, load_config, preset
 from moe_rl.policy.policy import Policy
-from moe_rl.rollout.engine import CachedEngine, Request, make_engine
+from moe_rl.rollout.cached import CachedEngine
+from moe_rl.rollout.engine import make_engine
+from moe_rl.rollout.request import Request
 from moe_rl.rollout.vllm import VllmEngine
 from moe_rl.run_folder.log import RunLog
 from moe_rl.runtime.seeding import request_seed, uniforms
@@ -230,65 +232,30 @@ def relog(value: float) -> C:
     return on_completion(spoil)
 
 
-def cut_short(completion: Any) -> None:
-    """As where the context of the model ends before the response does."""
-    completion.token_ids = [3, 3]
-    completion.finish_reason = "length"
-
-
 HERE = "vLLM, request 1, completion 2: "
 FAULTS: dict[str, tuple[C, str]] = {
-    "an output is missing": (lambda outputs: outputs.pop(), "3 outputs for 4 requests"),
     "outputs in another order": (
         lambda outputs: outputs.reverse(),
-        "request 0: prompt_token_ids .* not the prompt that was sent",
-    ),
-    "no prompt": (
-        lambda outputs: setattr(outputs[1], "prompt_token_ids", None),
-        "request 1: prompt_token_ids None",
+        "request 0: prompt_token_ids=.*expected the prompt that was sent",
     ),
     "a completion is missing": (
         lambda outputs: outputs[1].outputs.pop(),
-        r"request 1: outputs has completions \[0, 1\], asked for were 3",
+        r"request 1: .* with completions \[0, 1\]: expected .* 3 completions",
     ),
-    "a completion twice": (
-        set_field("index", 1),
-        r"request 1: outputs has completions \[0, 1, 1\]",
-    ),
-    "no tokens": (set_field("token_ids", []), HERE + "token_ids has 0 tokens"),
-    "too many tokens": (set_field("token_ids", [3] * 7), HERE + "token_ids has 7 tokens"),
-    "tokens behind the end": (set_field("token_ids", [1, 3]), HERE + "token_ids goes on behind"),
-    "unknown token": (set_field("token_ids", [99, 1]), HERE + "token_ids from 1 to 99"),
-    "not finished": (set_field("finish_reason", None), HERE + "finish_reason=None"),
     "aborted": (set_field("finish_reason", "abort"), HERE + "finish_reason='abort'"),
-    "context too short": (on_completion(cut_short), HERE + "finish_reason='length'.*max_model_len"),
-    "no log-probs": (set_field("logprobs", None), HERE + r"logprobs is missing.*logprobs=0"),
-    "log-probs too few": (set_field("logprobs", []), HERE + r"logprobs has 0 rows for"),
-    "no log-prob of the sampled token": (
-        on_completion(lambda c: c.logprobs.__setitem__(0, {77: Logprob(-1.0)})),
-        HERE + r"logprobs\[0\] has ids \[77\], not the sampled one",
+    "context too short": (
+        on_completion(lambda c: vars(c).update(token_ids=[3, 3], finish_reason="length")),
+        HERE + "finish_reason='length' after 2 of 6.*max_model_len",
     ),
-    "log-prob NaN": (relog(float("nan")), HERE + r"logprobs\[0\] of token \d+ is nan"),
-    "log-prob infinite": (relog(float("-inf")), HERE + r"logprobs\[0\] of token \d+ is -inf"),
+    "no log-probs": (set_field("logprobs", None), HERE + r"logprobs is missing.*logprobs=0"),
+    "log-prob NaN": (relog(float("nan")), HERE + "logprobs has NaN or inf"),
     "no routes": (
         set_field("routed_experts", None),
         HERE + "routed_experts is missing.*enable_return_routed_experts=True",
     ),
     "routes too few": (reroute(lambda r: r[:-2]), HERE + r"routed_experts: \d+ positions for"),
-    "routes too many": (
-        reroute(lambda r: np.concatenate([r, r])),
-        HERE + r"routed_experts: \d+ positions for",
-    ),
-    "routes of other layers": (
-        reroute(lambda r: np.concatenate([r, r, r], axis=1)),
-        HERE + r"routed_experts: 6 layers, but the model has 2",
-    ),
     "routes of another top-k": (reroute(lambda r: r[:, :, :1]), HERE + "routed_experts: shape"),
-    "routes are no ids": (reroute(lambda r: r + 0.5), HERE + "routed_experts: rows .*float"),
-    "routes flat": (reroute(lambda r: r.reshape(-1)), HERE + "routed_experts: rows .*int16"),
     "routes beyond the experts": (write(0, [0, 8]), HERE + "routed_experts: ids range from"),
-    "an expert twice": (write(0, [3, 3]), HERE + "routed_experts: .* names an expert twice"),
-    "routes all zero": (reroute(np.zeros_like), HERE + "routed_experts: every recorded id is 0"),
     "no record of the response": (write(-1, -1), HERE + "routed_experts has no record where"),
 }
 
@@ -299,19 +266,6 @@ def test_a_malformed_field_is_refused_by_request_and_name(
 ) -> None:
     vllm.spoil = spoil
     with pytest.raises((ValueError, FloatingPointError), match=words):
-        VllmEngine(policy).sample(request())
-
-
-def test_prompt_routes_of_another_length_are_refused(vllm: Behaviour, policy: Policy) -> None:
-    """One row less of the prompt and one more of the response would make the right sum."""
-    vllm.layout = "0.21"
-
-    def spoil(outputs: list[Any]) -> None:
-        outputs[1].prompt_routed_experts = outputs[1].prompt_routed_experts[1:]
-
-    vllm.spoil = spoil
-    words = r"request 1, completion 0: prompt_routed_experts: 4 rows for 5 prompt tokens"
-    with pytest.raises(ValueError, match=words):
         VllmEngine(policy).sample(request())
 
 

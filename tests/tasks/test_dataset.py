@@ -210,20 +210,6 @@ def test_a_drawn_task_longer_than_the_context_is_refused(tmp_path: Path) -> None
         starting_policy(too_long, tmp_path / "cold")
 
 
-def test_a_prompt_that_a_tokenizer_reads_nothing_in_is_refused(tmp_path: Path) -> None:
-    policy = build_policy(preset("tiny").model, "ab")
-    policy.tokenizer.backend_tokenizer.normalizer = _strip()
-    task = Dataset(dataset=write(tmp_path / "rows.jsonl", [(" ", "a")]))
-    with pytest.raises(ConfigError, match="line 1: the model's tokenizer reads nothing"):
-        check_fit(policy, task)
-
-
-def _strip() -> Any:
-    from tokenizers import normalizers
-
-    return normalizers.Strip()
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_rl.config import ConfigError, RunConfig, preset
-from moe_rl.policy.forward import Pass, response_pass
+from moe_rl.policy.forward import ForwardOptions, response_pass
 from moe_rl.run_folder.log import RunLog, is_complete
 from moe_rl.training.run import train
 from moe_rl.training.start import starting_policy
@@ -183,7 +183,7 @@ def test_an_update_favours_the_responses_that_did_better(
     mask = experience.batch.response_mask
     trainer.learner.update(experience, step=0, update=0)
     with torch.no_grad():
-        logprobs = response_pass(trainer.policy, experience.batch, Pass()).logprobs
+        logprobs = response_pass(trainer.policy, experience.batch, ForwardOptions()).logprobs
     gain = torch.where(mask, logprobs - experience.old_logprobs, 0.0).sum(1) / mask.sum(1)
     assert (experience.advantages != 0).any(), "the test needs groups with unequal rewards"
     assert (gain * experience.advantages).sum() > 0

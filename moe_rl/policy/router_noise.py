@@ -1,8 +1,9 @@
-"""Router noise: the dial that stands for kernel and precision differences between two engines.
+"""Where router noise comes from: seeded draws that stand for the rounding of another engine.
 
 Two engines with equal weights disagree on about 10% of routers (R3, arXiv 2510.11370), because
-their kernels round differently. A small fp32 model has no such differences, so they are put in:
-independent Gaussian noise on the router's logits, per forward pass, at the choice only.
+their kernels round differently. A small fp32 model has no such differences, so they are added:
+independent Gaussian noise on the router logits, per forward pass, for the choice of experts only.
+`moe_rl.routing.router_noise` is the context that adds it.
 """
 
 from collections.abc import Callable
@@ -39,7 +40,7 @@ class RouterNoise:
     group_size: int
 
     def for_prompts(self) -> NoiseDraw:
-        """Draws for a pass over the prompts alone, one row a prompt: logits [P * s, E]."""
+        """Draws for a pass over the prompts alone, one row per prompt: logits [P * s, E]."""
         return self._draw([(prompt, _SHARED_PROMPT) for prompt in self.prompts])
 
     def for_responses(self) -> NoiseDraw:
@@ -48,7 +49,7 @@ class RouterNoise:
         return self._draw(samples)
 
     def for_sequences(self, prompt_length: int) -> NoiseDraw:
-        """Draws for whole sequences: the same values as the two draws above, put together."""
+        """Draws for whole sequences: the values of `for_prompts` and `for_responses`, joined."""
         prompts, responses = self.for_prompts(), self.for_responses()
 
         def draw(layer: int, logits: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ class RouterNoise:
         streams: dict[int, list[np.random.Generator]] = {}
 
         def draw(layer: int, logits: Tensor) -> Tensor:
-            # Successive calls for one layer continue its streams: one call a decoded token.
+            # Successive calls for one layer continue its streams: one call per decoded token.
             if layer not in streams:
                 purpose = f"router_noise/{self.purpose}/{layer}"
                 streams[layer] = [
