@@ -1,8 +1,10 @@
-"""The documents say what the code does: the metrics, settings, files and tests they name exist."""
+"""The documents are true: their samples run, and what they name (metrics, files, commands) exists."""
 
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,24 +127,70 @@ def test_files_and_tests_that_docs_name_exist(page: Path) -> None:
             assert f"def {span}(" in tests, f"{page.name}: {span}"
 
 
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
-def test_tables_read_as_plain_text(page: Path) -> None:
-    """ASCII, and the bars of a table stand below each other."""
-    text = page.read_bytes()
-    assert text.isascii()
-    above: list[int] = []
-    for number, line in enumerate(text.decode().splitlines(), start=1):
-        bars = [i for i, character in enumerate(line) if character == "|"]
-        bars = bars if line.startswith("|") else []
-        assert not above or not bars or bars == above, f"{page.name}:{number}"
-        above = bars
+# A page's samples run top to bottom in one namespace, as a reader would try them. The block of
+# integrations.md trains with TRL: tests/integrations/test_trl_metrics.py runs it.
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_samples_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fences = re.findall(r"^```(.*)\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+    excused = [kind for kind, _ in fences if kind.startswith("python ")]
+    assert all(re.match(r"python no-run: \w+", kind) for kind in excused), "say why it cannot run"
+    samples = [code for kind, code in fences if kind == "python"]
+    if page.name != "integrations.md":
+        run_samples(samples, tmp_path, monkeypatch)
+    if page.name == "README.md":
+        assert re.search(r"[1-9].* of the chosen experts changed", capsys.readouterr().out)
+
+
+def test_the_notebook_runs_and_was_committed_with_its_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    space = run_samples(["".join(cell["source"]) for cell in code], tmp_path, monkeypatch)
+    assert space["churn_by_layer"][8].shape == (4,)
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+
+
+def run_samples(
+    samples: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    monkeypatch.chdir(folder)
+    space: dict[str, Any] = {}
+    for number, code in enumerate(samples, start=1):
+        exec(compile(code, f"sample {number}", "exec"), space)
+    return space
+
+
+def test_the_readme_names_commands_that_exist() -> None:
+    named = set(re.findall(r"moe-rl ([a-z][a-z-]+)", (ROOT / "README.md").read_text()))
+    shown = subprocess.run(
+        [sys.executable, "-m", "moe_rl", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert len(named) >= 10
+    assert not {name for name in named if not re.search(rf"(?<![\w-]){name}(?![\w-])", shown)}
+
+
+def test_the_tree_of_the_readme_names_folders_and_files_that_exist() -> None:
+    folder = ""
+    for line in section(ROOT / "README.md", "Where things are").split("```")[1].splitlines()[1:]:
+        top = re.match(r"(\w+)/", line)
+        folder = top[1] if top else folder
+        for name in re.findall(r"(?<![\w/])\w+/(?=\s|,)|\w+\.(?:py|css|md)", line):
+            found = [*ROOT.glob(name), *(ROOT / folder).rglob(name.rstrip("/"))]
+            assert found, f"{folder}: {name}"
 
 
 def test_committed_results_were_made_by_the_commands_that_the_docs_give() -> None:
     """`experiments/README.md` has a row a folder of results; its study.json says what made it."""
     results = ROOT / "experiments" / "results"
     rows = re.findall(
-        r"^\| `([\w.-]+)` \| `(moe-rl [^`]+)` \|", (results.parent / "README.md").read_text(), re.M
+        r"^\| `([\w.-]+)` \| `((?:moe-rl|python -m) [^`]+)` \|",
+        (results.parent / "README.md").read_text(),
+        re.M,
     )
     assert {name for name, _ in rows} == {path.name for path in results.iterdir()}
     for name, command in rows:
