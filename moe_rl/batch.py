@@ -1,4 +1,8 @@
-"""What a rollout is: prompts, G sampled responses each, and everything recorded while sampling."""
+"""The data that travels: a rollout as the engine records it, and what the updates learn from.
+
+Shapes: P prompts, G samples each, B = P * G sequences, Sp prompt and T response positions, L MoE
+layers, K experts per token, E experts.
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,11 +14,7 @@ from torch.nn.functional import pad
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutBatch:
-    """P prompts and B = P * G responses; the responses to one prompt are neighbours.
-
-    Shapes: P prompts, G samples each, B sequences, Sp prompt and T response positions, L MoE
-    layers, K experts per token, E experts.
-    """
+    """P prompts and B = P * G responses; the responses to one prompt are neighbours."""
 
     prompt_ids: Tensor
     """int64 [P, Sp], left padded."""
@@ -39,7 +39,7 @@ class RolloutBatch:
         """Responses per prompt G."""
         return self.response_ids.shape[0] // self.prompt_ids.shape[0]
 
-    def select(self, prompts: slice) -> "RolloutBatch":
+    def select_prompts(self, prompts: slice) -> "RolloutBatch":
         """The sub-batch of whole groups of a contiguous range of prompts."""
         group = self.group_size
         sequences = slice(prompts.start * group, prompts.stop * group)
@@ -75,6 +75,23 @@ class RolloutBatch:
             router_logits=None if logits is None else pad(logits, (0, 0, 0, 0, 0, right)),
             truncated=self.truncated,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """A rollout with its advantages, and the old policy's view of it."""
+
+    batch: RolloutBatch
+    advantages: Tensor
+    """float32 [B]."""
+    old_logprobs: Tensor
+    """float32 [B, T], under the routing that the updates replay, if they replay any."""
+    old_routes: Tensor
+    """int16 [B, Sp + T, L, K], the old policy's live choices: what churn is measured against."""
+    old_router_logits: Tensor | None
+    """float32 [B, T, L, E], the old policy's router logits."""
+    replay: Tensor
+    """int16 [B, Sp + T, L, K], the record that updates replay, if they replay any."""
 
 
 def response_positions(sequence_values: Tensor, prompt_length: int) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from moe_rl.run_folder.sealing import MANIFEST, SEAL, seal_of
 from moe_rl.training.learner import Learner
 
 Here = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -34,13 +33,6 @@ def moe_rl(
         preexec_fn=child,
         timeout=600,
     )
-
-
-def write_manifest(path: Path, **changes: Any) -> None:
-    """Change what the manifest of a sealed folder says, as if it had been written so."""
-    manifest = json.loads((path / MANIFEST).read_text())
-    manifest = {key: value for key, value in (manifest | changes).items() if key != SEAL}
-    (path / MANIFEST).write_text(json.dumps(manifest | {SEAL: seal_of(manifest)}))
 
 
 class Killed(BaseException):

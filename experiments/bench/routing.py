@@ -27,7 +27,7 @@ from moe_rl.rollout.request import Request
 from moe_rl.runtime.process import prepare_process
 from moe_rl.runtime.seeding import generator
 from moe_rl.tasks import make_task
-from moe_rl.training.start import clip_range
+from moe_rl.training.learner import clip_range
 
 _LAYERS = (None, 16)  # None: as many as the study's model
 _WARM_UP = 3

@@ -1,137 +1,79 @@
-"""A run that is killed again and again ends as one that nothing disturbs, bit for bit.
+"""Soak test: a run that SIGKILL ends again and again is bit for bit one that nothing disturbs.
 
-    moe-rl soak --minutes 30
+    python -m moe_rl.experiments.bench.soak --minutes 30
 
-Two runs of one config side by side. One is killed by SIGKILL after a random time of 60 to 90 s and
-started again with --resume, until it is complete; then weights and logs of both are compared.
+Round after round, each with a seed of its own, a run is killed at random moments and resumed until
+it is complete, beside an undisturbed run of the same config; then weights and logs are compared.
 """
 
-import contextlib
+import argparse
 import json
-import signal
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from moe_rl.config import ConfigError, RunConfig, preset
+from moe_rl.config import RunConfig, preset
 from moe_rl.experiments.runner import train_words
-from moe_rl.run_folder.checkpoints import LATEST
-from moe_rl.run_folder.log import check_can_be_made, is_complete, write_config
-from moe_rl.runtime.seeding import generator
+from moe_rl.run_folder.log import UPDATES, is_complete, write_config
 from moe_rl.training.cold_start import prepare_cold_starts
 
-_CHECKPOINT_EVERY = 3
-_PACE_STEPS = 3
-_IN_VAIN = 3  # kills in a row without a new checkpoint
+_LOGS = ("steps.jsonl", UPDATES)
+_POLL_SECONDS = 0.05
 
 
-def soak(
-    *, minutes: float, shortest: float, longest: float, seed: int, out: Path, cold_start_cache: Path
-) -> int:
-    """Run both, compare; returns the exit code, 1 if they differ.
+def race(config: RunConfig, out: Path, cold_start_cache: Path, *, updates_per_life: int) -> int:
+    """Run both, and return how often the killed one was killed.
 
     Args:
-        minutes: about how long the killed run is to last.
-        shortest, longest: seconds between two kills.
-        seed: of the times of the kills, and of the runs.
-        out: folder of both runs and of soak.log.
+        config: the run; it must save its policy and write checkpoints.
+        out: folder of both runs, `killed` and `undisturbed`.
         cold_start_cache: folder of all cold starts.
+        updates_per_life: most updates that the killed run makes between two kills.
 
     Raises:
-        ConfigError: an option that cannot work, or a folder that is in use.
+        RuntimeError: a run ended on its own before it was complete.
     """
-    if minutes <= 0 or not 0 < shortest <= longest:
-        raise ConfigError(
-            f"minutes={minutes}, shortest={shortest}, longest={longest}: give positive times, the "
-            "shortest no longer than the longest"
-        )
-    check_can_be_made(out, "out")
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"out={str(out)!r}: not empty; give a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    config = preset("engine-noise").replace(
-        algorithm="gspo", routing_replay="R3", seed=seed, checkpoint_every=_CHECKPOINT_EVERY
-    )
-    prepare_cold_starts([config], cold_start_cache)
-    with (out / "soak.log").open("w", encoding="utf-8") as file:
-        log = _Log(file)
-        per_step = _seconds_per_step(config, out, cold_start_cache)
-        steps = max(2, round(60 * minutes / per_step))
-        log.say(
-            f"a rollout step takes {per_step:.1f} s: {steps} of them, a checkpoint every "
-            f"{_CHECKPOINT_EVERY} updates, SIGKILL after {shortest:g} to {longest:g} s"
-        )
-        config = config.replace(steps=steps, save_every=steps).named()
-        return _race(config, out, cold_start_cache, (shortest, longest), log)
-
-
-class _Log:
-    """Lines with the time since the start, in the file and on the screen."""
-
-    def __init__(self, file: IO[str]) -> None:
-        self._file, self._start = file, time.monotonic()
-
-    def say(self, message: str) -> None:
-        line = f"{time.monotonic() - self._start:7.1f} s  {message}"
-        print(line, flush=True)
-        self._file.write(line + "\n")
-        self._file.flush()
-
-
-def _seconds_per_step(config: RunConfig, out: Path, cache: Path) -> float:
-    """From a short run of the same config."""
-    folder = out / "pace"
-    write_config(out / "config.json", config.replace(steps=_PACE_STEPS))
-    if _start(out, "pace", cache).wait() != 0:
-        raise ConfigError(f"the run does not start: see {out / 'pace.txt'}")
-    lines = (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()
-    return statistics.median(json.loads(line)["seconds"] for line in lines)
-
-
-def _race(
-    config: RunConfig,
-    out: Path,
-    cache: Path,
-    between: tuple[float, float],
-    log: _Log,
-) -> int:
     write_config(out / "config.json", config)
-    whole = _start(out, "undisturbed", cache)
-    draws = generator(config.seed, "soak")
-    kills, in_vain, reached = 0, 0, ""
+    draws, kills = np.random.default_rng(config.seed), 0
+    whole = _start(out, "undisturbed", cold_start_cache)
     try:
         while not is_complete(out / "killed"):
-            process = _start(out, "killed", cache)
-            pause = draws.uniform(*between)
-            try:
-                code = process.wait(timeout=pause)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                kills, before, reached = kills + 1, reached, _latest(out / "killed")
-                log.say(f"kill {kills} after {pause:.0f} s: {_standing(out / 'killed', reached)}")
-                in_vain = in_vain + 1 if reached == before else 0
-                if in_vain == _IN_VAIN:
-                    log.say("failed: the kills come faster than checkpoints, give longer times")
-                    return 1
-                continue
-            if code != 0:
-                log.say(f"failed: exit code {code}, see {out / 'killed.txt'}")
-                return 1
-        log.say(f"complete after {kills} kills")
+            target = _updates(out / "killed") + draws.integers(1, updates_per_life + 1)
+            process = _start(out, "killed", cold_start_cache)
+            while process.poll() is None and _updates(out / "killed") < target:
+                time.sleep(_POLL_SECONDS)
+            time.sleep(draws.uniform(0, 0.5))  # within an update, or while a checkpoint is written
+            if process.poll() is None:
+                process.kill()
+                kills += 1
+            elif process.returncode != 0:
+                raise RuntimeError(f"exit code {process.returncode}: see {out / 'killed.txt'}")
+            process.wait()
         if whole.wait() != 0:
-            log.say(f"failed: the undisturbed run, see {out / 'undisturbed.txt'}")
-            return 1
+            raise RuntimeError(f"exit code {whole.returncode}: see {out / 'undisturbed.txt'}")
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            whole.kill()
-    return _compare(out, config.steps, log)
+        whole.kill()
+    return kills
+
+
+def differences(ours: Path, theirs: Path) -> list[str]:
+    """What differs between two runs: tensors of saved policies, and log lines but for times."""
+    found = []
+    for saved in sorted(theirs.glob("policy_*/model.safetensors")):
+        path = saved.relative_to(theirs)
+        weights, others = load_file(ours / path), load_file(saved)
+        found += [f"{path}: {n}" for n in others if not torch.equal(weights[n], others[n])]
+    for log in _LOGS:
+        if _untimed(ours / log) != _untimed(theirs / log):
+            found.append(log)
+    return found
 
 
 def _start(out: Path, name: str, cache: Path) -> "subprocess.Popen[bytes]":
@@ -140,37 +82,35 @@ def _start(out: Path, name: str, cache: Path) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
 
-def _latest(folder: Path) -> str:
-    """Name of the checkpoint that a killed run will go on from; empty: it has none."""
-    try:
-        return (folder / "checkpoints" / LATEST).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return ""
-
-
-def _standing(folder: Path, checkpoint: str) -> str:
-    if not checkpoint:
-        return "no checkpoint yet"
-    lines = (folder / "updates.jsonl").read_bytes().splitlines()
-    return f"checkpoint {checkpoint}, {len(lines)} updates logged"
-
-
-def _compare(out: Path, steps: int, log: _Log) -> int:
-    """0 if weights and logs of both runs are equal."""
-    runs = [out / "undisturbed", out / "killed"]
-    weights = [load_file(run / f"policy_{steps:05d}" / "model.safetensors") for run in runs]
-    differ = [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
-    log.say(f"weights: {len(weights[0]) - len(differ)} of {len(weights[0])} tensors bitwise equal")
-    same = not differ and weights[0].keys() == weights[1].keys()
-    for name in ("steps.jsonl", "updates.jsonl"):
-        ours, theirs = (_untimed(run / name) for run in runs)
-        equal = sum(a == b for a, b in zip(ours, theirs, strict=False))
-        log.say(f"{name}: {equal} of {len(ours)} lines equal but for times")
-        same = same and ours == theirs
-    log.say("passed" if same else "FAILED")
-    return 0 if same else 1
+def _updates(run: Path) -> int:
+    log = run / UPDATES
+    return log.read_bytes().count(b"\n") if log.is_file() else 0
 
 
 def _untimed(file: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return [{key: v for key, v in line.items() if "seconds" not in key} for line in lines]
+
+
+def main() -> int:
+    """Run rounds for about `--minutes`; the exit code is 1 if runs differ."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=30.0, help="begin no round after these")
+    parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="folder of all rounds")
+    options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
+    base = preset("engine-noise").replace(algorithm="gspo", routing_replay="R3", checkpoint_every=1)
+    base, cache = base.replace(save_every=base.steps).named(), options.out / "cold_start"
+    prepare_cold_starts([base], cache)
+    failed, seed = 0, 0
+    while time.monotonic() < end:
+        folder = options.out / f"seed{seed}"
+        kills = race(base.replace(seed=seed), folder, cache, updates_per_life=400)
+        found = differences(folder / "killed", folder / "undisturbed")
+        print(f"seed {seed}: {kills} kills, {'; '.join(found) or 'bitwise equal'}", flush=True)
+        failed, seed = failed + bool(found), seed + 1
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -33,7 +33,7 @@ from moe_rl.run_folder.log import RunLog
 from moe_rl.runtime.process import prepare_process
 from moe_rl.runtime.seeding import generator
 from moe_rl.tasks import Task, make_task
-from moe_rl.training.start import starting_policy
+from moe_rl.training.cold_start import starting_policy
 from moe_rl.training.trainer import Trainer
 
 _PEAK_SIZES = (512, 1024, 2048)
@@ -103,7 +103,7 @@ def bench_training(*, repeats: int, out: Path | None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch) / "cold_start"
         trainers = {
-            name: _ours(config.replace(**changes), Path(scratch) / str(i), cache)
+            name: _ours(config.replace(**changes), task, Path(scratch) / str(i), cache)
             for i, (name, changes) in enumerate(_OURS.items())
         }
         peaks = {"torch.mm": matmul_peak(), "product": matmul_peak(product)}
@@ -114,8 +114,9 @@ def bench_training(*, repeats: int, out: Path | None) -> int:
     return 0
 
 
-def _ours(config: RunConfig, folder: Path, cache: Path) -> Trainer:
-    return Trainer(config, starting_policy(config, cache), RunLog(folder, config))
+def _ours(config: RunConfig, task: Task, folder: Path, cache: Path) -> Trainer:
+    policy = starting_policy(config, task, cache)
+    return Trainer(config, policy, task, RunLog(folder, config))
 
 
 def _race(

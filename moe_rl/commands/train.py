@@ -39,33 +39,23 @@ class Train(BaseSettings, Command):
 
     def run(self) -> int:
         """Check, train, and print where the results are."""
-        from moe_rl.run_folder.log import check_run_folder, check_unlocked, is_complete, run_name
-        from moe_rl.training.inputs import check_checkpoint, check_engine, resolved
+        from moe_rl.run_folder.log import is_complete, run_name
+        from moe_rl.training.run import resolve
 
-        # What needs no torch comes first: it is found at once.
-        config = resolved(self.settings)
-        if not self.resume:  # which reads a checkpoint of its own
-            check_checkpoint(config)
-        folder = self.out or Path("runs") / run_name(config)
-        if not self.dry_run:
-            check_run_folder(folder, config)
-            check_unlocked(folder)
-            if is_complete(folder):
-                say(f"{folder}: this run is complete already")
-                return 0
-            check_engine(config)
-        trackers = [] if self.dry_run else make_trackers(self.tracker)
-        from moe_rl.training.start import clip_range
-
-        clip_range(config)  # refused here, before a cold start is trained
+        config = resolve(self.settings)
         if self.dry_run:
             print(json.dumps(config.to_dict(), indent=2))
             return 0
+        folder = self.out or Path("runs") / run_name(config)
+        complete = is_complete(folder)  # training such a run changes nothing
         try:
-            summary = self._train(config, folder, trackers)
+            summary = self._train(config, folder, make_trackers(self.tracker))
         except Stopped as stopped:
             complain(f"{stopped}; the same command with --resume continues from it")
             return 128 + stopped.number
+        if complete:
+            say(f"{folder}: this run is complete already")
+            return 0
         say(f"final reward {summary['final_reward']:.3f} in {summary['seconds']:.0f} s: {folder}")
         return 0
 

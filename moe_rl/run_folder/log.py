@@ -4,36 +4,34 @@ A run is complete when its summary.json is there. Lines are written whole and fl
 run loses at most the line being written. Everything the report shows is drawn from these files.
 """
 
-import contextlib
-import fcntl
-import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, TypedDict
+from typing import IO, Any
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from moe_rl.config import SCHEMA, ConfigError, RunConfig, load_config
+from moe_rl.run_folder.sealing import flush
 from moe_rl.run_folder.trackers import TrackedRun, Tracker, Trackers
-from moe_rl.runtime.json_text import parse_json
 
 LOCK = "lock"
 OUTPUT = "output.txt"
 """What a run of a study prints."""
-_LOGS = ("steps.jsonl", "updates.jsonl")
+STEPS, UPDATES = "steps.jsonl", "updates.jsonl"
 _PARTIAL = ".partial"
 
 
 def run_name(config: RunConfig) -> str:
-    """What a run is called where nobody names it: SETTING-ARM-seedN, with its kind of replay."""
+    """Name of a run that the user gave none: SETTING-ARM-seedN, with its kind of replay."""
     replay = "" if config.routing_replay == "disabled" else f"-{config.routing_replay}"
     return f"{config.setting}-{config.named().arm}{replay}-seed{config.seed}"
 
 
 def jsonable(value: Any) -> Any:
-    """`value` with non-finite floats as the strings NaN, Infinity, -Infinity: JSON has none."""
+    """`value` with NaN and inf as the strings NaN, Infinity, -Infinity, which JSON lacks."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     if isinstance(value, Mapping):
@@ -58,41 +56,24 @@ def write_config(path: Path, config: RunConfig) -> None:
 def is_complete(folder: Path) -> bool:
     """Whether the run in `folder` has ended: its summary is there, whole, and says so."""
     try:
-        summary = parse_json((folder / "summary.json").read_text(encoding="utf-8"))
+        return json.loads((folder / "summary.json").read_text("utf-8")).get("complete") is True
     except (OSError, ValueError):
         return False
-    return isinstance(summary, dict) and summary.get("complete") is True
 
 
 def check_can_be_made(folder: Path, option: str) -> None:
-    """Refuse a folder that is there as something else, or that cannot be made or written.
+    """Refuse a folder that is a file, lies under a file, or cannot be written.
 
     Raises:
         ConfigError: names the option, and the part of the path that is in the way.
     """
-    name = f"{option}={str(folder)!r}"
-    for path in (folder, *folder.absolute().parents):
-        if not os.path.lexists(path):
-            continue
-        where = "" if path == folder else f" ({path})"
-        if not path.is_dir():
-            raise ConfigError(f"{name}: a file is in the way{where}; give a folder")
-        try:
-            longest = os.pathconf(path, "PC_NAME_MAX")
-            # Tried out, as a system has more reasons to refuse than permissions tell.
-            os.rmdir(tempfile.mkdtemp(dir=path, suffix=_PARTIAL))
-        except OSError as error:
-            raise ConfigError(
-                f"{name}: nothing can be written there{where}, {error.strerror}; give another "
-                "folder"
-            ) from error
-        for part in folder.parts:
-            if len(os.fsencode(part)) > longest:
-                raise ConfigError(
-                    f"{name:.80}...: a name of {len(os.fsencode(part))} bytes, at most {longest} "
-                    "are possible there; give a shorter one"
-                )
-        return
+    path = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not path.is_dir():
+        raise ConfigError(f"{option}={str(folder)!r}: {path} is a file; give a folder")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{option}={str(folder)!r}: no permission to write in {path}; give another folder"
+        )
 
 
 def check_run_folder(folder: Path, config: RunConfig) -> None:
@@ -103,29 +84,21 @@ def check_run_folder(folder: Path, config: RunConfig) -> None:
             files that are no run at all.
     """
     check_can_be_made(folder, "out")
-    if not folder.exists():
-        return
-    if not (folder / "config.json").is_file():
-        if any(not _is_ours(file.name) for file in folder.iterdir()):
-            raise ConfigError(
-                f"out={str(folder)!r}: holds files that are no run; give a new folder"
-            )
-        return
-    ours, theirs = (
-        _flat(config.to_dict()),
-        _flat(load_config(str(folder / "config.json")).to_dict()),
-    )
-    for key, value in ours.items():
-        if theirs[key] != value:
-            raise ConfigError(
-                f"out={str(folder)!r}: holds a run with {key}={theirs[key]!r}, "
-                f"this one has {value!r}; give another folder"
-            )
+    if (folder / "config.json").is_file():
+        theirs = _flat(load_config(str(folder / "config.json")).to_dict())
+        for key, value in _flat(config.to_dict()).items():
+            if theirs[key] != value:
+                raise ConfigError(
+                    f"out={str(folder)!r}: holds a run with {key}={theirs[key]!r}, "
+                    f"this one has {value!r}; give another folder"
+                )
+    elif folder.exists() and any(not _is_ours(file.name) for file in folder.iterdir()):
+        raise ConfigError(f"out={str(folder)!r}: holds files that are no run; give a new folder")
 
 
 def _is_ours(name: str) -> bool:
     """Whether a run that stopped before its config was whole can have left such a file."""
-    return name in (LOCK, OUTPUT, *_LOGS) or name.endswith(_PARTIAL)
+    return name in (LOCK, OUTPUT, STEPS, UPDATES) or name.endswith(_PARTIAL)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -138,69 +111,78 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-class Mark(TypedDict):
-    """What a log held at a checkpoint."""
+def lock_run_folder(folder: Path) -> BaseFileLock:
+    """Make a run folder and hold it for this process, at most until the process ends.
 
-    size: int
-    """Bytes."""
-    sha256: str
-
-
-Marks = Mapping[str, Mark]
-"""By name of the log."""
+    Raises:
+        ConfigError: another process writes this run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise ConfigError(
+            f"out={str(folder)!r}: another process is writing this run; wait for it, or give "
+            "another folder"
+        ) from error
+    return lock
 
 
 class RunLog:
     """Writes one run folder.
 
-    Opening it starts the run anew: lines of an interrupted attempt at the same run are replaced.
-    With `marks`, from a checkpoint, it goes on behind the lines that were there then. Each line
-    goes to `trackers` too; one that fails is dropped with a warning.
+    Opening it starts the run anew: lines of an earlier attempt are removed. Each line goes to
+    `trackers` too; one that fails is dropped with a warning.
+
+    Args:
+        folder: made if need be.
+        config: the run.
+        trackers: not started yet.
+        done_steps: rollout steps whose lines are kept, of a run that is resumed behind them.
 
     Raises:
-        ConfigError: the folder holds something else, another process writes the run, or a log is
-            not what it was at the checkpoint.
+        ConfigError: a log lacks lines of these steps.
     """
 
     def __init__(
         self,
         folder: Path,
         config: RunConfig,
-        marks: Marks | None = None,
         trackers: Sequence[Tracker] = (),
+        *,
+        done_steps: int = 0,
     ) -> None:
-        check_run_folder(folder, config)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._lock = _lock(folder)
-        # Both are looked at before anything is cut or written.
-        held = {} if marks is None else {n: _held(folder / n, marks[n]) for n in _LOGS}
-        # A run is complete by its summary: one that starts anew has none.
+        # A run is complete by its summary: one that is started or resumed has none.
         (folder / "summary.json").unlink(missing_ok=True)
         write_config(folder / "config.json", config)
-        self._steps, self._updates = (_Log(folder / name, held.get(name, b"")) for name in _LOGS)
+        kept = {STEPS: done_steps, UPDATES: done_steps * config.updates_per_rollout}
+        self._steps, self._updates = (_open_behind(folder / n, kept[n]) for n in kept)
         tracked = TrackedRun(
             name=run_name(config),
             config=config.to_dict(),
             folder=folder,
             updates_per_rollout=config.updates_per_rollout,
-            resumed=marks is not None,
+            resumed=done_steps > 0,
         )
         self._trackers = Trackers(trackers, tracked)
 
     def step(self, values: Mapping[str, Any]) -> None:
         """Append one line to steps.jsonl."""
-        self._steps.append(values)
+        _append(self._steps, values)
         self._trackers.log_step(values)
 
     def update(self, values: Mapping[str, Any]) -> None:
         """Append one line to updates.jsonl."""
-        self._updates.append(values)
+        _append(self._updates, values)
         self._trackers.log_update(values)
 
-    def marks(self) -> Marks:
-        """What each log holds, all of it on the disk."""
-        return {log.path.name: log.mark() for log in (self._steps, self._updates)}
+    def flush(self) -> None:
+        """Have all lines on the disk: a checkpoint must not survive the lines before it."""
+        flush(self.folder / STEPS)
+        flush(self.folder / UPDATES)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, which marks the run as complete."""
@@ -216,15 +198,10 @@ class RunLog:
     def _close_files(self) -> None:
         self._steps.close()
         self._updates.close()
-        self._lock.close()
 
 
 class NoLog:
-    """Writes nothing: the log of a process that another one logs for.
-
-    Args:
-        folder: the run folder.
-    """
+    """Writes nothing: the log of a process that another one logs for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -235,9 +212,8 @@ class NoLog:
     def update(self, values: Mapping[str, Any]) -> None:
         """Nothing."""
 
-    def marks(self) -> Marks:
-        """No file."""
-        return {}
+    def flush(self) -> None:
+        """Nothing."""
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Nothing."""
@@ -246,94 +222,26 @@ class NoLog:
         """Nothing."""
 
 
-def _lock(folder: Path) -> IO[str]:
-    """Hold the folder for this process; the system lets go when the process ends, however it ends.
+def _lines(log: Path) -> list[bytes]:
+    """The lines of a log that end, as a torn last one does not."""
+    content = log.read_bytes() if log.is_file() else b""
+    return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
 
-    Raises:
-        ConfigError: another process writes this run.
-    """
-    file = (folder / LOCK).open("w", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise _in_use(folder) from error
+
+def _open_behind(log: Path, count: int) -> IO[bytes]:
+    """Open a log to write behind its first `count` lines; the others are cut off."""
+    lines = _lines(log)[:count]
+    if len(lines) < count:
+        raise ConfigError(
+            f"{log}: {len(lines)} lines, the checkpoint has {count}: lines are lost; give another "
+            "folder to run anew"
+        )
+    file = log.open("ab")
+    file.truncate(sum(map(len, lines)))
     return file
 
 
-def check_unlocked(folder: Path) -> None:
-    """Refuse a folder that another process holds, without holding it.
-
-    Not part of `check_run_folder`: processes that train together check after one of them has begun.
-
-    Raises:
-        ConfigError: another process writes this run.
-    """
-    with contextlib.suppress(FileNotFoundError), (folder / LOCK).open(encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise _in_use(folder) from error
-
-
-def _in_use(folder: Path) -> ConfigError:
-    return ConfigError(
-        f"out={str(folder)!r}: another process is writing this run; wait for it, or give another "
-        "folder"
-    )
-
-
-def logged_updates(folder: Path) -> int:
-    """How many updates a run folder has lines of."""
-    return _content(folder / "updates.jsonl").count(b"\n")
-
-
-def _content(log: Path) -> bytes:
-    return log.read_bytes() if log.is_file() else b""
-
-
-def _held(path: Path, mark: Mark) -> bytes:
-    """What a log held at a checkpoint.
-
-    Raises:
-        ConfigError: that is not there any more.
-    """
-    size, found = mark["size"], _content(path)
-    if len(found) < size:
-        raise ConfigError(
-            f"{path}: {len(found)} bytes, {size} at the checkpoint: lines are lost; give another "
-            "folder to run anew"
-        )
-    if hashlib.sha256(found[:size]).hexdigest() != mark["sha256"]:
-        raise ConfigError(
-            f"{path}: its first {size} bytes are not those of the checkpoint: lines were changed; "
-            "bring them back, or give another folder to run anew"
-        )
-    return found[:size]
-
-
-class _Log:
-    """A file of JSON lines, cut to what it held before."""
-
-    def __init__(self, path: Path, held: bytes) -> None:
-        self.path = path
-        self._hash = hashlib.sha256(held)
-        if held:
-            os.truncate(path, len(held))
-        self._file = path.open("ab" if held else "wb")
-
-    def append(self, values: Mapping[str, Any]) -> None:
-        """Write a line whole."""
-        line = (json.dumps(jsonable(values)) + "\n").encode()
-        self._file.write(line)
-        self._file.flush()
-        self._hash.update(line)
-
-    def mark(self) -> Mark:
-        """What the file holds, all of it on the disk."""
-        os.fsync(self._file.fileno())
-        return {"size": self._file.tell(), "sha256": self._hash.hexdigest()}
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+def _append(log: IO[bytes], values: Mapping[str, Any]) -> None:
+    """Write a line whole."""
+    log.write((json.dumps(jsonable(values)) + "\n").encode())
+    log.flush()

@@ -1,8 +1,8 @@
 """What ends a run from outside: SIGTERM, Ctrl-C, or the failure of a process it trains with.
 
-At a signal the run ends its update, writes a checkpoint, and says how to go on. The first signal
-sets a flag that the trainer looks at between two updates; the second leaves at once. The exit code
-is 128 plus the signal's number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM.
+At a signal the run ends its rollout step, writes a checkpoint, and says how to resume. The first
+signal sets a flag that the trainer looks at between two steps; the second ends the run at once. The
+exit code is 128 plus the signal's number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ _SECOND_AFTER = 1.0
 
 
 class Stopped(Exception):
-    """A signal has ended a run between two updates, and it can go on from there.
+    """A signal has ended a run between two rollout steps, and it can be resumed there.
 
     Args:
         number: of the signal.
-        checkpoint: what it goes on from.
+        checkpoint: folder that it can be resumed from.
     """
 
     def __init__(self, number: int, checkpoint: Path) -> None:
@@ -50,7 +50,7 @@ class StopRequest:
             self.number, self._first = number, now
             name = signal.Signals(number).name
             # A print may be what was interrupted, and would complain about coming twice.
-            os.write(2, f"{name}: this update ends first; once more leaves at once\n".encode())
+            os.write(2, f"{name}: this rollout step ends first; once more ends it now\n".encode())
         elif now - self._first >= _SECOND_AFTER:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -1,6 +1,6 @@
-"""Supervised warm start on noisy demonstrations, cached by the hash of what made it.
+"""What a run starts from: a supervised cold start on noisy demonstrations, cached by its hash.
 
-Each step of a demonstration slips with a small probability and goes on from the slip. The policy
+Each step of a demonstration slips with a small probability and continues from the slip. The policy
 that has converged on them is calibrated: it is right as often as its teacher, and its mistakes are
 samples of a distribution that reinforcement learning can sharpen.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from transformers import Qwen3MoeForCausalLM
 
@@ -25,11 +26,11 @@ from moe_rl.rollout.request import Request
 from moe_rl.rollout.rewards import score_responses
 from moe_rl.routing import collect_router_logits, find_routers
 from moe_rl.run_folder.log import check_can_be_made, jsonable
-from moe_rl.run_folder.sealing import is_whole, read_manifest, write_sealed
+from moe_rl.run_folder.sealing import is_whole, read_sealed, write_sealed
 from moe_rl.runtime.process import process_of
+from moe_rl.runtime.ranks import Ranks
 from moe_rl.runtime.seeding import generator
-from moe_rl.tasks import Task, make_task
-from moe_rl.training.inputs import pinned
+from moe_rl.tasks import Dataset, Task, make_task
 
 # Part of the hash: raise it when a change here makes other weights from the same config.
 _VERSION = 2
@@ -39,9 +40,57 @@ _EVALUATION_PROMPTS = 512
 _MAX_GRAD_NORM = 1.0
 
 
-def cold_start_hash(config: RunConfig) -> str:
+def starting_policy(
+    config: RunConfig,
+    task: Task,
+    cold_start_cache: Path,
+    on_cold_start: Callable[[int, float], None] | None = None,
+    *,
+    ranks: Ranks | None = None,
+    sharded: bool = False,
+) -> Policy:
+    """The policy every arm and seed starts from: cold-started, or as built or loaded.
+
+    Args:
+        config: the run.
+        task: its task.
+        cold_start_cache: folder of all cold starts.
+        on_cold_start: called with (supervised step, loss).
+        ranks: processes that train together, all of which call this; alone by default. The main one
+            makes the cold start: transformers lets no other save a model.
+        sharded: see `build_policy`.
+
+    Raises:
+        ConfigError: the policy cannot be built, or cannot hold the task's prompts and responses.
+        PeerFailed: the main rank could not make the cold start.
+    """
+    ranks = ranks or Ranks()
+    if config.sft_steps:
+        for makes in (ranks.main, not ranks.main):  # what one makes, the others find
+            with ranks.together():
+                if makes:
+                    folder = ensure_cold_start(config, task, cold_start_cache, on_cold_start)
+        return saved_policy(config, task, folder, sharded=sharded)
+    policy = build_policy(
+        config.model,
+        task.alphabet,
+        seed=config.cold_start.sft_seed,
+        temperature=config.temperature,
+        sharded=sharded,
+    )
+    check_fit(policy, task)
+    return policy
+
+
+def saved_policy(config: RunConfig, task: Task, folder: Path, *, sharded: bool = False) -> Policy:
+    """The policy of a run as a folder has it: its cold start, or one of its checkpoints."""
+    model = dataclasses.replace(config.model, checkpoint=str(folder))
+    return build_policy(model, task.alphabet, temperature=config.temperature, sharded=sharded)
+
+
+def cold_start_hash(config: RunConfig, task: Task) -> str:
     """Hash of all that decides the weights: model, task, cold start, device, torch, our version."""
-    made_of = _made_of(config) | {
+    made_of = _made_of(config, task) | {
         "version": _VERSION,
         "torch": torch.__version__,
         "device": resolve_device(config.model.device).type,
@@ -60,28 +109,36 @@ def ensure_cold_start(
         task: the task of the run.
         cache: folder of all cold starts.
         progress: called with (supervised step, loss).
+
+    Raises:
+        FloatingPointError: the cold start has diverged.
     """
-    folder = cache / cold_start_hash(config)
+    folder = cache / cold_start_hash(config, task)
     if is_whole(folder):
         return folder
     check_can_be_made(cache, "cold_start_cache")
     with process_of(_THREADS):
         policy = build_policy(config.model, task.alphabet, seed=config.cold_start.sft_seed)
     check_fit(policy, task)
-    with process_of(_THREADS):
-        loss = train_on_demonstrations(policy, task, config, progress)
-        if not math.isfinite(loss) and config.sft_steps:
-            raise FloatingPointError(
-                "the cold start has diverged at sft_learning_rate="
-                f"{config.cold_start.sft_learning_rate:g}, take a smaller one"
-            )
-        report = {"loss": loss, "reward": evaluate(policy, task, config), **_made_of(config)}
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f".{folder.name}.lock"):
+        if is_whole(folder):  # another process has made it meanwhile
+            return folder
+        with process_of(_THREADS):
+            loss = train_on_demonstrations(policy, task, config, progress)
+            if not math.isfinite(loss) and config.sft_steps:
+                raise FloatingPointError(
+                    "the cold start has diverged at sft_learning_rate="
+                    f"{config.cold_start.sft_learning_rate:g}, take a smaller one"
+                )
+            reward = evaluate(policy, task, config)
 
-    def fill(path: Path) -> None:
-        policy.model.save_pretrained(path)
-        policy.tokenizer.save_pretrained(path)
+        def fill(path: Path) -> None:
+            policy.model.save_pretrained(path)
+            policy.tokenizer.save_pretrained(path)
 
-    write_sealed(folder, fill, jsonable(report), keep_whole=True)
+        about = {"loss": loss, "reward": reward, **_made_of(config, task)}
+        write_sealed(folder, fill, jsonable(about))
     return folder
 
 
@@ -89,18 +146,15 @@ def prepare_cold_starts(configs: Sequence[RunConfig], cache: Path) -> None:
     """Make every cold start that the runs need, before they race for it; prints what it does."""
     seen = set()
     for config in configs:
-        name = cold_start_hash(config)
+        task = make_task(config.task.task, **config.task.options())
+        name = cold_start_hash(config, task)
         if name in seen or config.sft_steps == 0:
             continue
         seen.add(name)
-        made = is_whole(cache / name)
         experts = f"{config.model.num_experts} experts"
-        if not made:
+        if not is_whole(cache / name):
             print(f"cold start {name} ({config.task.task}, {experts}): training", flush=True)
-        folder = ensure_cold_start(
-            config, make_task(config.task.task, **config.task.options()), cache
-        )
-        reward = read_manifest(folder)["reward"]
+        reward = read_sealed(ensure_cold_start(config, task, cache))["reward"]
         print(f"cold start {name} ({experts}): reward {reward:.3f}", flush=True)
 
 
@@ -112,14 +166,14 @@ def _content_of(checkpoint: str | None) -> list[tuple[str, int, int]]:
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
-def _made_of(config: RunConfig) -> dict[str, Any]:
-    # A dataset is what it holds, wherever it lies; options left out decide nothing. Of a run it is
-    # pinned already, and its file need not be read again.
-    known = config.task if config.task.dataset_sha256 else pinned(config.task)
-    task = dataclasses.asdict(known) | {"dataset": None}
+def _made_of(config: RunConfig, task: Task) -> dict[str, Any]:
+    # A dataset is what it holds, wherever it lies; options left out decide nothing.
+    options = dataclasses.asdict(config.task) | {"dataset": None}
+    if isinstance(task, Dataset):
+        options["dataset_sha256"] = task.sha256
     return {
         "model": dataclasses.asdict(config.model),
-        "task": {name: value for name, value in task.items() if value is not None},
+        "task": {name: value for name, value in options.items() if value is not None},
         "cold_start": dataclasses.asdict(config.cold_start) | {"sft_steps": config.sft_steps},
     }
 

@@ -1,64 +1,73 @@
-"""A run that met a number that is not finite: what it leaves behind.
+"""What a run that met NaN or inf leaves behind: its crash bundle, a sealed folder.
 
-    crash/00012-03/        like a checkpoint before update 3 of rollout step 12, and beside it
+    crash/00012-03/        update 3 of rollout step 12
       config.json          of the run
-      crash.json           what was not finite, the update's metrics, how many processes there were
+      crash.json           step, update, what was NaN or inf, the update's metrics, versions
+      policy/              the weights before the update
       rollout.safetensors  tokens, advantages, routes, old log-probs; absent if the rollout
-                           itself was not finite
+                           itself was NaN or inf
 
-The random draws are a function of the config's seed and of the step. `moe-rl replay-crash` makes
-the update again.
+The random draws are a function of the config's seed and of the step, so that this suffices to redo
+the update: `moe-rl debug-crash`.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from moe_rl.batch import Experience, RolloutBatch
 from moe_rl.config import SCHEMA, RunConfig
-from moe_rl.run_folder.checkpoints import point_in_time
 from moe_rl.run_folder.log import write_config, write_json
-from moe_rl.run_folder.sealing import write_sealed
-from moe_rl.training.state import Fill, Progress
+from moe_rl.run_folder.sealing import Fill, write_sealed
+from moe_rl.training.learner import Learner
+from moe_rl.training.state import POLICY
 
 CONFIG, CRASH = "config.json", "crash.json"
+_ROLLOUT = "rollout.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crash:
-    """Where and why a run met a number that is not finite.
-
-    The weights are those before the update.
-    """
+    """Where and why a run met NaN or inf."""
 
     folder: Path
-    """Of the run."""
+    """Run folder."""
     config: RunConfig
-    progress: Progress
-    """Of the update that was not made."""
+    step: int
+    """Rollout step."""
+    update: int
+    """Update of that step, which was not made; 0 too if the rollout failed."""
     reason: str
     metrics: dict[str, Any]
     """The update's line in the log."""
 
     @property
     def bundle(self) -> Path:
-        """Folder of what it takes to make the update again."""
-        return self.folder / "crash" / point_in_time(self.progress.step, self.progress.update)
+        """Folder of what it takes to redo the update."""
+        return self.folder / "crash" / f"{self.step:05d}-{self.update:02d}"
 
-    def write(self, fill: Fill, *, processes: int) -> None:
-        """Write the bundle; `fill` writes the state of the run.
+    def write(self, fill_policy: Fill, experience: dict[str, Tensor], *, processes: int) -> None:
+        """Write the bundle, from the weights before the update and its rollout.
 
         Raises:
             OSError: it could not be written.
         """
 
-        def fill_all(path: Path) -> None:
-            fill(path)
+        def fill(path: Path) -> None:
+            fill_policy(path / POLICY)
+            if experience:
+                save_file(experience, path / _ROLLOUT)
             write_config(path / CONFIG, self.config)
             about = {
                 "schema": SCHEMA,
+                "step": self.step,
+                "update": self.update,
                 "reason": self.reason,
                 "metrics": self.metrics,
                 "processes": processes,
@@ -67,24 +76,49 @@ class Crash:
             }
             write_json(path / CRASH, about)
 
-        write_sealed(self.bundle, fill_all, {"schema": SCHEMA})
+        write_sealed(self.bundle, fill, {"schema": SCHEMA})
 
     def describe(self) -> str:
         """One line for the user."""
-        progress = self.progress
-        where = f"rollout step {progress.step}"
-        if progress.begun is not None:
-            where += f", update {progress.update}"
         return (
-            f"{where}: {self.reason}; the run has diverged at learning_rate="
-            f"{self.config.learning_rate:g}, take a smaller one, or see what happened: "
-            f"moe-rl replay-crash {self.bundle}"
+            f"rollout step {self.step}, update {self.update}: {self.reason}; the run has diverged "
+            f"at learning_rate={self.config.learning_rate:g}, take a smaller one, or see what "
+            f"happened: moe-rl debug-crash {self.bundle}"
         )
 
 
 class NonFinite(FloatingPointError):
-    """The run was stopped before it learnt from numbers that are not finite."""
+    """The run was stopped before it learnt from NaN or inf."""
 
     def __init__(self, crash: Crash) -> None:
         super().__init__(crash.describe())
         self.crash = crash
+
+
+def collect_experience(experience: Experience | None, learner: Learner) -> dict[str, Tensor]:
+    """The rollout of all ranks, prompt by prompt, as tensors of a file; all ranks call this."""
+    if experience is None:
+        return {}
+    own = {
+        prefix + entry.name: getattr(part, entry.name)
+        for prefix, part in (("", experience), ("batch.", experience.batch))
+        for entry in dataclasses.fields(part)
+    }
+    rows = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+    order = learner.share.order()
+    return {
+        # Replay and record may be one tensor; indexing gives a file each its own.
+        name: whole.unflatten(0, (len(order), -1))[order].flatten(0, 1).contiguous()
+        for name, whole in learner.ranks.gather(rows).items()
+    }
+
+
+def load_experience(bundle: Path, device: torch.device) -> Experience | None:
+    """The rollout of a crash bundle; None if the rollout itself was NaN or inf."""
+    if not (bundle / _ROLLOUT).is_file():
+        return None
+    tensors: dict[str, Any] = load_file(bundle / _ROLLOUT, device=str(device))
+    names = [field.name for field in dataclasses.fields(RolloutBatch)]
+    batch = RolloutBatch(**{name: tensors.pop(f"batch.{name}", None) for name in names})
+    tensors.setdefault("old_router_logits", None)
+    return Experience(batch=batch, **tensors)

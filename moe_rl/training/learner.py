@@ -1,6 +1,6 @@
 """The policy under training on one rank: its passes over a rollout, its gradients, its optimiser.
 
-A rank holds some prompts of each update (see `parallel/share.py`). Losses are divided by the number
+A rank holds some prompts of each update (see `runtime/share.py`). Losses are divided by the number
 of sequences of the whole update and gradients summed over ranks, so that the number of ranks
 changes nothing but rounding; metrics are of the whole update on every rank.
 """
@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from moe_rl.batch import RolloutBatch
+from moe_rl.batch import Experience, RolloutBatch
 from moe_rl.config import RunConfig
-from moe_rl.experience import Experience
-from moe_rl.losses import LossOutput, loss_function
+from moe_rl.losses import LossOutput, loss_function, resolve_clip
 from moe_rl.metrics import instruments
 from moe_rl.policy.forward import ForwardOptions, ForwardOutput, response_pass
 from moe_rl.policy.policy import Policy
@@ -25,7 +24,21 @@ from moe_rl.runtime.ranks import Ranks
 from moe_rl.runtime.share import Share
 from moe_rl.runtime.stopwatch import Stopwatch
 from moe_rl.runtime.wrapped import Parallelism, Wrapped, clip_gradients
-from moe_rl.training.start import clip_range
+from moe_rl.training.replay_plan import ReplayPlan
+
+
+def clip_range(config: RunConfig) -> tuple[float, float]:
+    """The run's (clip_low, clip_high); the algorithm's published ones where it leaves them out.
+
+    Raises:
+        ValueError: a range of the other algorithm's scale, unless the config allows it.
+    """
+    return resolve_clip(
+        config.algorithm,
+        config.clip_low,
+        config.clip_high,
+        allow_any_scale=config.allow_any_clip_scale,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +91,7 @@ class Learner:
         self.config, self.policy, self.clock, self.ranks = config, policy, clock, ranks
         self.share = Share.of(config, ranks.rank, ranks.size)
         self.clip = clip_range(config)
+        self.plan = ReplayPlan(config.routing_replay)
         self.loss = loss_function(config.algorithm)
         if config.freeze_router:
             policy.freeze_routers()
@@ -120,9 +134,9 @@ class Learner:
         outputs = []
         for update in range(config.updates_per_rollout):
             for forward in self._forwards(update):
-                part = batch.select(forward.prompts)
+                part = batch.select_prompts(forward.prompts)
                 options = ForwardOptions(
-                    replay=part.routed_experts if config.routing_replay == "R3" else None,
+                    replay=self.plan.old_pass_record(part.routed_experts),
                     router_logits=config.instruments,
                     entropy=config.instruments,
                     noise=self.noise(step, "old", forward.prompts),
@@ -211,11 +225,11 @@ class Learner:
             old_logprobs=experience.old_logprobs[rows],
             old_routes=experience.old_routes[rows],
             old_router_logits=None
-            if experience.old_scores is None
-            else experience.old_scores[rows],
+            if experience.old_router_logits is None
+            else experience.old_router_logits[rows],
             prompt_length=batch.prompt_ids.shape[1],
             other_logprobs=other,
-            replayed=config.routing_replay != "disabled",
+            replayed=self.plan.is_on,
             per_position=attribute,
             gather=self.ranks.gather,
         )
@@ -238,14 +252,14 @@ class Learner:
     ) -> ForwardOutput:
         """The current policy over some prompts; `flip` turns replay on where it is off."""
         rows = self._rows(forward.prompts)
-        replayed = (self.config.routing_replay != "disabled") != flip
+        replayed = self.plan.is_on != flip
         options = ForwardOptions(
             replay=experience.replay[rows] if replayed else None,
             record=self.config.instruments and not flip,
             router_logits=self.config.instruments and not flip,
             noise=self.noise(step, purpose, forward.prompts),
         )
-        part = experience.batch.select(forward.prompts)
+        part = experience.batch.select_prompts(forward.prompts)
         return self.wrapped.run(response_pass, self.policy, part, options)
 
     def _forwards(self, update: int) -> list[Forward]:

@@ -1,28 +1,61 @@
-"""One run from its config to its summary: what it starts from, where it is written, who trains.
+"""One run from its config to its summary: the one door that resolves a config and refuses it.
 
-Everything that can be refused is refused here, before a cold start is trained or a file written.
+Whatever can be refused is refused before a cold start is trained or a file written. torch is
+imported late: a wrong option is found in a fraction of a second.
 """
 
+from __future__ import annotations
+
 import contextlib
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from moe_rl.config import ConfigError, RunConfig
+from moe_rl.policy.folder import check_model_folder
 from moe_rl.run_folder.checkpoints import Checkpoints
-from moe_rl.run_folder.log import NoLog, RunLog, check_run_folder, logged_updates
+from moe_rl.run_folder.log import (
+    UPDATES,
+    NoLog,
+    RunLog,
+    check_run_folder,
+    is_complete,
+    lock_run_folder,
+)
 from moe_rl.run_folder.trackers import Tracker
-from moe_rl.runtime.process import prepare_process
-from moe_rl.runtime.ranks import Ranks, join
-from moe_rl.runtime.share import Share
-from moe_rl.runtime.stopping import listen
-from moe_rl.runtime.wrapped import Parallelism
-from moe_rl.training.inputs import check_engine, resolved
-from moe_rl.training.start import clip_range, saved_policy, starting_policy
-from moe_rl.training.state import POLICY, load_log_marks
-from moe_rl.training.trainer import StepCallback, Trainer
+from moe_rl.runtime.extras import import_extra
+from moe_rl.tasks import Dataset, Task, make_task
+
+if TYPE_CHECKING:
+    from moe_rl.runtime.ranks import Ranks
+    from moe_rl.runtime.wrapped import Parallelism
+    from moe_rl.training.trainer import StepCallback
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The run with its arm named and its dataset pinned to what the file holds.
+
+    Raises:
+        ConfigError: a dataset that cannot be read, or was changed since the config was written.
+        ValueError: a clip range of the other algorithm's scale.
+    """
+    return _resolve(config)[0]
+
+
+def _resolve(config: RunConfig) -> tuple[RunConfig, Task]:
+    """The resolved run and its task, which reads the dataset once for both."""
+    config = config.named()
+    task = make_task(config.task.task, **config.task.options())
+    if isinstance(task, Dataset):
+        pinned = dataclasses.replace(config.task, dataset_sha256=task.sha256)
+        config = dataclasses.replace(config, task=pinned)
+    from moe_rl.training.learner import clip_range
+
+    clip_range(config)
+    return config, task
 
 
 def train(
@@ -39,13 +72,14 @@ def train(
 ) -> dict[str, Any]:
     """Run `config` into `folder`, from its cold start or from a checkpoint; returns the summary.
 
-    Where torchrun has started several processes, each calls this and they train together.
+    Where torchrun has started several processes, each calls this and they train together. A run
+    that is complete is left as it is.
 
     Args:
         config: the run.
         folder: its run folder.
         cold_start_cache: folder of all cold starts.
-        resume: go on from the newest whole checkpoint in the folder, from the start if there is
+        resume: continue from the newest whole checkpoint in the folder, from the start if there is
             none. The rest of the run is bitwise that of one which was never interrupted, on equally
             many processes.
         parallelism: how processes share the policy.
@@ -56,55 +90,75 @@ def train(
             anew for want of one.
 
     Raises:
-        ConfigError: the folder holds another run, or checkpoints of this one without `resume`; or
-            the policy cannot be built.
+        ConfigError: the folder is in use, holds another run, or checkpoints of this one without
+            `resume`; or the policy cannot be built.
         ValueError: a clip range of the other algorithm's scale.
         NonFinite, Stopped: see `Trainer.run`.
         PeerFailed: another process has failed.
     """
-    config = resolved(config)
-    clip_range(config)  # refused here, before a cold start is trained
-    check_engine(config)  # the same
-    with join() as ranks:
+    config, task = _resolve(config)
+    if config.engine == "vllm":
+        import_extra("vllm", extra="vllm", option="engine='vllm'")
+    if config.model.checkpoint is not None and not resume:  # which reads a checkpoint of its own
+        where = config.model.checkpoint
+        check_model_folder(Path(where), f"checkpoint={where!r}")
+    check_run_folder(folder, config)
+    if is_complete(folder):
+        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text("utf-8"))
+        return summary
+
+    from moe_rl.runtime.process import prepare_process
+    from moe_rl.runtime.ranks import join
+    from moe_rl.runtime.stopping import listen
+    from moe_rl.training.cold_start import saved_policy, starting_policy
+    from moe_rl.training.state import POLICY, load_progress
+    from moe_rl.training.trainer import Trainer
+
+    with join() as ranks, contextlib.ExitStack() as stack:
         prepare_process(config.num_threads)
         _check_processes(config, ranks)
-        check_run_folder(folder, config)
-        identity = json.dumps(config.to_dict(), sort_keys=True)
-        checkpoints = Checkpoints(folder / "checkpoints", identity=identity)
+        with ranks.together():
+            if ranks.main:
+                stack.enter_context(lock_run_folder(folder))
+        checkpoints = Checkpoints(folder / "checkpoints")
         checkpoint = checkpoints.newest(on_damage if resume else _refuse_to_start_over)
         if checkpoint is not None and not resume:
-            _refuse_to_start_over(str(checkpoint.path))
-        made = logged_updates(folder) if resume and checkpoint is None else 0
-        if made:
-            on_damage(
-                f"{folder}: no checkpoint to go on from; the run starts anew, and its {made} "
-                "logged updates are made again"
-            )
-        # Before anything is written: a folder of a run that could not start would be in the way.
+            _refuse_to_start_over(str(checkpoint))
+        if resume and checkpoint is None and (folder / UPDATES).exists():
+            on_damage(f"{folder}: no checkpoint to resume from; the run starts anew")
+        # The log comes after the policy: a config that cannot start leaves no run in the folder.
         sharded = parallelism == "fsdp" and ranks.size > 1
         if checkpoint is None:
             policy = starting_policy(
-                config, cold_start_cache, on_cold_start, ranks=ranks, sharded=sharded
+                config, task, cold_start_cache, on_cold_start, ranks=ranks, sharded=sharded
             )
         else:
-            policy = saved_policy(config, checkpoint.path / POLICY, sharded=sharded)
+            policy = saved_policy(config, task, checkpoint / POLICY, sharded=sharded)
         log: RunLog | NoLog = NoLog(folder)
         with ranks.together():
             if ranks.main:
-                checkpoints.set_damaged_aside()
-                marks = None if checkpoint is None else load_log_marks(checkpoint.path)
-                log = RunLog(folder, config, marks, trackers)
+                done_steps = 0 if checkpoint is None else load_progress(checkpoint).step
+                log = RunLog(folder, config, trackers, done_steps=done_steps)
         with contextlib.closing(log), listen() as stop:
             trainer = Trainer(
-                config, policy, log, checkpoints, ranks=ranks, parallelism=parallelism, stop=stop
+                config,
+                policy,
+                task,
+                log,
+                checkpoints,
+                ranks=ranks,
+                parallelism=parallelism,
+                stop=stop,
             )
             if checkpoint is not None:
-                trainer.go_on_from(checkpoint)
+                trainer.resume_from(checkpoint)
             return trainer.run(on_step if ranks.main else None)
 
 
 def _check_processes(config: RunConfig, ranks: Ranks) -> None:
     """Refuse what cannot work on several processes, before any work."""
+    from moe_rl.runtime.share import Share
+
     Share.of(config, ranks.rank, ranks.size)
     device = config.model.device
     if ranks.size > 1 and ":" in device:
@@ -119,7 +173,8 @@ def _check_processes(config: RunConfig, ranks: Ranks) -> None:
         )
 
 
-def _refuse_to_start_over(found: str) -> None:
+def _refuse_to_start_over(found: str) -> NoReturn:
     raise ConfigError(
-        f"{found}: a checkpoint of this run; add --resume to go on from it, or give another folder"
+        f"{found}: a checkpoint of this run; add --resume to continue from it, or give another "
+        "folder"
     )

@@ -5,7 +5,6 @@ decided by its config alone. Minibatches are consecutive whole groups: prompts a
 independently, so no shuffling is needed.
 """
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,16 +13,15 @@ import torch
 import transformers
 from torch import Tensor
 
-from moe_rl.batch import RolloutBatch
+from moe_rl.batch import Experience, RolloutBatch
 from moe_rl.config import RunConfig
-from moe_rl.experience import Experience
 from moe_rl.losses.advantages import group_advantages
 from moe_rl.metrics import instruments
 from moe_rl.policy.policy import Policy
 from moe_rl.rollout.engine import make_engine
 from moe_rl.rollout.request import Request
 from moe_rl.rollout.rewards import score_responses
-from moe_rl.run_folder.checkpoints import Checkpoint, Checkpoints
+from moe_rl.run_folder.checkpoints import Checkpoints
 from moe_rl.run_folder.disk import writes_to
 from moe_rl.run_folder.log import NoLog, RunLog
 from moe_rl.runtime.ranks import Ranks
@@ -31,16 +29,15 @@ from moe_rl.runtime.seeding import generator
 from moe_rl.runtime.stopping import Stopped, StopRequest
 from moe_rl.runtime.stopwatch import Stopwatch
 from moe_rl.runtime.wrapped import Parallelism
-from moe_rl.tasks import make_task
-from moe_rl.training.crash import Crash, NonFinite
+from moe_rl.tasks import Task
+from moe_rl.training.crash import Crash, NonFinite, collect_experience
 from moe_rl.training.learner import Learner
 from moe_rl.training.state import (
-    BegunStep,
-    Fill,
     Progress,
     collect_policy,
     collect_state,
-    load_state,
+    load_optimizer,
+    load_progress,
 )
 
 StepCallback = Callable[[dict[str, Any]], None]
@@ -52,6 +49,7 @@ class Trainer:
     Args:
         config: the run.
         policy: trained in place.
+        task: gives the prompts and judges the responses.
         log: of the run folder; only the main rank writes.
         checkpoints: where they go; None: there are none.
         ranks: processes that train together; alone by default.
@@ -63,6 +61,7 @@ class Trainer:
         self,
         config: RunConfig,
         policy: Policy,
+        task: Task,
         log: RunLog | NoLog,
         checkpoints: Checkpoints | None = None,
         *,
@@ -70,71 +69,65 @@ class Trainer:
         parallelism: Parallelism = "ddp",
         stop: StopRequest | None = None,
     ) -> None:
-        self.config, self.policy, self.log, self.checkpoints = config, policy, log, checkpoints
+        self.config, self.policy, self.task = config, policy, task
+        self.log, self.checkpoints = log, checkpoints
         self.ranks, self.stop = ranks or Ranks(), stop or StopRequest()
         self.progress = Progress()
-        self.task = make_task(config.task.task, **config.task.options())
         self.engine = make_engine(config.engine, policy)
         self.clock = Stopwatch(policy.device)
         self.learner = Learner(config, policy, self.clock, self.ranks, parallelism)
 
-    def go_on_from(self, checkpoint: Checkpoint) -> None:
+    def resume_from(self, checkpoint: Path) -> None:
         """Stand where a checkpoint was written; the policy is loaded from it already."""
-        self.progress = load_state(checkpoint.path, self.learner)
+        load_optimizer(checkpoint, self.learner)
+        self.progress = load_progress(checkpoint)
         self.clock.seconds.update(self.progress.seconds)
 
     def run(self, on_step: StepCallback | None = None) -> dict[str, Any]:
         """Train from where the run stands to the end and return the summary.
 
         Raises:
-            NonFinite: a loss, a gradient or the policy's logits are not finite (see
+            NonFinite: a loss, a gradient or the policy's logits are NaN or inf (see
                 `on_nonfinite`); nothing was learnt from them.
             Stopped: a signal has come; the checkpoint is written.
         """
         config, rewards = self.config, self.progress.rewards
         for step in range(self.progress.step, config.steps):
-            begun = self.progress.begun
-            if begun is None:
-                self.progress = Progress(
-                    step=step, rewards=rewards, seconds_before={**self.clock.seconds}
-                )
-            metrics = {"step": step, **self.step(step, begun), **self._seconds_of_step()}
+            before = self.clock.seconds.copy()
+            metrics = {"step": step, **self.step(step), **self._seconds_since(before)}
             rewards.append(metrics["reward"])
             self.log.step(metrics)
             if config.save_every and (step + 1) % config.save_every == 0:
                 self.save(f"policy_{step + 1:05d}")
             if on_step is not None:
                 on_step(metrics)
-            self.progress = Progress(step=step + 1, rewards=rewards)
-            self._between_updates(None)
+            seconds = dict(self.clock.seconds)
+            self.progress = Progress(step=step + 1, rewards=rewards, seconds=seconds)
+            self._between_steps()
         if config.save_every and config.steps % config.save_every:
             self.save(f"policy_{config.steps:05d}")
         summary = self._summary(rewards)
         self.log.finish(summary)
         return summary
 
-    def step(self, step: int, begun: BegunStep | None = None) -> dict[str, Any]:
-        """One rollout and its updates; writes the update lines, returns the step line.
-
-        `begun` is what an interrupted run had of this step: its rollout, and updates made.
-        """
+    def step(self, step: int) -> dict[str, Any]:
+        """One rollout and its updates; writes the update lines, returns the step line."""
         with self.clock.timed("step"):
             rate = learning_rate(self.config, step)
             for group in self.learner.optimizer.param_groups:
                 group["lr"] = rate
-            if begun is None:
-                experience, metrics = self._experience_or_crash(step)
-                begun = BegunStep(update=0, experience=experience, metrics=metrics)
-            for update in range(begun.update, self.config.updates_per_rollout):
-                begun = dataclasses.replace(begun, update=update)
-                values = self.learner.update(begun.experience, step, update)
+            try:
+                experience, metrics = self.experience(step)
+            except FloatingPointError as error:
+                self._crash(step, 0, None, str(error), {"step": step})
+            for update in range(self.config.updates_per_rollout):
+                values = self.learner.update(experience, step, update)
                 line = {"step": step, "update": update, "learning_rate": rate, **values}
                 self.log.update(line)
                 if values["skipped"] and self.config.on_nonfinite == "stop":
-                    self._crash(begun, "the loss or its gradient is not finite", line)
-                if update + 1 < self.config.updates_per_rollout:
-                    self._between_updates(dataclasses.replace(begun, update=update + 1))
-        return {"learning_rate": rate, **begun.metrics}
+                    reason = "the loss or its gradient is NaN or inf"
+                    self._crash(step, update, experience, reason, line)
+        return {"learning_rate": rate, **metrics}
 
     def experience(self, step: int) -> tuple[Experience, dict[str, Any]]:
         """Sample, score, and run the old policy over one rollout.
@@ -148,10 +141,6 @@ class Trainer:
         with self.clock.timed("old_logprobs"):
             old = self.learner.old_pass(batch, step)
         assert old.routed_experts is not None
-        replay = old.routed_experts
-        if config.routing_replay == "R3":
-            assert batch.routed_experts is not None
-            replay = batch.routed_experts
         scored = {"rewards": rewards.flatten().to(self.policy.device), "truncated": batch.truncated}
         scored |= {"mask": batch.response_mask}
         metrics = _rollout_metrics(**gather(scored), group_size=config.group_size)
@@ -165,8 +154,8 @@ class Trainer:
             advantages=advantages,
             old_logprobs=old.logprobs,
             old_routes=old.routed_experts,
-            old_scores=old.router_logits,
-            replay=replay,
+            old_router_logits=old.router_logits,
+            replay=self.learner.plan.update_record(batch.routed_experts, old.routed_experts),
         )
         return experience, metrics
 
@@ -206,71 +195,60 @@ class Trainer:
                 failure = str(error)
         if self.ranks.largest(len(failure)):
             raise FloatingPointError(failure or "another rank's policy cannot be sampled from")
-        # Of one length on all ranks: what they tell each other, and a checkpoint, is one table.
+        # Of one length on all ranks: what they tell each other, and a crash bundle, is one table.
         longest = (batch.prompt_ids.shape[1], batch.response_ids.shape[1])
         lengths = [self.ranks.largest(length) for length in longest]
         return batch.padded(*lengths, pad_id=self.policy.pad_id), rewards, advantages
 
-    def _experience_or_crash(self, step: int) -> tuple[Experience, dict[str, Any]]:
-        try:
-            return self.experience(step)
-        except FloatingPointError as error:
-            self._crash(None, str(error), {"step": step})
-
-    def _crash(self, begun: BegunStep | None, reason: str, line: dict[str, Any]) -> NoReturn:
-        """Leave behind what it takes to see it again, and end the run."""
-        progress, fill = self._state(begun)
+    def _crash(
+        self,
+        step: int,
+        update: int,
+        experience: Experience | None,
+        reason: str,
+        metrics: dict[str, Any],
+    ) -> NoReturn:
+        """Leave behind what it takes to see it again, and end the run; all ranks call this."""
         crash = Crash(
             folder=self.log.folder,
             config=self.config,
-            progress=progress,
+            step=step,
+            update=update,
             reason=reason,
-            metrics=line,
+            metrics=metrics,
         )
+        policy, rollout = collect_policy(self.policy), collect_experience(experience, self.learner)
         with self.ranks.together():
             if self.ranks.main:
-                crash.write(fill, processes=self.ranks.size)
+                crash.write(policy, rollout, processes=self.ranks.size)
         raise NonFinite(crash)
 
-    def _seconds_of_step(self) -> dict[str, float]:
+    def _seconds_since(self, before: dict[str, float]) -> dict[str, float]:
         """What the step that has ended took, by purpose."""
-        before, seconds = self.progress.seconds_before, self.clock.seconds
+        seconds = self.clock.seconds
         spent = {name: seconds[name] - before.get(name, 0.0) for name in seconds}
         parts = {f"seconds_{name}": value for name, value in spent.items() if name != "step"}
         return parts | {"seconds": spent["step"]}
 
-    def _between_updates(self, begun: BegunStep | None) -> None:
+    def _between_steps(self) -> None:
         """Checkpoint if one is due, and stop if a signal has come.
-
-        `begun` is the step under way, if one is.
 
         Raises:
             Stopped: a signal has come to any rank.
         """
-        per_step, every = self.config.updates_per_rollout, self.config.checkpoint_every
-        made = self.progress.step * per_step + (begun.update if begun else 0)
+        step, every = self.progress.step, self.config.checkpoint_every
         stop = self.ranks.largest(self.stop.number)
-        if made == self.config.steps * per_step:
-            stop = 0  # nothing is left to go on with
-        if self.checkpoints is None or not (stop or (every and made % every == 0)):
+        if step == self.config.steps:
+            stop = 0  # only the summary is left to write
+        if self.checkpoints is None or not (stop or (every and step % every == 0)):
             return
-        path = self._checkpoint(self.checkpoints, begun)
-        if stop:
-            raise Stopped(stop, path)
-
-    def _checkpoint(self, checkpoints: Checkpoints, begun: BegunStep | None) -> Path:
-        progress, fill = self._state(begun)
-        step, update = progress.step, progress.update
+        fill = collect_state(self.progress, self.learner)
         with self.ranks.together():
             if self.ranks.main:
-                score = progress.rewards[-1] if progress.rewards else 0.0
-                checkpoints.write(step, update, fill, score=score)
-        return checkpoints.path(step, update)
-
-    def _state(self, begun: BegunStep | None) -> tuple[Progress, Fill]:
-        """Where the run stands, and what writes all it takes to go on; all ranks call this."""
-        progress = dataclasses.replace(self.progress, begun=begun, seconds=self.clock.so_far())
-        return progress, collect_state(progress, self.learner, self.log.marks())
+                self.log.flush()
+                self.checkpoints.write(step, fill, reward=self.progress.rewards[-1])
+        if stop:
+            raise Stopped(stop, self.checkpoints.path(step))
 
     def save(self, name: str) -> None:
         """Save the policy as a Hugging Face checkpoint folder inside the run folder."""

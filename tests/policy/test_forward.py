@@ -132,7 +132,7 @@ def test_log_probs_of_a_sequence_do_not_depend_on_its_neighbours(policy: Policy)
     with torch.no_grad():
         together = response_pass(policy, batch, ForwardOptions()).logprobs
         for p in range(len(PROMPTS)):
-            part = batch.select(slice(p, p + 1))
+            part = batch.select_prompts(slice(p, p + 1))
             alone = response_pass(policy, part, ForwardOptions()).logprobs
             rows = slice(3 * p, 3 * p + 3)
             mask = part.response_mask

@@ -40,9 +40,7 @@ def judge(given: Any) -> Judge:
 def trainer(policy: Policy, folder: Path, given: Any, **changes: Any) -> Trainer:
     small = {"prompts_per_rollout": 4, "group_size": 4, "updates_per_rollout": 2, "steps": 2}
     config = preset("tiny").replace(**small | changes).named()
-    made = Trainer(config, policy, RunLog(folder / "run", config))
-    made.task = judge(given)
-    return made
+    return Trainer(config, policy, judge(given), RunLog(folder / "run", config))
 
 
 @pytest.mark.parametrize(

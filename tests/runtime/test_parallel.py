@@ -105,10 +105,10 @@ def assert_close(ours: Any, theirs: Any, where: str) -> None:
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
-def test_two_ranks_interrupted_after_every_update_are_bitwise_the_same(
+def test_two_ranks_killed_and_resumed_are_bitwise_the_same(
     parallelism: str, tmp_path: Path
 ) -> None:
-    processes.run_worker("die_at_every_update", 2, tmp_path, parallelism)
+    processes.run_worker("die_again_and_again", 2, tmp_path, parallelism)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
@@ -121,13 +121,13 @@ def test_a_checkpoint_of_two_ranks_opens_on_one(tmp_path: Path) -> None:
     train(workers.moving(), tmp_path / "run", cold_start_cache=cold, resume=True)
     train(workers.moving(), tmp_path / "alone", cold_start_cache=cold)
     weights = [
-        load_file(tmp_path / run / "policy_00002" / "model.safetensors") for run in ("run", "alone")
+        load_file(tmp_path / run / "policy_00003" / "model.safetensors") for run in ("run", "alone")
     ]
-    moved = load_file(next(cold.iterdir()) / "model.safetensors")
+    moved = load_file(next(cold.glob("*/model.safetensors")))
     for name, weight in weights[1].items():
         step = (weight - moved[name]).abs().max().item()
         assert (weights[0][name] - weight).abs().max().item() <= 0.05 * step + 1e-7, name
-    config = json.loads((tmp_path / "run" / "policy_00002" / "config.json").read_text())
+    config = json.loads((tmp_path / "run" / "policy_00003" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3MoeForCausalLM"]
 
 
@@ -136,7 +136,7 @@ def test_nan_on_one_rank_stops_both_before_the_step(tmp_path: Path) -> None:
     processes.run_worker("nan_on_one_rank", 2, tmp_path)
     said = [(tmp_path / f"said{rank}").read_text() for rank in range(2)]
     assert said[0] == said[1]
-    assert "rollout step 1, update 1: the loss or its gradient is not finite" in said[0]
+    assert "rollout step 1, update 1: the loss or its gradient is NaN or inf" in said[0]
     assert (tmp_path / "run" / "crash" / "00001-01" / "crash.json").is_file()
     last = json.loads((tmp_path / "run" / "updates.jsonl").read_text().splitlines()[-1])
     assert last["skipped"] == 1 and last["grad_norm"] == "NaN"

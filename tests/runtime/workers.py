@@ -17,9 +17,10 @@ from moe_rl.runtime.process import prepare_process
 from moe_rl.runtime.ranks import Ranks, join
 from moe_rl.runtime.stopping import PeerFailed
 from moe_rl.runtime.wrapped import whole_tensor
+from moe_rl.tasks import make_task
+from moe_rl.training.cold_start import starting_policy
 from moe_rl.training.learner import Learner
 from moe_rl.training.run import train
-from moe_rl.training.start import starting_policy
 from moe_rl.training.trainer import Trainer
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -72,10 +73,11 @@ def all_gradients(ranks: Ranks, folder: Path, parallelism: Any) -> None:
     prepare_process(1)
     for name, changes in VARIANTS.items():
         config = tiny(**changes)
+        task = make_task(config.task.task, **config.task.options())
         policy = starting_policy(
-            config, folder / "cold", ranks=ranks, sharded=parallelism == "fsdp"
+            config, task, folder / "cold", ranks=ranks, sharded=parallelism == "fsdp"
         )
-        trainer = Trainer(config, policy, NoLog(folder), ranks=ranks, parallelism=parallelism)
+        trainer = Trainer(config, policy, task, NoLog(folder), ranks=ranks, parallelism=parallelism)
         found, lines = gradients(trainer)
         if ranks.main:
             kept = {key: value.contiguous() for key, value in found.items()}
@@ -117,28 +119,25 @@ def exchange(ranks: Ranks, folder: Path) -> None:
     assert caught == ("OSError" if ranks.rank == 1 else "PeerFailed")
 
 
-def die_at_every_update(folder: Path, parallelism: Any) -> None:
-    """A whole run, and one that dies in each of its 8 updates and goes on."""
-    config = tiny(checkpoint_every=1, save_every=2, routing_replay="R2", router_noise=0.2)
+def die_again_and_again(folder: Path, parallelism: Any) -> None:
+    """A whole run, and one that dies within step 0, after it, and within step 2, and is resumed."""
     options: dict[str, Any] = {"cold_start_cache": folder / "cold", "parallelism": parallelism}
-    train(config, folder / "whole", **options)
-    deaths = 0
-    while True:
-        with contextlib.suppress(Killed), killed_after(1):
-            train(config, folder / "run", resume=True, **options)
-            break
-        deaths += 1
-    assert deaths == 7, deaths
+    train(moving(), folder / "whole", **options)
+    for updates in (2, 4, 6):
+        with contextlib.suppress(Killed), killed_after(updates):
+            train(moving(), folder / "run", resume=True, on_damage=lambda _: None, **options)
+            raise AssertionError("not killed")
+    train(moving(), folder / "run", resume=True, **options)
 
 
 def die_in_the_middle(folder: Path) -> None:
-    """A run of two ranks that another number of ranks is to go on with."""
+    """A run of two ranks that another number of ranks is to resume."""
     with contextlib.suppress(Killed), killed_after(6):
         train(moving(), folder / "run", cold_start_cache=folder / "cold", parallelism="fsdp")
 
 
 def moving() -> RunConfig:
-    return tiny(checkpoint_every=1, save_every=2, routing_replay="R2", router_noise=0.2)
+    return tiny(steps=3, checkpoint_every=1, save_every=3, routing_replay="R2", router_noise=0.2)
 
 
 def nan_on_one_rank(ranks: Ranks, folder: Path) -> None:
@@ -171,8 +170,8 @@ def main() -> None:
             exchange(ranks, Path(folder))
         elif name == "nan_on_one_rank":
             nan_on_one_rank(ranks, Path(folder))
-        elif name == "die_at_every_update":
-            die_at_every_update(Path(folder), rest[0])
+        elif name == "die_again_and_again":
+            die_again_and_again(Path(folder), rest[0])
         elif name == "die_in_the_middle":
             die_in_the_middle(Path(folder))
         else:

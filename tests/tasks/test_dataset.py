@@ -13,11 +13,9 @@ from moe_rl.config import ConfigError, ModelConfig, RunConfig, TaskConfig, prese
 from moe_rl.policy.fit import check_fit
 from moe_rl.policy.policy import build_policy
 from moe_rl.policy.tokenizer import character_tokenizer
-from moe_rl.tasks import Dataset, make_task
-from moe_rl.training.cold_start import cold_start_hash
-from moe_rl.training.inputs import pinned, resolved
-from moe_rl.training.run import train
-from moe_rl.training.start import starting_policy
+from moe_rl.tasks import Dataset, Task, make_task
+from moe_rl.training.cold_start import cold_start_hash, starting_policy
+from moe_rl.training.run import resolve, train
 
 ROWS = [("1+1=", "2"), ("10+10=", "20"), ("say nothing", ""), ("two\nlines: ", " a .\n\nb")]
 
@@ -137,24 +135,34 @@ def test_a_file_that_cannot_be_read_or_is_empty_is_named(tmp_path: Path) -> None
         Dataset(dataset=str(tmp_path / "empty"))
 
 
+def task_of(run: RunConfig) -> Task:
+    return make_task(run.task.task, **run.task.options())
+
+
+def cold_hash(run: RunConfig) -> str:
+    return cold_start_hash(run, task_of(run))
+
+
 def test_a_run_is_known_by_what_its_dataset_holds(file: str, tmp_path: Path) -> None:
     copy = write(tmp_path / "copy.jsonl", ROWS)
     other = write(tmp_path / "other.jsonl", [*ROWS[:-1], ("two\nlines: ", " a .\n\nc")])
-    assert pinned(config(file).task).dataset_sha256 == pinned(config(copy).task).dataset_sha256
-    assert cold_start_hash(config(file)) == cold_start_hash(config(copy))
-    assert cold_start_hash(config(file)) != cold_start_hash(config(other))
-    pinned_config = resolved(config(file))
-    assert resolved(pinned_config) == pinned_config
+    assert resolve(config(file)).task.dataset_sha256 == resolve(config(copy)).task.dataset_sha256
+    assert cold_hash(config(file)) == cold_hash(config(copy))
+    assert cold_hash(config(file)) != cold_hash(config(other))
+    pinned_config = resolve(config(file))
+    assert resolve(pinned_config) == pinned_config
     Path(file).write_bytes(Path(other).read_bytes())
     with pytest.raises(ConfigError, match=r"its sha256 is \w{64}, the config has.*Bring it back"):
-        resolved(pinned_config)
+        resolve(pinned_config)
 
 
 def test_tasks_without_a_file_keep_the_cold_starts_they_had() -> None:
     """What a task config held before it had datasets decides the hash, and nothing else does."""
     from moe_rl.training.cold_start import _made_of
 
-    assert _made_of(preset("tiny"))["task"] == {"task": "running_sum", "digits": 2, "numbers": 3}
+    config = preset("tiny")
+    task = make_task(config.task.task, **config.task.options())
+    assert _made_of(config, task)["task"] == {"task": "running_sum", "digits": 2, "numbers": 3}
 
 
 def test_an_edited_file_does_not_go_on_with_the_old_run(file: str, tmp_path: Path) -> None:
@@ -170,7 +178,7 @@ def test_an_edited_file_does_not_go_on_with_the_old_run(file: str, tmp_path: Pat
     assert (run / "steps.jsonl").read_bytes() == before
     write(Path(file), ROWS)
     train(first, run, cold_start_cache=cold, resume=True)
-    assert len(list(cold.iterdir())) == 1
+    assert len(list(cold.glob("[!.]*"))) == 1
 
 
 def test_a_policy_of_the_files_characters_spells_every_row(file: str) -> None:
@@ -194,7 +202,7 @@ def test_what_the_model_cannot_hold_is_refused_before_a_cold_start(
 ) -> None:
     given = config(write(tmp_path / "rows.jsonl", rows), **changes)
     with pytest.raises(ConfigError, match=words):
-        starting_policy(given, tmp_path / "cold")
+        starting_policy(given, task_of(given), tmp_path / "cold")
     assert not (tmp_path / "cold").exists()
 
 
@@ -207,7 +215,7 @@ def test_a_drawn_task_longer_than_the_context_is_refused(tmp_path: Path) -> None
     check_fit(loaded, make_task("running_sum", digits=15))  # 16 + 16 tokens
     too_long = preset("tiny").replace(checkpoint=str(tmp_path), sft_steps=0, digits=16)
     with pytest.raises(ConfigError, match="a prompt of 17 tokens and a response of 17 exceed"):
-        starting_policy(too_long, tmp_path / "cold")
+        starting_policy(too_long, task_of(too_long), tmp_path / "cold")
 
 
 @pytest.mark.parametrize(

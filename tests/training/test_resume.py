@@ -1,6 +1,5 @@
-"""An interrupted run that goes on is bit for bit the run that was never interrupted."""
+"""An interrupted run that is resumed is bit for bit the run that was never interrupted."""
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +15,8 @@ from moe_rl.training.run import train
 
 
 def config(**changes: Any) -> RunConfig:
-    every = {"steps": 2, "sft_steps": 300, "checkpoint_every": 1, "save_every": 2}
+    """3 rollout steps of 4 updates."""
+    every = {"steps": 3, "sft_steps": 300, "checkpoint_every": 1, "save_every": 3}
     return preset("tiny").replace(**every | changes).named()
 
 
@@ -25,10 +25,17 @@ def cold(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cold")
 
 
-def killed_run(run: Path, cold: Path) -> Path:
-    """A run that died in its seventh update; gives its newest checkpoint."""
-    with pytest.raises(Killed), killed_after(6):
-        train(config(), run, cold_start_cache=cold)
+@pytest.fixture(scope="module")
+def whole(cold: Path) -> Path:
+    """A run that nothing disturbs."""
+    train(config(), cold.parent / "whole", cold_start_cache=cold)
+    return cold.parent / "whole"
+
+
+def killed_run(run: Path, cold: Path, updates: int = 9, **changes: Any) -> Path:
+    """A run that died in its tenth update, after two steps; gives its newest checkpoint."""
+    with pytest.raises(Killed), killed_after(updates):
+        train(config(**changes), run, cold_start_cache=cold)
     return run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
 
 
@@ -43,43 +50,55 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-def test_interrupted_after_every_update_the_run_is_bitwise_the_same(
+def test_killed_at_every_step_boundary_and_within_steps_the_run_is_bitwise_the_same(
     changes: dict[str, Any], tmp_path: Path, cold: Path
 ) -> None:
-    """Killed in each of its 8 updates, one after the other; 4 updates a rollout, 2 rollouts."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     train(config(**changes), whole, cold_start_cache=cold)
-    assert all(line["grad_norm"] > 0 for line in lines(whole, "updates.jsonl")), "nothing to lose"
-    deaths = 0
-    while True:
-        with contextlib.suppress(Killed), killed_after(1):
-            train(config(**changes), run, cold_start_cache=cold, resume=True)
-            break
-        deaths += 1
-    assert deaths == 7
+    learnt = {line["step"] for line in lines(whole, "updates.jsonl") if line["grad_norm"] > 0}
+    assert learnt == {0, 1, 2}, "a step without gradients has nothing to lose"
+    told: list[str] = []
+    # Within step 0, which has no checkpoint; after step 0; after step 1 and two updates of step 2.
+    for updates in (2, 4, 6):
+        with pytest.raises(Killed), killed_after(updates):
+            train(config(**changes), run, cold_start_cache=cold, resume=True, on_damage=told.append)
+    train(config(**changes), run, cold_start_cache=cold, resume=True, on_damage=told.append)
+    assert told == [f"{run}: no checkpoint to resume from; the run starts anew"]
     assert_same_run(run, whole)
 
 
-@pytest.mark.parametrize("every", [3, 4, 5])
 def test_lines_behind_the_checkpoint_are_written_anew(
-    every: int, tmp_path: Path, cold: Path
+    tmp_path: Path, cold: Path, whole: Path
 ) -> None:
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    changed = config(checkpoint_every=every)
-    train(changed, whole, cold_start_cache=cold)
-    with pytest.raises(Killed), killed_after(7):
-        train(changed, run, cold_start_cache=cold)
+    """Of a step that was logged and not saved, of one under way, and of a line cut in two."""
+    changed, run = config(checkpoint_every=2), tmp_path / "run"
+    train(changed, tmp_path / "whole", cold_start_cache=cold)
+    for step in (0, 2):
+
+        def die(line: dict[str, Any], step: int = step) -> None:
+            if line["step"] == step:
+                raise Killed
+
+        with pytest.raises(Killed):
+            train(
+                changed,
+                run,
+                cold_start_cache=cold,
+                resume=True,
+                on_step=die,
+                on_damage=lambda _: None,
+            )
     with (run / "updates.jsonl").open("a") as file:
-        file.write('{"step": 1, "upd')
+        file.write('{"step": 2, "upd')
     train(changed, run, cold_start_cache=cold, resume=True)
-    assert_same_run(run, whole)
+    assert_same_run(run, tmp_path / "whole")
 
 
-def test_a_damaged_newest_checkpoint_costs_updates_but_no_bits(tmp_path: Path, cold: Path) -> None:
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    train(config(), whole, cold_start_cache=cold)
-    newest = killed_run(run, cold)
-    weights = newest / "policy" / "model.safetensors"
+def test_a_damaged_newest_checkpoint_costs_steps_but_no_bits(
+    tmp_path: Path, cold: Path, whole: Path
+) -> None:
+    run = tmp_path / "run"
+    weights = killed_run(run, cold) / "policy" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     told: list[str] = []
     train(config(), run, cold_start_cache=cold, resume=True, on_damage=told.append)
@@ -87,64 +106,20 @@ def test_a_damaged_newest_checkpoint_costs_updates_but_no_bits(tmp_path: Path, c
     assert_same_run(run, whole)
 
 
-def test_the_time_of_an_interrupted_step_holds_its_first_part(tmp_path: Path, cold: Path) -> None:
-    run = tmp_path / "run"
-    with pytest.raises(Killed), killed_after(2):
-        train(config(), run, cold_start_cache=cold)
-    train(config(), run, cold_start_cache=cold, resume=True)
-    for line in map(json.loads, (run / "steps.jsonl").read_text().splitlines()):
-        parts = sum(value for name, value in line.items() if name.startswith("seconds_"))
-        assert 0 < parts <= line["seconds"]
+def test_a_complete_run_is_left_as_it_is(whole: Path, cold: Path) -> None:
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+    before = files()
+    summary = train(config(), whole, cold_start_cache=cold)
+    assert summary["steps"] == 3 and files() == before
 
 
-@pytest.mark.parametrize("name", ["steps", "updates"])
-def test_log_lines_that_were_changed_are_told(name: str, tmp_path: Path, cold: Path) -> None:
-    """And nothing is cut: the other log may be what is left of the run."""
-    run = tmp_path / "run"
-    with pytest.raises(Killed), killed_after(7):
-        train(config(checkpoint_every=5), run, cold_start_cache=cold)
-    log = run / f"{name}.jsonl"
-    log.write_text(log.read_text().replace('"learning_rate": 0.', '"learning_rate": 1.'))
-    before = {path.name: path.read_bytes() for path in run.glob("*.json*")}
-    with pytest.raises(ConfigError, match=rf"{name}\.jsonl: its first \d+ bytes are not those of"):
-        train(config(checkpoint_every=5), run, cold_start_cache=cold, resume=True)
-    assert {path.name: path.read_bytes() for path in run.glob("*.json*")} == before
-
-
-def test_a_checkpoint_that_is_whole_again_does_not_come_back(tmp_path: Path, cold: Path) -> None:
-    """The run has gone back behind it, and its logs are cut."""
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    train(config(), whole, cold_start_cache=cold)
-    newest = killed_run(run, cold)
-    (newest / "notes.txt").write_text("")
-    told: list[str] = []
-    with pytest.raises(Killed), killed_after(0):
-        train(config(), run, cold_start_cache=cold, resume=True, on_damage=told.append)
-    assert "notes.txt: not a file of this folder" in told[0]
-    (newest.with_name(f".damaged-{newest.name}") / "notes.txt").unlink()
-    train(config(), run, cold_start_cache=cold, resume=True)
-    assert_same_run(run, whole)
-
-
-def test_a_run_without_checkpoints_says_that_it_starts_anew(tmp_path: Path, cold: Path) -> None:
-    run = tmp_path / "run"
-    killed_run(run, cold)
-    shutil.rmtree(run / "checkpoints")
-    told: list[str] = []
-    train(config(), run, cold_start_cache=cold, resume=True, on_damage=told.append)
-    (message,) = told
-    assert "no checkpoint to go on from; the run starts anew, and its 6 logged updates" in message
-
-
-def test_the_best_checkpoint_is_that_of_the_best_reward(tmp_path: Path, cold: Path) -> None:
-    """As rollouts have shown it: a step's reward is of the policy before its updates."""
-    train(config(checkpoint_every=4), tmp_path / "run", cold_start_cache=cold)
-    rewards = [line["reward"] for line in lines(tmp_path / "run", "steps.jsonl")]
-    scores = [
-        json.loads((path / "manifest.json").read_text())["score"]
-        for path in sorted((tmp_path / "run" / "checkpoints").glob("0*"))
-    ]
-    assert scores == rewards[: len(scores)] and scores[0] > 0
+def test_a_checkpoint_is_scored_by_the_reward_of_its_last_step(whole: Path) -> None:
+    rewards = [line["reward"] for line in lines(whole, "steps.jsonl")]
+    for path in (whole / "checkpoints").glob("0*"):
+        manifest = json.loads((path / "manifest.json").read_text())
+        assert manifest["reward"] == rewards[manifest["step"] - 1] > 0
 
 
 def test_dropout_draws_nothing_where_activations_are_recomputed(tmp_path: Path, cold: Path) -> None:
@@ -160,16 +135,15 @@ def test_dropout_draws_nothing_where_activations_are_recomputed(tmp_path: Path, 
 
 
 def test_checkpoints_are_not_overwritten_without_resume(tmp_path: Path, cold: Path) -> None:
-    train(config(), tmp_path / "run", cold_start_cache=cold)
-    with pytest.raises(ConfigError, match="add --resume"):
+    newest = killed_run(tmp_path / "run", cold)
+    with pytest.raises(ConfigError, match=f"{newest.name}: a checkpoint of this run; add --resume"):
         train(config(), tmp_path / "run", cold_start_cache=cold)
     with pytest.raises(ConfigError, match="seed=0, this one has 1"):
         train(config(seed=1), tmp_path / "run", cold_start_cache=cold, resume=True)
 
 
-def test_lost_log_lines_are_told_before_anything_is_cut(tmp_path: Path, cold: Path) -> None:
-    with pytest.raises(Killed), killed_after(3):
-        train(config(), tmp_path / "run", cold_start_cache=cold)
+def test_lost_log_lines_are_told(tmp_path: Path, cold: Path) -> None:
+    killed_run(tmp_path / "run", cold)
     (tmp_path / "run" / "updates.jsonl").write_text("")
-    with pytest.raises(ConfigError, match=r"updates\.jsonl: 0 bytes.*lines are lost"):
+    with pytest.raises(ConfigError, match=r"updates\.jsonl: 0 lines.*lines are lost"):
         train(config(), tmp_path / "run", cold_start_cache=cold, resume=True)

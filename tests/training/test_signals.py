@@ -12,6 +12,9 @@ import pytest
 from runs import assert_same_run
 from runtime import ranks
 
+from moe_rl.config import preset
+from moe_rl.experiments.bench.soak import differences, race
+
 _SECONDS = 120
 _STEPS = 60
 
@@ -56,7 +59,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_update_and_the_run_goes_on_bitwise(
+def test_a_signal_ends_the_step_and_the_resumed_run_is_bitwise_the_same(
     number: signal.Signals, code: int, whole: Path
 ) -> None:
     folder = whole.parent / number.name
@@ -65,29 +68,26 @@ def test_a_signal_ends_the_update_and_the_run_goes_on_bitwise(
     process.send_signal(number)
     _, errors = process.communicate(timeout=_SECONDS)
     assert process.returncode == code, errors
-    assert f"{number.name}: this update ends first" in errors
-    assert "the same command with --resume goes on from it" in errors and "Traceback" not in errors
+    assert f"{number.name}: this rollout step ends first" in errors
+    assert (
+        "the same command with --resume continues from it" in errors and "Traceback" not in errors
+    )
     latest = (folder / "checkpoints" / "latest").read_text().strip()
     assert f"checkpoint: {folder / 'checkpoints' / latest}" in errors
     before = len((folder / "updates.jsonl").read_text().splitlines())
-    step, update = (int(part) for part in latest.split("-"))
-    assert step * 4 + update == before < _STEPS * 4, "the update in hand was ended, no other begun"
+    assert int(latest) * 4 == before < _STEPS * 4, "the step was ended, no other begun"
     subprocess.run([sys.executable, *command(folder, "--resume")], check=True, capture_output=True)
     assert_same_run(folder, whole)
 
 
-def test_sigkill_loses_no_more_than_the_last_checkpoint(whole: Path) -> None:
-    folder, options = whole.parent / "killed", ("--checkpoint-every", "5")
-    process = start(command(folder, *options))
-    wait_for_lines(folder, 13)
-    process.kill()
-    process.communicate()
-    latest = (folder / "checkpoints" / "latest").read_text().strip()
-    step, update = (int(part) for part in latest.split("-"))
-    assert step * 4 + update >= 10
-    resumed = [sys.executable, *command(folder, *options, "--resume")]
-    subprocess.run(resumed, check=True, capture_output=True)
-    assert_same_run(folder, whole)
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_is_bitwise_the_same(tmp_path: Path) -> None:
+    """The soak of experiments/bench/soak.py, for a minute."""
+    config = preset("tiny").replace(steps=20, save_every=20, checkpoint_every=1, seed=3).named()
+    kills = race(config, tmp_path, tmp_path / "cold", updates_per_life=40)
+    assert kills >= 2
+    assert differences(tmp_path / "killed", tmp_path / "undisturbed") == []
+    assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")
 
 
 def test_a_run_that_nobody_reads_any_more_fails(whole: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_run_that_nobody_reads_any_more_fails(whole: Path) -> None:
 
 _LISTEN = """
 import os, signal, sys, time
-from moe_rl.stopping import listen
+from moe_rl.runtime.stopping import listen
 with listen() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(float(sys.argv[1]))
@@ -150,7 +150,7 @@ def test_a_signal_to_one_rank_stops_both(whole: Path) -> None:
     os.kill(pids[1], signal.SIGTERM)
     _, errors = process.communicate(timeout=_SECONDS)
     assert process.returncode == 1
-    assert errors.count("the same command with --resume goes on from it") == 2
+    assert errors.count("the same command with --resume continues from it") == 2
     assert (folder / "checkpoints" / "latest").is_file()
     resumed = subprocess.run(
         [sys.executable, *arguments, "--resume"], capture_output=True, text=True, check=True

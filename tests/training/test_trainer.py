@@ -11,9 +11,11 @@ import torch
 
 from moe_rl.config import ConfigError, RunConfig, preset
 from moe_rl.policy.forward import ForwardOptions, response_pass
-from moe_rl.run_folder.log import RunLog, is_complete
+from moe_rl.policy.policy import Policy
+from moe_rl.run_folder.log import RunLog, check_run_folder, is_complete, lock_run_folder
+from moe_rl.tasks import make_task
+from moe_rl.training.cold_start import starting_policy
 from moe_rl.training.run import train
-from moe_rl.training.start import starting_policy
 from moe_rl.training.trainer import Trainer, learning_rate
 
 TIMES = ("seconds", "instruments_share")
@@ -27,6 +29,15 @@ def tiny(**changes: Any) -> RunConfig:
 @pytest.fixture(scope="module")
 def cold(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cold")
+
+
+def start_of(config: RunConfig, cold: Path) -> Policy:
+    return starting_policy(config, make_task(config.task.task, **config.task.options()), cold)
+
+
+def trainer_of(config: RunConfig, folder: Path, cold: Path) -> Trainer:
+    task = make_task(config.task.task, **config.task.options())
+    return Trainer(config, start_of(config, cold), task, RunLog(folder, config))
 
 
 def run(config: RunConfig, folder: Path, cold: Path) -> tuple[list[dict], list[dict], dict]:
@@ -145,7 +156,7 @@ def test_a_frozen_router_stays_while_the_rest_moves(tmp_path: Path, cold: Path) 
     train(config, tmp_path / "run", cold_start_cache=cold)
     from safetensors.torch import load_file
 
-    start = starting_policy(config, cold).model.state_dict()
+    start = start_of(config, cold).model.state_dict()
     end = load_file(tmp_path / "run" / "policy_00002" / "model.safetensors")
     gates = [name for name in end if name.endswith("mlp.gate.weight")]
     assert gates
@@ -178,7 +189,7 @@ def test_an_update_favours_the_responses_that_did_better(
     algorithm: str, tmp_path: Path, cold: Path
 ) -> None:
     config = tiny(algorithm=algorithm, prompts_per_rollout=16, updates_per_rollout=1)
-    trainer = Trainer(config, starting_policy(config, cold), RunLog(tmp_path / "run", config))
+    trainer = trainer_of(config, tmp_path / "run", cold)
     experience, _ = trainer.experience(0)
     mask = experience.batch.response_mask
     trainer.learner.update(experience, step=0, update=0)
@@ -200,17 +211,17 @@ def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
 
 
 def test_a_cold_start_is_made_once(tmp_path: Path) -> None:
+    def made() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/model.safetensors")}
+
     config = tiny(steps=1, sft_steps=2)
-    starting_policy(config, tmp_path)
-    folders = sorted(tmp_path.iterdir())
-    before = (folders[0] / "model.safetensors").stat().st_mtime_ns
-    starting_policy(config, tmp_path)
-    assert sorted(tmp_path.iterdir()) == folders
-    assert (folders[0] / "model.safetensors").stat().st_mtime_ns == before
-    starting_policy(dataclasses.replace(config, seed=9), tmp_path)
-    assert sorted(tmp_path.iterdir()) == folders, "the run's seed is no part of its cold start"
-    starting_policy(config.replace(slip=0.3), tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    start_of(config, tmp_path)
+    before = made()
+    start_of(config, tmp_path)
+    start_of(dataclasses.replace(config, seed=9), tmp_path)
+    assert made() == before, "the run's seed is no part of its cold start"
+    start_of(config.replace(slip=0.3), tmp_path)
+    assert len(made()) == 2
 
 
 def test_a_folder_of_another_run_is_refused_and_kept(tmp_path: Path, cold: Path) -> None:
@@ -239,7 +250,7 @@ def test_metrics_are_finite_where_nothing_is_wrong(tmp_path: Path, cold: Path) -
 
 def test_advantages_are_centred_within_each_group(cold: Path, tmp_path: Path) -> None:
     config = tiny()
-    trainer = Trainer(config, starting_policy(config, cold), RunLog(tmp_path / "run", config))
+    trainer = trainer_of(config, tmp_path / "run", cold)
     experience, metrics = trainer.experience(0)
     assert experience.advantages.shape == (16,)
     assert 0.0 <= metrics["reward"] <= 1.0
@@ -263,7 +274,7 @@ def test_bfloat16_trains_on_a_cpu(tmp_path: Path, cold: Path) -> None:
 
 def test_an_update_along_a_non_finite_gradient_is_skipped(tmp_path: Path, cold: Path) -> None:
     config = tiny(updates_per_rollout=1)
-    trainer = Trainer(config, starting_policy(config, cold), RunLog(tmp_path / "run", config))
+    trainer = trainer_of(config, tmp_path / "run", cold)
     experience, _ = trainer.experience(0)
     before = [p.clone() for p in trainer.learner.parameters]
     far = experience.old_logprobs - 1e4  # ratios overflow; those of bad responses are not clipped
@@ -275,18 +286,18 @@ def test_an_update_along_a_non_finite_gradient_is_skipped(tmp_path: Path, cold: 
 
 
 def test_a_loaded_checkpoint_is_trained_as_it_is(tmp_path: Path, cold: Path) -> None:
-    start = starting_policy(tiny(experts_per_token=3), cold)
+    start = start_of(tiny(experts_per_token=3), cold)
     start.model.save_pretrained(tmp_path / "model")
     start.tokenizer.save_pretrained(tmp_path / "model")
     config = tiny(checkpoint=str(tmp_path / "model"), steps=1).replace(sft_steps=None)
     assert config.sft_steps == 0
-    loaded = starting_policy(config, cold)
+    loaded = start_of(config, cold)
     assert all(
         torch.equal(a, b)
         for a, b in zip(start.model.parameters(), loaded.model.parameters(), strict=True)
     )
     assert config.model.experts_per_token == 2, "the checkpoint's three win"
-    trainer = Trainer(config, loaded, RunLog(tmp_path / "run", config))
+    trainer = trainer_of(config, tmp_path / "run", cold)
     assert trainer.experience(0)[0].old_routes.shape[-1] == 3
 
 
@@ -305,19 +316,19 @@ def test_a_run_is_named_after_its_settings(changes: dict, arm: str) -> None:
     assert tiny(**changes).named().arm == arm
 
 
-def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
-    log = RunLog(tmp_path / "run", tiny())
-    with pytest.raises(ConfigError, match="another process"):
-        RunLog(tmp_path / "run", tiny())
-    log.close()
-    RunLog(tmp_path / "run", tiny()).close()
+def test_two_processes_cannot_write_one_run(tmp_path: Path, cold: Path) -> None:
+    with (
+        lock_run_folder(tmp_path / "run"),
+        pytest.raises(ConfigError, match="another process is writing this run"),
+    ):
+        train(tiny(), tmp_path / "run", cold_start_cache=cold)
+    lock_run_folder(tmp_path / "run").release()
 
 
 def test_what_an_interrupted_start_leaves_behind_does_not_block_the_run(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "output.txt").write_text("")
-    (tmp_path / "run" / "config.json.partial").write_text("{")
-    RunLog(tmp_path / "run", tiny()).close()
+    for name in ("output.txt", "config.json.partial", "lock"):
+        (tmp_path / name).write_text("")
+    check_run_folder(tmp_path, tiny())
 
 
 @pytest.mark.parametrize("summary", ["", '{"schema": 1, "comp', '{"schema": 1, "complete": false}'])
