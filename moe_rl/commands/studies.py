@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from moe_rl.commands.options import StudyOptions
 
 if TYPE_CHECKING:
-    from moe_rl.experiments.study import Study
+    from moe_rl.experiments.study import StudyPlan
 
 INTERRUPTED = "finished runs are kept, the same command continues from there"
 
 
-def run_study(study: "Study", root: Path, options: StudyOptions) -> int:
+def run_study(study: "StudyPlan", root: Path, options: StudyOptions) -> int:
     """Run what is not complete yet, then report; returns the exit code, 1 if a run failed."""
     from moe_rl.experiments.runner import check_study, run_all
 
