@@ -1,12 +1,12 @@
 """The instruments: every metric of a rollout and of an update, from tensors to plain numbers.
 
-Routing that belongs to response token t is the routing where that token is predicted, one position
-before it; prompt-only and unread last positions never count. Definitions: docs/metrics.md.
-Everything here runs without gradients and reads the device once per call.
+The routing of response token t is that at the position where it is predicted, one before its own;
+positions of the prompt alone and the last one, which is never read, do not count. Definitions:
+docs/metrics.md. Everything here runs without gradients.
 
-Where several processes train together each gives its own sequences and a `gather`, which joins the
-rows of all of them: metrics are those of the whole batch. It is called once for all tables that a
-set of metrics needs. What is heavy, the router logits, is reduced to numbers a token before.
+Where several processes train together, each passes its own sequences and a `gather`, which joins
+the rows of all of them, so that metrics are those of the whole batch. It is called once per set of
+metrics. Router logits are too large to send: they are reduced to numbers per token before it.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,20 +30,20 @@ Tables = Mapping[str, Tensor]
 Gather = Callable[[Tables], dict[str, Tensor]]
 
 
-def alone(tables: Tables) -> dict[str, Tensor]:
-    """The rows of one process, where there is no other."""
+def gather_nothing(tables: Tables) -> dict[str, Tensor]:
+    """The `gather` of a process that trains alone: its own rows."""
     return dict(tables)
 
 
 @torch.no_grad()
 def rollout_metrics(
-    batch: RolloutBatch, old: ForwardOutput, *, gather: Gather = alone
+    batch: RolloutBatch, old: ForwardOutput, *, gather: Gather = gather_nothing
 ) -> dict[str, Any]:
-    """What the old policy's routing looks like on a rollout: spread, margin, load.
+    """The old policy's routing on a rollout: margin, confidence, entropy and load.
 
     Args:
         batch: the rollout.
-        old: its pass by the old policy, with router logits; entropy is left out if absent.
+        old: the old policy's pass over it, with router logits; token entropy where it has it.
         gather: joins the rows of all processes.
     """
     assert old.routed_experts is not None and old.router_logits is not None
@@ -52,7 +52,7 @@ def rollout_metrics(
     router = router_statistics(logits, routes, mask)
     own = {"routes": routes, "mask": mask, **router}
     if old.entropy is not None:
-        own["tokens' entropy"] = old.entropy
+        own["token_entropy"] = old.entropy
     rows = gather(own)
     load = statistics.load(rows["routes"], logits.shape[-1], rows["mask"])
     layers = {
@@ -63,15 +63,15 @@ def rollout_metrics(
     }
     metrics = _by_layer(layers)
     if old.entropy is not None:
-        metrics["entropy"] = rows["tokens' entropy"][rows["mask"]].mean().item()
+        metrics["entropy"] = rows["token_entropy"][rows["mask"]].mean().item()
     return metrics
 
 
 @torch.no_grad()
 def mismatch_metrics(
-    batch: RolloutBatch, old: ForwardOutput, *, gather: Gather = alone
+    batch: RolloutBatch, old: ForwardOutput, *, gather: Gather = gather_nothing
 ) -> dict[str, Any]:
-    """How far the rollout engine and the trainer are apart on equal weights."""
+    """How far the rollout engine and the trainer differ on equal weights."""
     assert old.routed_experts is not None and batch.routed_experts is not None
     mask, prompt_length = batch.response_mask, batch.prompt_ids.shape[1]
     engine = response_positions(batch.routed_experts, prompt_length)
@@ -104,7 +104,7 @@ def update_metrics(
     other_logprobs: Tensor | None = None,
     replayed: bool = False,
     per_position: bool = False,
-    gather: Gather = alone,
+    gather: Gather = gather_nothing,
 ) -> dict[str, Any]:
     """Every metric of one optimiser update, from its forward pass, before the weights move.
 
@@ -116,9 +116,9 @@ def update_metrics(
         old_routes: int16 [B, Sp + T, L, K], live choices of the old policy.
         old_router_logits: float32 [B, T, L, E], its router logits.
         prompt_length: Sp.
-        other_logprobs: the same pass with replay switched over; asks for the split of the
-            log-ratio variance into routing part and weight part.
-        replayed: whether `output` was replayed (and `other_logprobs` is the live one).
+        other_logprobs: of the same pass with replay off instead of on or on instead of off; adds
+            the split of the log-ratio variance into routing part and weight part.
+        replayed: whether `output` was replayed, so that `other_logprobs` is live.
         per_position: add churn by response position.
         gather: joins the rows of all processes.
     """
@@ -141,10 +141,9 @@ def update_metrics(
     if other_logprobs is not None:
         own["other_logprobs"] = other_logprobs
     rows = gather(own)
-    of_tokens = rows["logprobs"], rows["old_logprobs"], rows["mask"]
     metrics: dict[str, Any] = {
         **clip_shares(rows["clipped_low"], rows["clipped_high"], rows["mask"]),
-        **ratio_statistics(*of_tokens),
+        **ratio_statistics(rows["logprobs"], rows["old_logprobs"], rows["mask"]),
         **_prefixed("routing", _disagreement(rows["churn"])),
     }
     if "margin" in rows:
@@ -184,11 +183,12 @@ def router_statistics(logits: Tensor, routes: Tensor, mask: Tensor) -> dict[str,
 
 
 def _one_pass(logits: Tensor) -> bool:
+    """Whether one kernel reads the router logits for all statistics."""
     return logits.is_cuda
 
 
 def _disagreement(churn: Tensor) -> dict[str, Any]:
-    """The three ten-percents: expert slots (GSPO), routers (R3), tokens (R3)."""
+    """Shares of expert slots (GSPO's 10%), of routers (R3's 10%) and of tokens that differ."""
     layers = {
         "churn": statistics.per_layer(churn),
         "router_disagreement": statistics.per_layer(statistics.router_disagreement(churn)),

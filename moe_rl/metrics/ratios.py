@@ -5,11 +5,10 @@ padding may hold anything. log w = logprobs - old_logprobs per token, raw, befor
 log s = mean_t log w per sequence (GSPO's ratio, arXiv 2507.18071 eq. 7). All variances have the
 divisor N, so that the effective sample size is 1/(1 + CV^2) exactly and the parts of log w add up.
 
-Everything is computed in float64, without a host synchronisation until the values are read, all at
-once. A mask without a token makes every value NaN.
+Everything is computed in float64, without a host synchronisation until all values are read at once.
+A mask without a token makes every value NaN. Tensors that are not all [B, T], or a mask that is not
+bool, raise ValueError.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -49,11 +48,9 @@ def ratio_statistics(
         old_logprobs: [B, T], nats, of the policy that sampled.
         mask: bool [B, T].
         taus: thresholds > 1.
-
-    Raises:
-        ValueError: for shapes that differ, a mask that is not bool, or a threshold of 1 or less.
     """
-    log_ratio = _masked_difference(logprobs, old_logprobs, mask, "logprobs", "old_logprobs")
+    _check_shapes(mask, logprobs=logprobs, old_logprobs=old_logprobs)
+    log_ratio = _masked_difference(logprobs, old_logprobs, mask)
     lengths = mask.sum(1)
     sequence_log_ratio = log_ratio.sum(1) / lengths.clamp(min=1)
     values: dict[str, Tensor] = {}
@@ -78,11 +75,9 @@ def mismatch_statistics(
         mismatch/extreme_T   share of tokens with max(r, 1/r) > T = tau
 
     Both estimate KL(rollout || trainer), as the rollout engine sampled the tokens.
-
-    Raises:
-        ValueError: for shapes that differ, a mask that is not bool, or tau of 1 or less.
     """
-    log_ratio = _masked_difference(logprobs, rollout_logprobs, mask, "logprobs", "rollout_logprobs")
+    _check_shapes(mask, logprobs=logprobs, rollout_logprobs=rollout_logprobs)
+    log_ratio = _masked_difference(logprobs, rollout_logprobs, mask)
     values = {
         "mismatch/kl_k1": _mean(-log_ratio, mask),
         "mismatch/kl_k3": _mean(_k3(log_ratio), mask),
@@ -109,12 +104,10 @@ def split_log_ratio(live: Tensor, replayed: Tensor, old: Tensor, mask: Tensor) -
         replayed: [B, T], of the new weights under the old policy's routing.
         old: [B, T], of the old weights under the old routing.
         mask: bool [B, T].
-
-    Raises:
-        ValueError: for shapes that differ or a mask that is not bool.
     """
-    routing = _masked_difference(live, replayed, mask, "live", "replayed")
-    weight = _masked_difference(replayed, old, mask, "replayed", "old")
+    _check_shapes(mask, live=live, replayed=replayed, old=old)
+    routing = _masked_difference(live, replayed, mask)
+    weight = _masked_difference(replayed, old, mask)
     routing = (routing - _mean(routing, mask)).masked_fill(~mask, 0.0)
     weight = (weight - _mean(weight, mask)).masked_fill(~mask, 0.0)
     values = {
@@ -132,13 +125,8 @@ def clip_shares(clipped_low: Tensor, clipped_high: Tensor, mask: Tensor) -> dict
         clip_ratio/region                 by either (a token is never clipped by both)
 
     All three are in [0, 1]; GSPO paper (arXiv 2507.18071), figure 2, reports the last.
-
-    Raises:
-        ValueError: for shapes that differ or a mask that is not bool.
     """
-    for name, value in (("clipped_low", clipped_low), ("clipped_high", clipped_high)):
-        _check_shape(name, value, mask.shape)
-    _check_mask(mask)
+    _check_shapes(mask, clipped_low=clipped_low, clipped_high=clipped_high)
     values = {
         "clip_ratio/low": _mean(clipped_low.double(), mask),
         "clip_ratio/high": _mean(clipped_high.double(), mask),
@@ -191,37 +179,24 @@ def _k3(log_ratio: Tensor) -> Tensor:
 
 
 def _extreme(log_ratio: Tensor, mask: Tensor, tau: float) -> Tensor:
-    if not tau > 1.0:
-        raise ValueError(
-            f"tau is {tau}; expected a factor above 1: max(w, 1/w) is never below 1, so that the "
-            "share would say nothing"
-        )
+    """Share of tokens with max(w, 1/w) > tau."""
     return _mean((log_ratio.abs() > math.log(tau)).double(), mask)
 
 
-def _masked_difference(a: Tensor, b: Tensor, mask: Tensor, a_name: str, b_name: str) -> Tensor:
+def _masked_difference(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     """a - b in float64, 0 in padding, outside the graph."""
-    if a.ndim != 2:
-        raise ValueError(
-            f"{a_name} has shape {list(a.shape)}; expected [B, T]: sequences by response positions"
-        )
-    _check_shape(b_name, b, a.shape)
-    _check_shape("mask", mask, a.shape)
-    _check_mask(mask)
     return (a.detach().double() - b.detach().double()).masked_fill(~mask, 0.0)
 
 
-def _check_shape(name: str, value: Tensor, shape: torch.Size) -> None:
-    if value.shape != shape:
-        raise ValueError(
-            f"{name} has shape {list(value.shape)}; expected {list(shape)}: pass response "
-            "positions only, padded alike"
-        )
-
-
-def _check_mask(mask: Tensor) -> None:
+def _check_shapes(mask: Tensor, **tensors: Tensor) -> None:
+    for name, value in tensors.items():
+        if value.ndim != 2 or value.shape != mask.shape:
+            raise ValueError(
+                f"{name}.shape={list(value.shape)}: expected [B, T] like the mask, "
+                f"{list(mask.shape)}; pass response positions only"
+            )
     if mask.dtype != torch.bool:
-        raise ValueError(f"mask has dtype {mask.dtype}; expected torch.bool: pass mask.bool()")
+        raise ValueError(f"mask.dtype={mask.dtype}: expected torch.bool; pass mask.bool()")
 
 
 def _read(values: dict[str, Tensor], mask: Tensor) -> dict[str, float]:

@@ -39,16 +39,15 @@ def check_model_folder(folder: Path, name: str, *, tokenizer: bool = True) -> No
             shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     elif not (folder / WEIGHTS).is_file():
         pickled = sorted(file.name for glob in _PICKLED for file in folder.glob(glob))
-        if pickled:
-            raise ConfigError(
-                f"{name}: its weights are pickled, in {pickled[0]}, and reading them could run "
-                "code; save the model as safetensors"
-            )
+        found = f"; {pickled[0]} is pickled, and reading it could run code" if pickled else ""
+        raise ConfigError(
+            f"{name}: cannot be loaded (no {WEIGHTS} there{found}); save the model as safetensors"
+        )
     for shard in shards:
         with loading(name, shard), safe_open(folder / shard, framework="numpy"):
             pass  # opening compares the file's length with its header
     if tokenizer and not any(found for glob in _TOKENIZERS for found in folder.glob(glob)):
-        raise ConfigError(f"{name}: no tokenizer beside the model; save it into the folder")
+        raise ConfigError(f"{name}: cannot be loaded (no tokenizer there); save it into the folder")
 
 
 def load_model(folder: Path, name: str, *, tokenizer: bool, **options: Any) -> Any:
@@ -65,7 +64,7 @@ def load_model(folder: Path, name: str, *, tokenizer: bool, **options: Any) -> A
             is an error too: transformers would draw them at random.
     """
     check_model_folder(folder, name, tokenizer=tokenizer)
-    transformers = _import_transformers()
+    transformers = import_transformers()
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its report of weights is a table of many lines
     try:
@@ -96,10 +95,10 @@ def load_tokenizer(folder: Path, name: str) -> Any:
         ConfigError: there is none, or it cannot be read.
     """
     with loading(name):
-        return _import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _import_transformers() -> Any:
+def import_transformers() -> Any:
     """transformers without its progress bars, which would break our one line per step."""
     import transformers
 

@@ -18,7 +18,7 @@ from moe_rl.cpu import FUSED, choose_layers, new_cache, use_fused_layers
 from moe_rl.experts import choose_experts
 from moe_rl.kernels.patch import FinalLogits, final_logits
 from moe_rl.policy.families import family_config
-from moe_rl.policy.folder import load_model, load_tokenizer, loading
+from moe_rl.policy.folder import import_transformers, load_model, load_tokenizer, loading
 from moe_rl.policy.tokenizer import character_tokenizer
 from moe_rl.routing import find_routers
 
@@ -149,6 +149,7 @@ def build_policy(
         ConfigError: a folder without a model that has routers and a tokenizer, logits that are more
             than the head's product, or a device or experts backend that is unusable here.
     """
+    import_transformers()  # no progress bars, neither now nor when the model is saved
     device = resolve_device(config.device)
     dtype = getattr(torch, config.dtype)
     if config.checkpoint is None:
@@ -198,9 +199,17 @@ def _load(folder: str, alphabet: str) -> tuple[Any, PreTrainedTokenizerBase]:
     path, name = Path(folder), f"checkpoint={folder!r}"
     model = load_model(path, name, tokenizer=True)
     tokenizer = load_tokenizer(path, name)
-    with loading(name):
+    try:
         find_routers(model)
-        spelled = tokenizer.decode(tokenizer.encode(alphabet, add_special_tokens=False))
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    words = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > words:
+        raise ConfigError(
+            f"{name}: its tokenizer has {len(tokenizer)} tokens, its model embeds {words}: they do "
+            "not belong together; save the model's own tokenizer into the folder"
+        )
+    spelled = tokenizer.decode(tokenizer.encode(alphabet, add_special_tokens=False))
     if tokenizer.eos_token_id is None or spelled != alphabet:
         raise ConfigError(
             f"{name}: its tokenizer cannot spell the task's characters {alphabet!r:.80} or has no "

@@ -1,4 +1,4 @@
-"""Settings of a whole process that a run relies on: threads, and reuse of freed memory."""
+"""Settings of the process that a run relies on: number of threads, reuse of freed memory."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from moe_rl.cpu import keep_freed_memory
 
 
 def prepare_process(num_threads: int) -> None:
-    """Give torch and numpy `num_threads` threads each, and let freed memory be used again."""
+    """Give torch and numpy `num_threads` threads each, and keep freed memory for reuse."""
     torch.set_num_threads(num_threads)
-    # numpy's matrix products have threads of their own, which torch's setting does not reach.
+    # numpy's BLAS has a thread pool of its own, which torch's setting does not reach.
     threadpool_limits(num_threads, user_api="blas")
     keep_freed_memory()
 

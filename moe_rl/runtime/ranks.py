@@ -1,7 +1,7 @@
 """Processes that train together: which one this is, and the few things they tell each other.
 
-torchrun starts them and says so in the environment. Alone there is one rank, and every exchange
-gives back what it was given. Tensors travel as bytes: exact in any dtype, and nothing is pickled.
+torchrun starts them and says so in the environment. A process that trains alone is one rank, and
+every exchange returns its own values. Tensors are sent as bytes: exact in any dtype, not pickled.
 """
 
 import contextlib
@@ -37,11 +37,11 @@ class Ranks:
     def gather(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rows of all ranks, one rank's after the other's; a rank may have any number of them.
 
-        An exchange of little takes about as long as one of nothing: tables that are needed
-        together travel together.
+        The time of a small exchange hardly depends on its size, so tables that are needed together
+        are sent together: one exchange of sizes, one of all bytes.
 
         Args:
-            tables: [n, ...] each, alike on all ranks but for n.
+            tables: [n, ...] each, with equal names, dtypes and trailing shapes on all ranks.
         """
         if self.size == 1:
             return dict(tables)
@@ -55,7 +55,7 @@ class Ranks:
             for found, length in zip(self._exchange(data), lengths, strict=True)
         ]
         return {
-            # Joined first: the place of a part among others may be no multiple of its items' size.
+            # Joined before `view(dtype)`: a part's offset need not be a multiple of its item size.
             name: torch.cat(of_ranks).view(table.dtype).view(-1, *table.shape[1:])
             for (name, table), of_ranks in zip(
                 tables.items(), zip(*parts, strict=True), strict=True
@@ -72,7 +72,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A block that fails on all ranks if it fails on one.
+        """Make a block fail on all ranks if it fails on one, so that none waits for a dead one.
 
         Raises:
             PeerFailed: where the block itself did not fail.
@@ -86,12 +86,12 @@ class Ranks:
             raise failure or PeerFailed("another process has failed; its own message says why")
 
     def _numbers(self, value: float, dtype: torch.dtype) -> list[Any]:
-        """A number of each rank."""
+        """One number of each rank."""
         own = torch.tensor([value], dtype=dtype, device=_device())
         return torch.cat(self._exchange(own)).tolist()
 
     def _exchange(self, own: Tensor) -> list[Tensor]:
-        """A tensor of each rank, of one shape."""
+        """The tensor of each rank; all have one shape."""
         found = [torch.empty_like(own) for _ in range(self.size)]
         distributed.all_gather(found, own)
         return found
@@ -105,8 +105,8 @@ def _device() -> torch.device:
 def join() -> Iterator[Ranks]:
     """The ranks that torchrun started, for the length of a block; one rank where it did not.
 
-    Each takes the GPU of its local rank, where there is one. A group of processes that is there
-    already is used, and left as it is.
+    Each takes the GPU of its local rank, where there is one. An existing process group is used and
+    not destroyed.
     """
     if distributed.is_initialized():
         yield Ranks(rank=distributed.get_rank(), size=distributed.get_world_size())
@@ -122,7 +122,7 @@ def join() -> Iterator[Ranks]:
     try:
         yield Ranks(rank=distributed.get_rank(), size=distributed.get_world_size())
     finally:
-        # gloo's thread takes the GIL to let go of the last exchange's tensors. Whoever ends the
-        # group, here or with a wrapped model that holds it, waits for that thread with the GIL.
+        # gloo's thread takes the GIL to free the tensors of the last exchange, while whoever
+        # destroys the group holds the GIL and waits for that thread: let it finish first.
         time.sleep(_SETTLING)
         distributed.destroy_process_group()

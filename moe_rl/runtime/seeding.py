@@ -1,6 +1,6 @@
 """Randomness as a pure function of (run seed, purpose, step, prompt, sample).
 
-There is no generator state to save: any draw of any step can be made again from its address, in any
+There is no generator state to save: any draw of any step can be repeated from its address, in any
 order and on any rank. Built on NumPy's Philox, a counter-based generator (Salmon et al., SC 2011).
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 _COUNTER_BLOCK = 2**64  # Draws at one address before the lowest counter word spills over.
-# With a sample added, still inside the 63 bits that engines take.
+# Engines take seeds of 63 bits, and the number of the sample is added to this.
 _ENGINE_SEEDS = 2**62
 
 

@@ -1,8 +1,7 @@
 """Which prompts of a rollout a rank samples and trains on.
 
-Prompt n goes to rank n modulo the number of ranks: every update's prompts, which are neighbours,
-are spread over all ranks, at most one more on one than on another. What a rank holds of an update
-is again a range of neighbours in its own batch.
+Prompt n goes to rank n modulo the number of ranks. The consecutive prompts of an update are thereby
+spread evenly over all ranks, and those that one rank holds are consecutive in its own batch.
 """
 
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from moe_rl.config import ConfigError, RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """One rank's prompts of a rollout of P prompts, which m updates take in order."""
+    """One rank's prompts of a rollout, which is cut into consecutive updates of equal size."""
 
     rank: int
     size: int
@@ -21,7 +20,7 @@ class Share:
 
     @classmethod
     def of(cls, config: RunConfig, rank: int, size: int) -> "Share":
-        """The share of a rank of a run.
+        """The share of one rank of a run.
 
         Raises:
             ConfigError: there are more ranks than prompts.
@@ -44,7 +43,7 @@ class Share:
         return range(self.rank, self.num_prompts, self.size)
 
     def of_update(self, update: int) -> slice:
-        """Where the prompts of an update lie in the rank's own batch; may be empty."""
+        """The rank's own prompts of an update, as a slice of its batch; may be empty."""
         each = self.num_prompts // self.updates
         return slice(self._before(update * each), self._before((update + 1) * each))
 
@@ -53,11 +52,11 @@ class Share:
         return len(range(self.rank, prompt, self.size))
 
     def most_of_update(self, update: int) -> int:
-        """Prompts of an update on the rank that holds the most."""
+        """Number of prompts of an update on the rank that holds the most."""
         each = self.num_prompts // self.updates
         return -(-each // self.size)
 
     def order(self) -> list[int]:
-        """Where each prompt of the rollout lies when the ranks' batches are joined."""
+        """Index of each prompt of the rollout in the joined batches of all ranks."""
         joined = [n for rank in range(self.size) for n in range(rank, self.num_prompts, self.size)]
         return sorted(range(self.num_prompts), key=joined.__getitem__)

@@ -1,4 +1,4 @@
-"""Seconds by purpose, with the device's work waited for."""
+"""Seconds by purpose; a CUDA device is synchronised at the ends of each block."""
 
 import time
 from collections import defaultdict
@@ -9,16 +9,16 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the time that blocks take.
+    """Adds up the seconds that named blocks take.
 
     Args:
-        device: whose queued work belongs to the block that queued it.
+        device: its queued work counts for the block that queued it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.seconds: dict[str, float] = defaultdict(float)
-        """Of blocks that have ended."""
+        """Seconds by purpose of the blocks that have ended."""
         self._begun: dict[str, float] = {}
 
     @contextmanager

@@ -1,7 +1,7 @@
 """One policy on several ranks, by PyTorch's own DistributedDataParallel or FSDP2.
 
-Both act where the module that they wrap is called, while a pass of ours is a function that calls
-parts of the policy. Between the two stands a module whose forward runs any function.
+Both act when the module that they wrap is called, while our passes are functions that call parts of
+the policy. `_Inside`, a module whose forward runs any function, joins the two.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ class Wrapped:
 
     Args:
         model: sharded in place by `fsdp`, a copy on each rank otherwise.
-        ranks: of this process; alone nothing is wrapped.
-        parallelism: ddp keeps the whole model on each rank, fsdp a part of every layer.
+        ranks: a single rank wraps nothing.
+        parallelism: ddp keeps the whole model on each rank, fsdp a shard of every layer.
     """
 
     def __init__(self, model: Any, ranks: Ranks, parallelism: Parallelism) -> None:
@@ -48,7 +48,7 @@ class Wrapped:
         if ranks.size == 1:
             return
         if parallelism == "ddp":
-            # Buffers are alike from the start: nothing here changes them.
+            # Buffers are equal on all ranks, and nothing here changes them.
             self._inside = DistributedDataParallel(self._inside, broadcast_buffers=False)
             return
         mesh = init_device_mesh(model.device.type, (ranks.size,))
@@ -57,7 +57,7 @@ class Wrapped:
         self._sharded.append(fully_shard(self._inside, mesh=mesh))
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
-        """function(*args), which may call the model and any part of it."""
+        """Return function(*args), which may call the model and any part of it."""
         result: T = self._inside(function, *args)
         return result
 
@@ -72,7 +72,7 @@ class Wrapped:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """All of the model on this rank: within, ranks need not make equally many passes."""
+        """Gather the whole model on each rank: ranks may then make different numbers of passes."""
         for module in self._sharded:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
@@ -85,7 +85,7 @@ class Wrapped:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor, put together if each rank holds a part; then all ranks must call."""
+    """The whole of a tensor; where it is sharded, all ranks must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -99,5 +99,5 @@ def shard_like(tensor: Tensor, sharded: Tensor) -> Tensor:
 
 
 def clip_gradients(parameters: list[nn.Parameter], most: float) -> float:
-    """Scale gradients to a norm of at most `most`; returns the norm over all ranks before that."""
+    """Scale gradients to a norm of at most `most`; return their norm before, over all ranks."""
     return whole_tensor(torch.nn.utils.clip_grad_norm_(parameters, most)).item()
