@@ -68,11 +68,12 @@ def check_can_be_made(folder: Path, option: str) -> None:
         ConfigError: names the option, and the part of the path that is in the way.
     """
     path = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    name, where = f"{option}={str(folder)!r}", "" if path == folder else f" ({path})"
     if not path.is_dir():
-        raise ConfigError(f"{option}={str(folder)!r}: {path} is a file; give a folder")
+        raise ConfigError(f"{name}: a file is in the way{where}; give a folder")
     if not os.access(path, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"{option}={str(folder)!r}: no permission to write in {path}; give another folder"
+            f"{name}: nothing can be written there{where}, Permission denied; give another folder"
         )
 
 
