@@ -76,8 +76,6 @@ def train(
     that is complete is left as it is.
 
     Args:
-        config: the run.
-        folder: its run folder.
         cold_start_cache: folder of all cold starts.
         resume: continue from the newest whole checkpoint in the folder, from the start if there is
             none. The rest of the run is bitwise that of one which was never interrupted, on equally
@@ -97,12 +95,7 @@ def train(
         PeerFailed: another process has failed.
     """
     config, task = _resolve(config)
-    if config.engine == "vllm":
-        import_extra("vllm", extra="vllm", option="engine='vllm'")
-    if config.model.checkpoint is not None and not resume:  # which reads a checkpoint of its own
-        where = config.model.checkpoint
-        check_model_folder(Path(where), f"checkpoint={where!r}")
-    check_run_folder(folder, config)
+    _check_files(config, folder, resume=resume)
     if is_complete(folder):
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text("utf-8"))
         return summary
@@ -121,11 +114,7 @@ def train(
             if ranks.main:
                 stack.enter_context(lock_run_folder(folder))
         checkpoints = Checkpoints(folder / "checkpoints")
-        checkpoint = checkpoints.newest(on_damage if resume else _refuse_to_start_over)
-        if checkpoint is not None and not resume:
-            _refuse_to_start_over(str(checkpoint))
-        if resume and checkpoint is None and (folder / UPDATES).exists():
-            on_damage(f"{folder}: no checkpoint to resume from; the run starts anew")
+        checkpoint = _find_checkpoint(checkpoints, folder, on_damage if resume else None)
         # The log comes after the policy: a config that cannot start leaves no run in the folder.
         sharded = parallelism == "fsdp" and ranks.size > 1
         if checkpoint is None:
@@ -155,6 +144,16 @@ def train(
             return trainer.run(on_step if ranks.main else None)
 
 
+def _check_files(config: RunConfig, folder: Path, *, resume: bool) -> None:
+    """Refuse packages, model folders and run folders that cannot be used, without torch."""
+    if config.engine == "vllm":
+        import_extra("vllm", extra="vllm", option="engine='vllm'")
+    where = config.model.checkpoint
+    if where is not None and not resume:  # a resumed run reads a checkpoint of its own
+        check_model_folder(Path(where), f"checkpoint={where!r}")
+    check_run_folder(folder, config)
+
+
 def _check_processes(config: RunConfig, ranks: Ranks) -> None:
     """Refuse what cannot work on several processes, before any work."""
     from moe_rl.runtime.share import Share
@@ -171,6 +170,18 @@ def _check_processes(config: RunConfig, ranks: Ranks) -> None:
             f"engine='vllm' on {ranks.size} processes: each would build an engine of its own on "
             "the same GPU; use one process, or engine='cached'"
         )
+
+
+def _find_checkpoint(
+    checkpoints: Checkpoints, folder: Path, on_damage: Callable[[str], None] | None
+) -> Path | None:
+    """The checkpoint to resume from; a run that is not resumed (no `on_damage`) may have none."""
+    checkpoint = checkpoints.newest(on_damage or _refuse_to_start_over)
+    if on_damage is None and checkpoint is not None:
+        _refuse_to_start_over(str(checkpoint))
+    if on_damage is not None and checkpoint is None and (folder / UPDATES).exists():
+        on_damage(f"{folder}: no checkpoint to resume from; the run starts anew")
+    return checkpoint
 
 
 def _refuse_to_start_over(found: str) -> NoReturn:
