@@ -1,12 +1,12 @@
-"""The arguments of `token_logprobs`: what shapes, dtypes and numbers alone can tell about them."""
+"""The arguments of `token_logprobs`: their checks, and the form in which the backends take them."""
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 NO_INDEX = torch.iinfo(torch.int64).min
 """An `ignore_index` that no target has: stands for None where an integer is needed."""
@@ -15,63 +15,55 @@ ZERO_LOG_P = -1e4
 """A log-probability whose exponential is 0 in float64 too, and whose multiples are finite."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Head:
-    """How hidden states become a distribution, apart from the matrix.
+class HeadInputs(NamedTuple):
+    """What every backend takes: the arguments of `token_logprobs`, checked, over N tokens."""
 
-    scores = cap(hidden @ weight.T + bias) / temperature, cap(z) = softcap * tanh(z / softcap).
-    """
+    hidden: Tensor
+    """`[N, H]`."""
+    weight: Tensor
+    """`[V, H]`."""
+    targets: Tensor
+    """int64 `[N]`."""
+    bias: Tensor | None
+    """`[V]`."""
+    temperature: float | Tensor
+    """One positive number, or one a token, float `[N]`."""
+    softcap: float | None
+    ignore_index: int
+    """Target of the tokens that do not count; `NO_INDEX`: all count."""
 
-    temperature: float | Tensor = 1.0
-    """Softmax temperature: one positive number, or one a token, float `[N]`."""
-    softcap: float | None = None
-    """Bound of the logits, positive; None: unbounded."""
-    ignore_index: int = NO_INDEX
-    """Target of the tokens that do not count."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the arithmetic: float32, or float64 as soon as one tensor is."""
+        return compute_dtype(self.hidden, self.weight, self.bias)
 
 
-def check_arguments(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    ignore_index: int | None,
-) -> None:
-    """Raise ValueError on what shapes, dtypes and numbers tell is wrong."""
-    _check_layout(weight)
-    if hidden.device.type == "meta":
-        raise ValueError("hidden is on the meta device: it has no numbers; materialise the model")
-    if hidden.ndim < 1 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+def check_arguments(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError on what shapes, dtypes and devices tell is wrong."""
+    sharded = tuple(getattr(weight, "ds_shape", weight.shape)) != tuple(weight.shape)
+    if sharded or hasattr(weight, "full_tensor"):
         raise ValueError(
-            "hidden [..., H] and weight [V, H] must agree in H, "
-            f"got hidden {list(hidden.shape)} and weight {list(weight.shape)}"
+            "weight: this process holds only a shard of it; gather it first, with "
+            "deepspeed.zero.GatheredParameters([weight]) or weight.full_tensor()"
         )
-    if 0 in weight.shape:
-        raise ValueError(f"weight [V, H] must have a word and a width, got {list(weight.shape)}")
-    if targets.shape != hidden.shape[:-1]:
+    if weight.ndim != 2 or hidden.shape[-1:] != weight.shape[1:]:
         raise ValueError(
-            f"targets must have hidden's leading shape {list(hidden.shape[:-1])}, "
-            f"got {list(targets.shape)}: one target per hidden state"
+            f"hidden={list(hidden.shape)}, weight={list(weight.shape)}: must be [..., H] and "
+            "[V, H] with the same H"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
-    if targets.dtype != torch.int64:
-        raise ValueError(f"targets must be int64, got {targets.dtype}: call targets.long()")
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} must be floating point of 16 to 64 bits, got {tensor.dtype}")
-    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}")
-    if softcap is not None and not _is_positive(softcap):
-        raise ValueError(f"softcap must be positive and finite, or None, got {softcap!r}")
-    if ignore_index is not None and not (
-        isinstance(ignore_index, int) and NO_INDEX < ignore_index <= torch.iinfo(torch.int64).max
+    for name, tensor, shape, dtypes in (
+        ("hidden", hidden, hidden.shape, FLOATS),
+        ("weight", weight, weight.shape, FLOATS),
+        ("targets", targets, hidden.shape[:-1], (torch.int64,)),
+        ("bias", bias, weight.shape[:1], FLOATS),
     ):
-        raise ValueError(
-            f"ignore_index must be a Python int of 64 bits or None, got {ignore_index!r}"
-        )
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != hidden.device:
+            raise ValueError(
+                f"{name}={tensor.dtype} {list(tensor.shape)} on {tensor.device}: must have shape "
+                f"{list(shape)}, be on {hidden.device} and one of {', '.join(map(str, dtypes))}"
+            )
 
 
 def can_look(values: Tensor) -> bool:
@@ -79,55 +71,57 @@ def can_look(values: Tensor) -> bool:
     return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_words(targets: Tensor, vocab: int, head: Head) -> None:
+def check_targets(inputs: HeadInputs) -> None:
     """Raise IndexError on a target that is no word, where looking costs nothing."""
+    targets, vocab = inputs.targets, len(inputs.weight)
     if not can_look(targets):
         return
     wrong = (targets < 0) | (targets >= vocab)
-    ignores = head.ignore_index != NO_INDEX
-    if ignores:
-        wrong &= targets != head.ignore_index
+    if inputs.ignore_index != NO_INDEX:
+        wrong &= targets != inputs.ignore_index
     if bool(wrong.any()):
+        ignored = None if inputs.ignore_index == NO_INDEX else inputs.ignore_index
         raise IndexError(
-            f"targets must lie in [0, {vocab}), got {int(targets[wrong][0])}; ignore_index="
-            f"{head.ignore_index if ignores else None} marks tokens that do not count"
+            f"targets={int(targets[wrong][0])}: must lie in [0, {vocab}), or be the ignore_index, "
+            f"which is {ignored}"
         )
 
 
-def _is_positive(number: object) -> bool:
-    try:
-        return bool(0 < number < math.inf)  # type: ignore[operator]
-    except TypeError:
-        return False
-
-
-def check_temperature(
+def checked_temperature(
     temperature: float | Tensor, targets: Tensor, ignore_index: int | None
 ) -> float | Tensor:
     """The temperature as a number, or as float32 or float64 `[N]` on the device of the targets.
 
-    The values of a tensor are left alone: looking at them would drain a GPU's queue. Those of
-    tokens that do not count are 1, whatever fills the padding.
+    The values of a tensor are not checked: looking at them would drain a GPU's queue. Those of
+    tokens that do not count become 1, whatever fills the padding.
 
     Raises:
-        ValueError: not positive, not finite, or a tensor that is not one number a token.
+        ValueError: not a positive finite number, nor a tensor of one number a token.
     """
     if not isinstance(temperature, Tensor):
-        if not _is_positive(temperature):
-            raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
-        return float(temperature)
-    if temperature.requires_grad:
-        raise ValueError("temperature must not require a gradient: there is none; detach() it")
-    if not temperature.is_floating_point() or temperature.shape not in ((), targets.shape):
+        return checked_positive("temperature", temperature)
+    floating = temperature.is_floating_point() and not temperature.requires_grad
+    if not floating or temperature.shape not in ((), targets.shape):
         raise ValueError(
-            f"temperature must be a float or a float tensor of targets' shape "
-            f"{list(targets.shape)}, got {temperature.dtype} {list(temperature.shape)}"
+            f"temperature={temperature.dtype} {list(temperature.shape)}: must be a float, or a "
+            f"float tensor of the targets' shape {list(targets.shape)} without a gradient"
         )
     dtype = torch.promote_types(torch.float32, temperature.dtype)
     spread = temperature.to(targets.device, dtype).expand(targets.shape)
     if ignore_index is not None:
         spread = spread.where(targets != ignore_index, 1)
     return spread.reshape(-1)
+
+
+def checked_positive(name: str, number: float) -> float:
+    """The number as a float.
+
+    Raises:
+        ValueError: it is not positive and finite.
+    """
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}={number!r}: must be positive and finite")
+    return float(number)
 
 
 def dense_like(tensor: Tensor) -> Tensor:
@@ -141,15 +135,3 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     for tensor in tensors:
         dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
     return dtype
-
-
-def _check_layout(weight: Tensor) -> None:
-    """Refuse a matrix of which this process holds a part only."""
-    whole = tuple(getattr(weight, "ds_shape", weight.shape))
-    if whole != tuple(weight.shape):
-        raise ValueError(
-            f"weight is partitioned by DeepSpeed ZeRO-3 (whole shape {whole}): "
-            "gather it first, with deepspeed.zero.GatheredParameters([weight])"
-        )
-    if hasattr(weight, "full_tensor"):
-        raise ValueError("weight is a DTensor: pass weight.full_tensor(), the whole matrix")

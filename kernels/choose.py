@@ -27,8 +27,8 @@ def choose_backend(
 
     Args:
         requested: `auto`, or a backend by name, which is then taken or refused, never replaced.
-        device: where the tensors are.
-        dtype: the widest of hidden, weight and bias.
+        device: device of the tensors.
+        dtype: the widest dtype of hidden, weight and bias.
         num_tokens: N.
         vocab: V.
         autocast: whether torch.autocast is on, under which autograd's backward pass, too, would
@@ -37,15 +37,9 @@ def choose_backend(
     Raises:
         ValueError: an unknown name, or a backend that cannot run on this device and dtype.
     """
-    if requested not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {requested!r}")
     kind = torch.device(device).type
-    if requested == "triton":
-        obstacle = triton_obstacle(kind, dtype)
-        if obstacle:
-            raise ValueError(f"backend 'triton' cannot run: {obstacle}")
     if requested != "auto":
-        return Choice(requested, "asked for by name")
+        return named_backend(requested, BACKENDS, kind, dtype)
     few = num_tokens * vocab <= SMALL_LOGITS
     if few and not autocast:
         return Choice(
@@ -63,12 +57,28 @@ def choose_backend(
     return Choice("triton", "CUDA device and Triton: the fused kernels")
 
 
+def named_backend(
+    requested: str, known: tuple[str, ...], device_type: str, dtype: torch.dtype
+) -> Choice:
+    """A backend asked for by name, which is taken or refused, never replaced.
+
+    Raises:
+        ValueError: an unknown name, or a backend that cannot run on this device and dtype.
+    """
+    if requested not in known:
+        raise ValueError(f"backend={requested!r}: unknown; choose from {', '.join(known)}")
+    obstacle = triton_obstacle(device_type, dtype)
+    if requested == "triton" and obstacle:
+        raise ValueError(f"backend='triton': cannot run: {obstacle}")
+    return Choice(requested, "asked for by name")
+
+
 def triton_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot run on this device and dtype; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (it ships with PyTorch for CUDA on Linux)"
     if dtype == torch.float64:
-        return "they compute in float32 and an input is float64; use backend='reference'"
+        return "its kernels compute in float32 and an input is float64; use backend='reference'"
     if device_type != "cuda" and not interpreting():
         return (
             f"the tensors are on {device_type}. Move them to a CUDA device, or set "

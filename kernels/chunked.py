@@ -14,8 +14,15 @@ of a chunk, R tokens of a block.
 import torch
 from torch import Tensor
 
-from moe_rl.kernels.arguments import ZERO_LOG_P, Head, dense_like
-from moe_rl.kernels.chunks import Chunk, Work, counted, each, full, place
+from moe_rl.kernels.arguments import ZERO_LOG_P, HeadInputs, dense_like
+from moe_rl.kernels.chunks import (
+    Chunk,
+    ChunkedProduct,
+    counted,
+    fill_rows,
+    place,
+    take_rows_of_each,
+)
 from moe_rl.kernels.product import product
 from moe_rl.kernels.rows import (
     Gradients,
@@ -28,84 +35,68 @@ from moe_rl.kernels.rows import (
 )
 
 
-def chunked_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    head: Head,
-    *,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def chunked_forward(inputs: HeadInputs, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`(logprobs, entropy, lse)` `[N]`, lse in float64; entropy is empty unless asked for."""
-    rows = counted(targets, head)
-    work = Work.of(hidden, weight, targets, bias, head, rows)
-    exact = exact_target_scores(work.hidden, weight, work.targets, bias, work.head)
-    sums = _Running(exact, work.hidden.dtype, entropy=entropy)
+    rows = counted(inputs)
+    work = ChunkedProduct(inputs, rows)
+    dtype, targets = work.inputs.hidden.dtype, work.inputs.targets
+    exact = exact_target_scores(work.inputs)
+    sums = _Running(exact, dtype, entropy=entropy)
     for chunk in work.chunks():
         for block in work.blocks():
-            sums.add(block, work.scores(chunk, block), work.targets[block] - chunk.start)
+            sums.add(block, work.scores(chunk, block), targets[block] - chunk.start)
     logprobs, spread, lse = outputs_of(exact, *sums.values)
-    dtype = work.hidden.dtype
     return (
-        full(logprobs, rows, targets, dtype),
-        full(spread, rows, targets, dtype),
-        full(lse, rows, targets, torch.float64),
+        fill_rows(logprobs, rows, inputs.targets, dtype),
+        fill_rows(spread, rows, inputs.targets, dtype),
+        fill_rows(lse, rows, inputs.targets, torch.float64),
     )
 
 
 def chunked_backward(
     grads: Gradients,
     outputs: tuple[Tensor, Tensor, Tensor],
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    head: Head,
+    inputs: HeadInputs,
     *,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients to hidden, weight and bias, summed in float32 (or 64), in the inputs' dtypes."""
-    rows = counted(targets, head)
-    work = Work.of(hidden, weight, targets, bias, head, rows)
-    slope = slopes(each(grads, rows), each(outputs, rows), work.head, work.hidden.dtype)
-    to_hidden = torch.zeros_like(work.hidden) if wanted[0] else None
-    to_weight = dense_like(weight) if wanted[1] else None
+    rows = counted(inputs)
+    work = ChunkedProduct(inputs, rows)
+    hidden, bias = work.inputs.hidden, inputs.bias
+    slope = slopes(
+        take_rows_of_each(grads, rows),
+        take_rows_of_each(outputs, rows),
+        work.inputs.temperature,
+        hidden.dtype,
+    )
+    to_hidden = torch.zeros_like(hidden) if wanted[0] else None
+    to_weight = dense_like(inputs.weight) if wanted[1] else None
     to_bias = torch.empty_like(bias) if wanted[2] and bias is not None else None
     for chunk in work.chunks():
-        sums = _Totals(chunk)
+        # Summed over blocks of tokens, then stored in the inputs' dtype.
+        weight_sum: Tensor | float = 0.0
+        bias_sum = hidden.new_zeros(len(chunk))
         for block in work.blocks():
             to_scores = _slopes_of_scores(work, chunk, block, slope)
             if to_hidden is not None:
                 for part, columns in zip(work.columns, chunk.weights, strict=True):
                     to_hidden[block, part] += product(to_scores, columns)
             if to_weight is not None:
-                sums.add_weight(product(to_scores.t(), work.hidden[block]))
+                part_sum = product(to_scores.t(), hidden[block])
+                fresh = isinstance(weight_sum, float)  # the first block's is taken as it is
+                weight_sum = part_sum if fresh else weight_sum.add_(part_sum)
             if to_bias is not None:
-                sums.bias += to_scores.sum(0)
+                bias_sum += to_scores.sum(0)
         if to_weight is not None:
-            to_weight[chunk.words] = sums.weight
+            to_weight[chunk.words] = weight_sum
         if to_bias is not None:
-            to_bias[chunk.words] = sums.bias
-    return _to_all_rows(to_hidden, rows, hidden), to_weight, to_bias
-
-
-class _Totals:
-    """Gradients to a chunk of the weight and the bias, summed over blocks of tokens."""
-
-    def __init__(self, chunk: Chunk) -> None:
-        self.bias = chunk.weights[0].new_zeros(len(chunk))
-        self.weight: Tensor | float = 0.0  # the first block's product is taken as it is
-
-    def add_weight(self, part: Tensor) -> None:
-        self.weight = self.weight.add_(part) if isinstance(self.weight, Tensor) else part
-
-
-def _to_all_rows(grad: Tensor | None, rows: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """The gradient to hidden with zeros at the tokens that do not count."""
-    if grad is None or rows is None:
-        return None if grad is None else grad.to(hidden.dtype)
-    return dense_like(hidden).zero_().index_copy_(0, rows, grad.to(hidden.dtype))
+            to_bias[chunk.words] = bias_sum
+    if to_hidden is not None:
+        to_hidden = to_hidden.to(inputs.hidden.dtype)
+        if rows is not None:
+            to_hidden = dense_like(inputs.hidden).zero_().index_copy_(0, rows, to_hidden)
+    return to_hidden, to_weight, to_bias
 
 
 class _Running:
@@ -140,13 +131,13 @@ class _Running:
                 whole[block] = part
 
 
-def _slopes_of_scores(work: Work, chunk: Chunk, block: slice, slope: Slopes) -> Tensor:
+def _slopes_of_scores(work: ChunkedProduct, chunk: Chunk, block: slice, slope: Slopes) -> Tensor:
     """d loss / d (hidden @ weight.T + bias) `[R, C]` for one block of one chunk."""
     scores = work.scores(chunk, block)
     cap_slope = None
-    if work.head.softcap is not None:
+    if work.inputs.softcap is not None:
         temperature = work.temperature(block, scores.dtype)
-        tanh = scores / work.head.softcap
+        tanh = scores / work.inputs.softcap
         cap_slope = (tanh if temperature is None else tanh.mul_(temperature)).square_().neg_()
         cap_slope += 1
     scores.sub_(slope.lse[block].unsqueeze(1))
@@ -158,5 +149,5 @@ def _slopes_of_scores(work: Work, chunk: Chunk, block: slice, slope: Slopes) -> 
             scores.clamp_min_(ZERO_LOG_P)
         pull = scores * -slope.spread[block].unsqueeze(1)
         scores.exp_().mul_(pull.add_(base))
-    place(scores, work.targets[block] - chunk.start, slope.target[block])
+    place(scores, work.inputs.targets[block] - chunk.start, slope.target[block])
     return scores if cap_slope is None else scores.mul_(cap_slope)

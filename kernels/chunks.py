@@ -3,7 +3,6 @@
 Shapes: N tokens, H hidden size, V vocabulary, C words of a chunk, R tokens of a block.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_rl.kernels.arguments import NO_INDEX, Head, compute_dtype
+from moe_rl.kernels.arguments import NO_INDEX, HeadInputs
 from moe_rl.kernels.product import columns, product, product_plus
 
 CHUNK_NUMBERS = 2**22  # of the weight: 16 MiB in float32
@@ -37,70 +36,54 @@ class Chunk:
         return len(self.weights[0])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """The tokens that count, in the dtype of the arithmetic, and the head over all words."""
+class ChunkedProduct:
+    """The scores of the tokens that count, in the dtype of the arithmetic, chunk by chunk.
 
-    hidden: Tensor
-    parts: list[Tensor]
-    """`hidden` cut into ranges of the hidden size, as a chunk's weights are."""
-    columns: list[slice]
-    targets: Tensor
-    head: Head
-    weight: Tensor
-    bias: Tensor | None
-    words: int
+    Args:
+        inputs: one call's.
+        rows: indices of the tokens that count, see `counted`.
+    """
 
-    @classmethod
-    def of(
-        cls,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        bias: Tensor | None,
-        head: Head,
-        rows: Tensor | None,
-    ) -> "Work":
-        """The work of one call; `rows` as `counted` gives them."""
-        dtype = compute_dtype(hidden, weight, bias)
-        vocab, width = weight.shape
-        if isinstance(head.temperature, Tensor):
-            head = dataclasses.replace(head, temperature=take(head.temperature, rows))
-        ranges = columns(width) if hidden.device.type == "cpu" else [slice(0, width)]
-        hidden = take(hidden, rows).to(dtype).contiguous()
-        return cls(
-            hidden=hidden,
-            parts=[hidden[:, part].contiguous() for part in ranges],
-            columns=ranges,
-            targets=take(targets, rows),
-            head=head,
-            weight=weight,
-            bias=bias,
-            words=max(1, min(vocab, MAX_WORDS, CHUNK_NUMBERS // max(width, 1))),
+    def __init__(self, inputs: HeadInputs, rows: Tensor | None) -> None:
+        vocab, width = inputs.weight.shape
+        temperature = inputs.temperature
+        on_cpu = inputs.hidden.device.type == "cpu"
+        self.columns = columns(width) if on_cpu else [slice(0, width)]
+        """Ranges of the hidden size, whose products are added up."""
+        self.inputs = inputs._replace(
+            hidden=take_rows(inputs.hidden, rows).to(inputs.dtype).contiguous(),
+            targets=take_rows(inputs.targets, rows),
+            temperature=(
+                take_rows(temperature, rows) if isinstance(temperature, Tensor) else temperature
+            ),
         )
+        self.parts = [self.inputs.hidden[:, part].contiguous() for part in self.columns]
+        """`hidden` cut into these ranges, as a chunk's weights are."""
+        self.words = max(1, min(vocab, MAX_WORDS, CHUNK_NUMBERS // max(width, 1)))
+        """C."""
 
     def chunks(self) -> Iterator[Chunk]:
         """The vocabulary, chunk by chunk; the next overwrites the weights of the one before."""
-        dtype = self.hidden.dtype
+        dtype, whole, biases = self.inputs.hidden.dtype, self.inputs.weight, self.inputs.bias
         # New memory for each chunk would be paged in anew, at a sixth of the product's time.
         room: dict[int, Tensor] = {}
-        for start in range(0, len(self.weight), self.words):
+        for start in range(0, len(whole), self.words):
             words = slice(start, start + self.words)
             weights = []
             for number, part in enumerate(self.columns):
-                weight = self.weight[words, part]
+                weight = whole[words, part]
                 if weight.dtype != dtype or not weight.is_contiguous():
                     if number not in room:
                         room[number] = torch.empty(weight.shape, dtype=dtype, device=weight.device)
                     weight = room[number][: len(weight)].copy_(weight)
                 weights.append(weight)
-            bias = None if self.bias is None else self.bias[words].to(dtype)
+            bias = None if biases is None else biases[words].to(dtype)
             yield Chunk(words=words, weights=weights, bias=bias)
 
     def blocks(self) -> Iterator[slice]:
         """The tokens, block by block."""
         step = max(1, BLOCK_SCORES // self.words)
-        for start in range(0, len(self.hidden), step):
+        for start in range(0, len(self.inputs.hidden), step):
             yield slice(start, start + step)
 
     def scores(self, chunk: Chunk, block: slice) -> Tensor:
@@ -112,16 +95,18 @@ class Work:
             scores = product_plus(hidden[block], weight.t(), scores)
         if chunk.bias is not None:
             scores += chunk.bias
-        if self.head.softcap is not None:
-            scores.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
+        softcap = self.inputs.softcap
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
         temperature = self.temperature(block, scores.dtype)
         return scores if temperature is None else scores.div_(temperature)
 
     def temperature(self, block: slice, dtype: torch.dtype) -> float | Tensor | None:
         """What divides the scores of a block; None for 1."""
-        if isinstance(self.head.temperature, Tensor):
-            return self.head.temperature[block].to(dtype).unsqueeze(1)
-        return None if self.head.temperature == 1.0 else self.head.temperature
+        temperature = self.inputs.temperature
+        if isinstance(temperature, Tensor):
+            return temperature[block].to(dtype).unsqueeze(1)
+        return None if temperature == 1.0 else temperature
 
 
 def place(values: Tensor, columns: Tensor, ours: Tensor) -> None:
@@ -132,25 +117,27 @@ def place(values: Tensor, columns: Tensor, ours: Tensor) -> None:
     values.scatter_(1, at, ours.where(inside, there).unsqueeze(1))
 
 
-def counted(targets: Tensor, head: Head) -> Tensor | None:
+def counted(inputs: HeadInputs) -> Tensor | None:
     """Indices of the tokens that count; None: all of them."""
-    if head.ignore_index == NO_INDEX:
+    if inputs.ignore_index == NO_INDEX:
         return None
-    ignored = targets == head.ignore_index
+    ignored = inputs.targets == inputs.ignore_index
     return (~ignored).nonzero().squeeze(1) if bool(ignored.any()) else None
 
 
-def take(values: Tensor, rows: Tensor | None) -> Tensor:
+def take_rows(values: Tensor, rows: Tensor | None) -> Tensor:
     """The rows that count."""
     return values if rows is None else values[rows]
 
 
-def each(values: Any, rows: Tensor | None) -> Any:
+def take_rows_of_each(values: Any, rows: Tensor | None) -> Any:
     """The rows of three arrays, of which some may be None or empty."""
-    return tuple(v if v is None or len(v) == 0 else take(v, rows) for v in values)
+    return tuple(v if v is None or len(v) == 0 else take_rows(v, rows) for v in values)
 
 
-def full(values: Tensor | None, rows: Tensor | None, targets: Tensor, dtype: torch.dtype) -> Tensor:
+def fill_rows(
+    values: Tensor | None, rows: Tensor | None, targets: Tensor, dtype: torch.dtype
+) -> Tensor:
     """One number a token: `values` at the tokens that count and 0 at the others."""
     if values is None:
         return targets.new_empty(0, dtype=dtype)

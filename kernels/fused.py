@@ -9,31 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_rl.kernels.arguments import Head, check_words, compute_dtype, dense_like
+from moe_rl.kernels.arguments import HeadInputs, check_targets, compute_dtype, dense_like
 from moe_rl.kernels.chunked import chunked_backward, chunked_forward
 
 
 def fused_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    head: Head,
-    *,
-    entropy: bool,
-    backend: str,
+    inputs: HeadInputs, *, entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """`(logprobs, entropy, lse)`, each `[N]`, by the backend `chunked` or `triton`.
-
-    Arguments as in `token_logprobs`, with hidden `[N, H]` and targets `[N]`.
-    """
+    """`(logprobs, entropy, lse)`, each `[N]`, by the backend `chunked` or `triton`."""
+    hidden, weight, targets, bias, temperature, softcap, ignore_index = inputs
     # Dense: the kernels read N temperatures and V biases in a row.
-    varying = head.temperature.contiguous() if isinstance(head.temperature, Tensor) else None
+    varying = temperature.contiguous() if isinstance(temperature, Tensor) else None
     bias = None if bias is None else bias.contiguous()
-    constant = 1.0 if isinstance(head.temperature, Tensor) else head.temperature
+    constant = 1.0 if isinstance(temperature, Tensor) else temperature
     logprobs, spread, lse = _forward(
         *(hidden, weight, targets, bias, constant, varying),
-        *(head.softcap, head.ignore_index, entropy, backend),
+        *(softcap, ignore_index, entropy, backend),
     )
     return logprobs, spread if entropy else None, lse.to(logprobs.dtype)
 
@@ -52,10 +43,11 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logprobs, entropy (empty unless asked for) and lse in float64, for the backward pass."""
-    head = _head(temperature, temperatures, softcap, ignore_index)
-    check_words(targets, len(weight), head)  # inside the operator: of a compiled call as well
+    heat = temperature if temperatures is None else temperatures
+    inputs = HeadInputs(hidden, weight, targets, bias, heat, softcap, ignore_index)
+    check_targets(inputs)  # inside the operator, so that a compiled call checks them as well
     with torch.autocast(hidden.device.type, enabled=False):
-        return _implementation(backend)[0](hidden, weight, targets, bias, head, entropy=entropy)
+        return _implementation(backend)[0](inputs, entropy=entropy)
 
 
 @_forward.register_fake
@@ -87,12 +79,13 @@ def _backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to hidden, weight and bias; those that are not wanted are empty."""
-    head = _head(temperature, temperatures, softcap, ignore_index)
+    heat = temperature if temperatures is None else temperatures
+    inputs = HeadInputs(hidden, weight, targets, bias, heat, softcap, ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
         grads = _implementation(backend)[1](
             (grad_logprobs, grad_entropy, grad_lse),
             (logprobs, spread, lse),
-            *(hidden, weight, targets, bias, head),
+            inputs,
             wanted=(wanted[0], wanted[1], wanted[2]),
         )
     return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore[return-value]
@@ -135,22 +128,12 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 def _differentiate_twice(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(
-        "the fused log-probabilities are differentiable once; for second derivatives use "
-        "token_logprobs(..., backend='reference')"
+        "token_logprobs: the fused backends are differentiable once; for second derivatives use "
+        "backend='reference'"
     )
 
 
 _backward.register_autograd(_differentiate_twice)
-
-
-def _head(
-    temperature: float, temperatures: Tensor | None, softcap: float | None, ignore_index: int
-) -> Head:
-    return Head(
-        temperature=temperature if temperatures is None else temperatures,
-        softcap=softcap,
-        ignore_index=ignore_index,
-    )
 
 
 def _implementation(backend: str) -> tuple[Any, Any]:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from moe_rl.kernels.arguments import (
     NO_INDEX,
-    Head,
+    HeadInputs,
     check_arguments,
-    check_temperature,
-    compute_dtype,
+    checked_positive,
+    checked_temperature,
 )
 from moe_rl.kernels.choose import choose_backend
 from moe_rl.kernels.reference import reference_logprobs
@@ -50,9 +50,9 @@ def token_logprobs(
 
     `reference.py` is these lines in PyTorch; the other backends are tested against it. All
     arithmetic is in float32 (float64 as soon as one input is float64), whatever the dtype of the
-    inputs and also under autocast (of `reference` by name the forward pass only; call backward
-    outside of it, as PyTorch advises): a bfloat16 log-probability has steps of 2^-6 near -2, which
-    is more than the width of GSPO's clip range.
+    inputs and also under autocast (with `backend="reference"` the forward pass only; call backward
+    outside of autocast, as PyTorch advises). A bfloat16 log-probability has steps of 2^-6 near -2,
+    more than the width of GSPO's clip range.
 
     Args:
         hidden: `[..., H]`, floating point; the last hidden states, after the final norm.
@@ -66,8 +66,8 @@ def token_logprobs(
         softcap: bound of the logits before the temperature (Gemma), positive; None: unbounded.
         ignore_index: tokens with this target get 0 for each output and give no gradient, whatever
             their hidden state holds, NaN included; None: every target is a token.
-        entropy: return the entropy of the whole distribution too.
-        return_lse: return the logsumexp of the scores s too.
+        entropy: also return the entropy of the whole distribution.
+        return_lse: also return the logsumexp of the scores s.
         backend: `auto` (see `choose_backend`), `reference`, `chunked` or `triton`.
 
     Returns:
@@ -75,37 +75,34 @@ def token_logprobs(
         float64; all are differentiable once, to hidden, weight and bias.
 
     Raises:
-        ValueError: a shape, dtype, device or number that does not fit the above, a partitioned
+        ValueError: a shape, dtype, device or number that does not fit the above, a sharded
             weight, or a backend that cannot run here.
-        IndexError: a target that is no word; on a CPU.
+        IndexError: on a CPU, a target that is neither in `[0, V)` nor `ignore_index`.
     """
-    check_arguments(hidden, weight, targets, bias, softcap, ignore_index)
-    head = Head(
-        temperature=check_temperature(temperature, targets, ignore_index),
-        softcap=None if softcap is None else float(softcap),
+    check_arguments(hidden, weight, targets, bias)
+    inputs = HeadInputs(
+        hidden=hidden.reshape(-1, hidden.shape[-1]),
+        weight=weight,
+        targets=targets.reshape(-1),
+        bias=bias,
+        temperature=checked_temperature(temperature, targets, ignore_index),
+        softcap=None if softcap is None else checked_positive("softcap", softcap),
         ignore_index=NO_INDEX if ignore_index is None else ignore_index,
     )
-    flat_targets = targets.reshape(-1)
     choice = choose_backend(
         backend,
         device=hidden.device,
-        dtype=compute_dtype(hidden, weight, bias),
-        num_tokens=flat_targets.numel(),
+        dtype=inputs.dtype,
+        num_tokens=inputs.targets.numel(),
         vocab=weight.shape[0],
         autocast=torch.is_autocast_enabled(hidden.device.type),
     )
-    flat = hidden.reshape(-1, hidden.shape[-1])
     if choice.name == "reference":
-        outputs = reference_logprobs(
-            flat, weight, flat_targets, bias, head, entropy=entropy, lse=return_lse
-        )
+        logprobs, spread, lse = reference_logprobs(inputs, entropy=entropy, lse=return_lse)
     else:
         from moe_rl.kernels.fused import fused_logprobs
 
-        outputs = fused_logprobs(
-            flat, weight, flat_targets, bias, head, entropy=entropy, backend=choice.name
-        )
-    logprobs, spread, lse = outputs
+        logprobs, spread, lse = fused_logprobs(inputs, entropy=entropy, backend=choice.name)
     return TokenLogprobs(
         logprobs=logprobs.reshape(targets.shape),
         entropy=None if spread is None else spread.reshape(targets.shape),

@@ -32,7 +32,7 @@ class FinalLogits:
     scale: float = 1.0
     softcap: float | None = None
 
-    def of(self, hidden: Tensor, head: nn.Linear) -> Tensor:
+    def logits(self, hidden: Tensor, head: nn.Linear) -> Tensor:
         """The logits themselves, in float32: for the comparison."""
         bias = None if head.bias is None else head.bias.float()
         logits = F.linear(hidden.float(), head.weight.float(), bias) * self.scale
@@ -81,7 +81,9 @@ def patch(model: nn.Module) -> Patch:
     """
     name = type(model).__name__
     if hasattr(model, _METHOD):
-        raise ValueError(f"{name} has a method {_METHOD} already: remove() the earlier patch")
+        raise ValueError(
+            f"model={name}: has a method {_METHOD} already; remove() the earlier patch"
+        )
     final = _tried_logits(model)
 
     def method(
@@ -129,29 +131,27 @@ def _target_of_padding(
 ) -> int:
     if mask is None or targets is not None:
         return 0  # not asked for
-    if mask.shape != input_ids.shape:
+    if mask.shape != input_ids.shape or ignore_index is None:
         raise ValueError(
-            f"attention_mask {list(mask.shape)} must have the shape of input_ids "
-            f"{list(input_ids.shape)} to tell which tokens count; pass targets for another mask"
+            f"attention_mask={list(mask.shape)}, ignore_index={ignore_index}: which tokens count "
+            f"is told by a mask of the shape of input_ids {list(input_ids.shape)} and a number to "
+            "ignore; pass targets instead"
         )
-    if ignore_index is None:
-        raise ValueError("ignore_index=None with an attention_mask: padding needs a number")
     return ignore_index
 
 
 def _head(model: Any, name: str) -> nn.Linear:
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{name} is not a transformers model: pass the model inside the wrapper")
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder: a causal LM is needed")
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
         raise ValueError(
-            f"{name}: its output head is {type(head).__name__}, which does more than one matrix "
-            "product (quantised or adapted?). Merge or dequantise it into an nn.Linear first"
+            f"model={name}: not a causal LM of transformers; pass the model inside its wrapper"
         )
-    if model.base_model is model:
-        raise ValueError(f"{name} has no base model below its head, so no hidden states to take")
+    head = model.get_output_embeddings()
+    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    if not plain or model.base_model is model:
+        raise ValueError(
+            f"model={name}: its output head {type(head).__name__} is not one matrix product on the "
+            "hidden states of a base model; merge adapters or dequantise it into an nn.Linear first"
+        )
     return head
 
 
@@ -189,21 +189,17 @@ def _tried_logits(model: Any) -> FinalLogits:
     finally:
         for module, training in modes.items():
             module.training = training
-    if not own.any():
-        raise ValueError(
-            f"{name}: all its logits are 0, which fits any scale or cap: load its weights first"
-        )
     # The model's own logits are rounded to its dtype, once in the product and once by cap or scale.
     tolerance = 8 * torch.finfo(head.weight.dtype).eps * own.abs().max().item()
-    tried = []
-    for reading in _readings(model):
-        ours = reading.of(hidden, head)
+    readings = list(_readings(model))
+    for reading in readings if own.any() else ():  # zeros would fit any scale or cap
+        ours = reading.logits(hidden, head)
         if ours.shape == own.shape and bool(((ours - own).abs() <= tolerance).all()):
             return reading
-        tried.append(reading)
     raise ValueError(
-        f"{name}: its final logits are not those of its head under any of {tried}, so the result "
-        "would not be its own distribution. Use moe_rl.kernels.token_logprobs with what it does"
+        f"model={name}: its final logits are all 0 or not those of its head under any of "
+        f"{readings}; load its weights first, or call moe_rl.kernels.token_logprobs with what it "
+        "does to its logits"
     )
 
 

@@ -9,39 +9,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_rl.kernels.arguments import (
-    NO_INDEX,
-    ZERO_LOG_P,
-    Head,
-    can_look,
-    check_words,
-    compute_dtype,
-)
+from moe_rl.kernels.arguments import NO_INDEX, ZERO_LOG_P, HeadInputs, can_look, check_targets
 
 
 def reference_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    head: Head,
-    *,
-    entropy: bool,
-    lse: bool,
+    inputs: HeadInputs, *, entropy: bool, lse: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`(logprobs, entropy, lse)`, each `[N]`; those that are not asked for are None.
-
-    Arguments as in `token_logprobs`, with hidden `[N, H]` and targets `[N]`.
-    """
-    check_words(targets, len(weight), head)
-    dtype = compute_dtype(hidden, weight, bias)
-    keep = _kept(targets, head.ignore_index)
+    """`(logprobs, entropy, lse)`, each `[N]`; those that are not asked for are None."""
+    check_targets(inputs)
+    hidden, targets, dtype = inputs.hidden, inputs.targets, inputs.dtype
+    keep = _kept(targets, inputs.ignore_index)
     if keep is not None:
         # A zero times a NaN of the padding is a NaN in the weight's gradient: the row itself goes.
         hidden, targets = hidden.where(keep.unsqueeze(1), 0), targets.where(keep, 0)
     # Autocast would run the matrix product in half precision behind our back.
     with torch.autocast(hidden.device.type, enabled=False):
-        scores = _scores(hidden.to(dtype), weight.to(dtype), bias, head)
+        scores = _scores(hidden.to(dtype), inputs)
         if entropy:
             log_p = scores.log_softmax(-1)
             logprobs = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
@@ -59,14 +42,16 @@ def reference_logprobs(
         )
 
 
-def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> Tensor:
-    scores = F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
-    if head.softcap is not None:
-        scores = head.softcap * torch.tanh(scores / head.softcap)
-    if isinstance(head.temperature, Tensor):
-        scores = scores / head.temperature.to(scores.dtype).unsqueeze(-1)
-    elif head.temperature != 1.0:
-        scores = scores / head.temperature
+def _scores(hidden: Tensor, inputs: HeadInputs) -> Tensor:
+    dtype, softcap, temperature = hidden.dtype, inputs.softcap, inputs.temperature
+    bias = None if inputs.bias is None else inputs.bias.to(dtype)
+    scores = F.linear(hidden, inputs.weight.to(dtype), bias)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if isinstance(temperature, Tensor):
+        scores = scores / temperature.to(scores.dtype).unsqueeze(-1)
+    elif temperature != 1.0:
+        scores = scores / temperature
     return scores
 
 

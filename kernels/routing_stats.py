@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from moe_rl.kernels.arguments import can_look
-from moe_rl.kernels.choose import triton_obstacle
+from moe_rl.kernels.choose import named_backend, triton_obstacle
 from moe_rl.runtime.choice import Choice
 
+_BACKENDS = ("auto", "reference", "triton")
 _ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -57,24 +58,23 @@ def routing_statistics(
     Raises:
         ValueError: shapes, dtypes or ids that do not fit, or a backend that cannot run here.
     """
-    if not router_logits.is_floating_point() or routed_experts.dtype not in _ID_DTYPES:
-        raise ValueError(
-            "router_logits must be floating point and routed_experts integers, got "
-            f"{router_logits.dtype} and {routed_experts.dtype}"
-        )
-    if router_logits.ndim < 1 or router_logits.shape[:-1] != routed_experts.shape[:-1]:
-        raise ValueError(
-            "router_logits [..., E] and routed_experts [..., K] must agree in all axes but the "
-            f"last, got {list(router_logits.shape)} and {list(routed_experts.shape)}"
-        )
     num_experts, top_k = router_logits.shape[-1], routed_experts.shape[-1]
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"routed_experts: K = {top_k} of E = {num_experts} experts; pass 1 to E")
+    if (
+        not router_logits.is_floating_point()
+        or routed_experts.dtype not in _ID_DTYPES
+        or router_logits.shape[:-1] != routed_experts.shape[:-1]
+        or not 1 <= top_k <= num_experts
+    ):
+        raise ValueError(
+            f"router_logits={router_logits.dtype} {list(router_logits.shape)}, "
+            f"routed_experts={routed_experts.dtype} {list(routed_experts.shape)}: must be floating "
+            "point [..., E] and integer [..., K] that agree in all axes but the last, 1 <= K <= E"
+        )
     look = can_look(routed_experts) and routed_experts.numel() > 0
     if look and int(routed_experts.max()) >= num_experts:
         raise ValueError(
-            f"routed_experts: an id of {int(routed_experts.max())} for {num_experts} experts; ids "
-            f"must lie below {num_experts}, -1 where there is no record"
+            f"routed_experts={int(routed_experts.max())}: ids must lie below {num_experts}; pass "
+            "-1 where there is no record"
         )
     lead = router_logits.shape[:-1]
     logits = router_logits.detach().reshape(-1, num_experts)
@@ -94,14 +94,10 @@ def choose_routing_backend(requested: str, device: torch.device | str) -> Choice
     Raises:
         ValueError: an unknown name, or a backend that cannot run on this device.
     """
-    if requested not in ("auto", "reference", "triton"):
-        raise ValueError(f"backend must be one of auto, reference, triton, got {requested!r}")
     kind = torch.device(device).type
-    obstacle = triton_obstacle(kind, torch.float32)
-    if requested == "triton" and obstacle:
-        raise ValueError(f"backend 'triton' cannot run: {obstacle}")
     if requested != "auto":
-        return Choice(requested, "asked for by name")
+        return named_backend(requested, _BACKENDS, kind, torch.float32)
+    obstacle = triton_obstacle(kind, torch.float32)
     if kind == "cuda" and obstacle is None:
         return Choice("triton", "CUDA device and Triton: one pass over the logits")
     if kind != "cuda":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_rl.kernels.arguments import ZERO_LOG_P, Head
+from moe_rl.kernels.arguments import ZERO_LOG_P, HeadInputs
 
 SLAB_NUMBERS = 2**21
 """Hidden numbers that are widened at a time: 16 MiB of float64."""
@@ -17,24 +17,23 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """To logprobs, entropy and lse, each `[N]`; None: the loss does not use it."""
 
 
-def exact_target_scores(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, head: Head
-) -> Tensor:
+def exact_target_scores(inputs: HeadInputs) -> Tensor:
     """s[target] of each token, float64 `[N]`: N products of length H, from the exact inputs.
 
     In the place of what the matrix product gives for the target: its error, often the largest part
     of a log-probability's, is then 0.
     """
+    hidden, weight, targets, softcap = inputs.hidden, inputs.weight, inputs.targets, inputs.softcap
     scores = hidden.new_empty(targets.shape, dtype=torch.float64)
     step = max(1, SLAB_NUMBERS // hidden.shape[1])
     for start in range(0, len(targets), step):
         rows = slice(start, start + step)
         scores[rows] = (hidden[rows].double() * weight[targets[rows]].double()).sum(-1)
-    if bias is not None:
-        scores += bias[targets].double()
-    if head.softcap is not None:
-        scores = head.softcap * torch.tanh(scores / head.softcap)
-    return scores / head.temperature
+    if inputs.bias is not None:
+        scores += inputs.bias[targets].double()
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores / inputs.temperature
 
 
 def outputs_of(
@@ -110,7 +109,7 @@ class Slopes:
 def slopes(
     grads: Gradients,
     outputs: tuple[Tensor, Tensor, Tensor],
-    head: Head,
+    temperature: float | Tensor,
     dtype: torch.dtype,
 ) -> Slopes:
     """Coefficients of the gradient to the scores, from logprobs, entropy and lse (float64).
@@ -137,7 +136,7 @@ def slopes(
     base, spread = (-rest).exp() * (base + to_entropy * rest), (-rest).exp() * to_entropy
     return Slopes(
         lse=lse.to(dtype),
-        base=(base / head.temperature).to(dtype),
-        spread=None if grads[1] is None else (spread / head.temperature).to(dtype),
-        target=(target / head.temperature).to(dtype),
+        base=(base / temperature).to(dtype),
+        spread=None if grads[1] is None else (spread / temperature).to(dtype),
+        target=(target / temperature).to(dtype),
     )

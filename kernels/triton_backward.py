@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_rl.kernels.arguments import Head, dense_like
+from moe_rl.kernels.arguments import HeadInputs, dense_like
 from moe_rl.kernels.choose import interpreting
 from moe_rl.kernels.product import product
 from moe_rl.kernels.rows import Gradients, Slopes, slopes
@@ -24,17 +24,14 @@ STRIP_WORDS = 8192
 def triton_backward(
     grads: Gradients,
     outputs: tuple[Tensor, Tensor, Tensor],
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    head: Head,
+    inputs: HeadInputs,
     *,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients to hidden, weight and bias in the inputs' dtypes."""
-    hidden, targets, keep = without_ignored(hidden, targets, head)
-    slope = slopes(grads, outputs, head, torch.float32)
+    inputs, keep = without_ignored(inputs)
+    hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
+    slope = slopes(grads, outputs, inputs.temperature, torch.float32)
     if keep is not None:
         slope = slope.where(keep)
     to_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None
@@ -43,7 +40,7 @@ def triton_backward(
     rows = weight if weight.stride(1) == 1 else weight.contiguous()
     for start in range(0, len(weight), STRIP_WORDS):
         words = slice(start, min(start + STRIP_WORDS, len(weight)))
-        strip = _strip(hidden, rows, bias, head, targets, slope, words)
+        strip = _strip(inputs._replace(weight=rows), slope, words)
         if to_hidden is not None:
             to_hidden += _product(strip, rows[words])
         if to_weight is not None:
@@ -60,16 +57,10 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return product(a.float(), b.float())
 
 
-def _strip(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    head: Head,
-    targets: Tensor,
-    slope: Slopes,
-    words: slice,
-) -> Tensor:
+def _strip(inputs: HeadInputs, slope: Slopes, words: slice) -> Tensor:
     """d loss / d (hidden @ weight.T + bias) for the words of a strip."""
+    hidden, weight, targets, bias = inputs.hidden, inputs.weight, inputs.targets, inputs.bias
+    softcap = inputs.softcap
     num_tokens, (vocab, width) = len(targets), weight.shape
     # In the inputs' type, for tensor cores; the interpreter would truncate, not round, to bfloat16.
     halves = hidden.dtype == weight.dtype and not interpreting()
@@ -77,15 +68,15 @@ def _strip(
         num_tokens, words.stop - words.start, dtype=hidden.dtype if halves else torch.float32
     )
     config = tiles(hidden, weight)
-    temperature = temperatures(head, targets)
+    temperature = temperatures(inputs)
     grid = (triton.cdiv(num_tokens, config.tokens) * triton.cdiv(strip.shape[1], config.words),)
     if num_tokens:
         _strip_kernel[grid](
             *(hidden, weight, bias, temperature, targets, slope.lse),
             *(slope.base, slope.spread, slope.target, strip),
-            *(num_tokens, vocab, width, hidden.stride(0), weight.stride(0), head.softcap or 0.0),
+            *(num_tokens, vocab, width, hidden.stride(0), weight.stride(0), softcap or 0.0),
             *(words.start, words.stop),
-            *(bias is not None, head.softcap is not None, temperature is not None),
+            *(bias is not None, softcap is not None, temperature is not None),
             *(slope.spread is not None, upcast(hidden, weight)),
             *config[:3],
             num_warps=config.num_warps,

@@ -6,12 +6,14 @@ without atomics, so a token's result depends neither on the other tokens nor on 
 Shapes: N tokens, H hidden size, V vocabulary, P parts.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_rl.kernels.arguments import NO_INDEX, Head
+from moe_rl.kernels.arguments import NO_INDEX, HeadInputs
 from moe_rl.kernels.rows import Sums, exact_target_scores, merged, outputs_of
 from moe_rl.kernels.triton_tile import score_tile, temperatures, tiles, upcast
 
@@ -19,84 +21,55 @@ PART_WORDS = 2048
 """Words of a part: with V = 151936 and one tile of tokens, 75 programs for a GPU of 132 cores."""
 
 
-def triton_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    head: Head,
-    *,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def triton_forward(inputs: HeadInputs, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`(logprobs, entropy, lse)` `[N]`, lse in float64; entropy is empty unless asked for."""
-    hidden, targets, keep = without_ignored(hidden, targets, head)
-    exact = exact_target_scores(hidden, weight, targets, bias, head)
-    sums = _merged_sums(hidden, weight, targets, bias, head, entropy=entropy)
+    inputs, keep = without_ignored(inputs)
+    exact = exact_target_scores(inputs)
+    sums = _merged_sums(inputs, entropy=entropy)
     logprobs, spread, lse = outputs_of(exact, *sums)
     shown = logprobs.float(), logprobs[:0].float() if spread is None else spread.float(), lse
     return shown if keep is None else tuple(out.where(keep[: len(out)], 0) for out in shown)  # type: ignore[return-value]
 
 
-def without_ignored(
-    hidden: Tensor, targets: Tensor, head: Head
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def without_ignored(inputs: HeadInputs) -> tuple[HeadInputs, Tensor | None]:
     """Ignored tokens as zeros with target 0, and bool `[N]`: which tokens count; None: all.
 
     Their own numbers may be NaN, and 0 * NaN would reach the weight's gradient.
     """
-    if head.ignore_index == NO_INDEX:
-        return hidden.contiguous(), targets, None
-    keep = targets != head.ignore_index
-    return hidden.where(keep.unsqueeze(1), 0).contiguous(), targets.where(keep, 0), keep
+    hidden, targets = inputs.hidden, inputs.targets
+    if inputs.ignore_index == NO_INDEX:
+        return inputs._replace(hidden=hidden.contiguous()), None
+    keep = targets != inputs.ignore_index
+    hidden = hidden.where(keep.unsqueeze(1), 0).contiguous()
+    return inputs._replace(hidden=hidden, targets=targets.where(keep, 0)), keep
 
 
-def _merged_sums(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    head: Head,
-    *,
-    entropy: bool,
-) -> Sums:
-    """m, l and u over the words that are not the target, first part to last."""
-    peaks, totals, moments = _partial_sums(hidden, weight, targets, bias, head, entropy=entropy)
-    sums: Sums = (peaks[0], totals[0], moments[0] if entropy else None)
-    for part in range(1, len(peaks)):
-        sums = merged(sums, (peaks[part], totals[part], moments[part] if entropy else None))
-    return sums
-
-
-def _partial_sums(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    head: Head,
-    *,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """m, l and u of each part, float64 `[P, N]`."""
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+def _merged_sums(inputs: HeadInputs, *, entropy: bool) -> Sums:
+    """m, l and u over the words that are not the target, merged first part to last."""
+    hidden, targets, bias, softcap = inputs.hidden, inputs.targets, inputs.bias, inputs.softcap
+    weight = inputs.weight if inputs.weight.stride(1) == 1 else inputs.weight.contiguous()
     num_tokens, (vocab, width) = len(targets), weight.shape
     config = tiles(hidden, weight)
     parts = triton.cdiv(vocab, PART_WORDS)
-    sums = torch.empty(3, parts, num_tokens, dtype=torch.float32, device=hidden.device)
-    temperature = temperatures(head, targets)
+    partial = torch.empty(3, parts, num_tokens, dtype=torch.float32, device=hidden.device)
+    temperature = temperatures(inputs)
     # One axis: the others end at 65535 programs.
     grid = (triton.cdiv(num_tokens, config.tokens) * parts,)
     if num_tokens:
         _forward_kernel[grid](
-            *(hidden, weight, bias, temperature, targets, sums),
-            *(num_tokens, vocab, width, hidden.stride(0), weight.stride(0), head.softcap or 0.0),
-            *(bias is not None, head.softcap is not None, temperature is not None),
+            *(hidden, weight, bias, temperature, targets, partial),
+            *(num_tokens, vocab, width, hidden.stride(0), weight.stride(0), softcap or 0.0),
+            *(bias is not None, softcap is not None, temperature is not None),
             *(entropy, upcast(hidden, weight), PART_WORDS),
             *config[:3],
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    peak, total, moment = sums.double()
-    return peak, total, moment
+    peaks, totals, moments = partial.double()
+    by_part: list[Sums] = [
+        (peaks[part], totals[part], moments[part] if entropy else None) for part in range(parts)
+    ]
+    return functools.reduce(merged, by_part)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_rl.kernels.arguments import Head
+from moe_rl.kernels.arguments import HeadInputs
 from moe_rl.kernels.choose import interpreting
 
 
@@ -46,13 +46,14 @@ def upcast(hidden: Tensor, weight: Tensor) -> bool:
     return interpreting() or hidden.dtype != weight.dtype
 
 
-def temperatures(head: Head, tokens: Tensor) -> Tensor | None:
+def temperatures(inputs: HeadInputs) -> Tensor | None:
     """float32 `[N]`, or None where every temperature is 1."""
-    if isinstance(head.temperature, Tensor):
-        return head.temperature.float()
-    if head.temperature == 1.0:
+    temperature, targets = inputs.temperature, inputs.targets
+    if isinstance(temperature, Tensor):
+        return temperature.float()
+    if temperature == 1.0:
         return None
-    return torch.full(tokens.shape, head.temperature, dtype=torch.float32, device=tokens.device)
+    return torch.full(targets.shape, temperature, dtype=torch.float32, device=targets.device)
 
 
 @triton.jit

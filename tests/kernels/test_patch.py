@@ -92,7 +92,7 @@ def test_the_patch_comes_off_and_does_not_go_on_twice() -> None:
     model.train()
     handle = patch(model)
     assert model.training
-    with pytest.raises(ValueError, match="Gemma2ForCausalLM has a method token_logprobs already"):
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM: has a method token_logprobs already"):
         patch(model)
     handle.remove()
     handle.remove()
@@ -110,7 +110,7 @@ def test_a_model_that_bends_its_logits_in_another_way_is_refused() -> None:
         return output
 
     model.forward = bent
-    with pytest.raises(ValueError, match="Qwen3MoeForCausalLM: its final logits are not"):
+    with pytest.raises(ValueError, match="Qwen3MoeForCausalLM: its final logits are all 0 or not"):
         patch(model)
     assert not hasattr(model, "token_logprobs")
 
@@ -122,12 +122,12 @@ def test_heads_that_are_more_than_a_matrix_are_refused() -> None:
 
     model = build(*FAMILIES["untied head"])
     model.set_output_embeddings(Adapted(16, 61))
-    with pytest.raises(ValueError, match="output head is Adapted"):
+    with pytest.raises(ValueError, match="output head Adapted"):
         patch(model)
-    with pytest.raises(ValueError, match="Linear is not a transformers model"):
+    with pytest.raises(ValueError, match="model=Linear: not a causal LM"):
         patch(nn.Linear(2, 2))
     small = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
-    with pytest.raises(ValueError, match="encoder-decoder"):
+    with pytest.raises(ValueError, match="not a causal LM"):
         patch(transformers.T5ForConditionalGeneration(transformers.T5Config(**small)))
 
 
@@ -143,7 +143,7 @@ def test_a_copy_and_a_new_head_are_read_anew() -> None:
         model.set_output_embeddings(nn.Linear(16, 61, bias=True))
         torch.testing.assert_close(model.token_logprobs(ids).logprobs, own(model, ids))
         model.set_output_embeddings(nn.Sequential(model.lm_head))
-        with pytest.raises(ValueError, match="its output head is Sequential"):
+        with pytest.raises(ValueError, match="its output head Sequential"):
             model.token_logprobs(ids)
 
 
@@ -152,7 +152,7 @@ def test_a_head_without_weights_is_refused() -> None:
     model = build(*FAMILIES["divided logits"])
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()
-    with pytest.raises(ValueError, match="all its logits are 0"):
+    with pytest.raises(ValueError, match="its final logits are all 0"):
         patch(model)
 
 
@@ -168,7 +168,7 @@ def test_what_stands_around_a_model_is_refused() -> None:
     model = build(*FAMILIES["untied head"])
     wrapped = nn.DataParallel(model)
     wrapped.config, wrapped.get_output_embeddings = model.config, model.get_output_embeddings
-    with pytest.raises(ValueError, match="DataParallel is not a transformers model"):
+    with pytest.raises(ValueError, match="model=DataParallel: not a causal LM"):
         patch(wrapped)
 
 
@@ -176,7 +176,7 @@ def test_a_mask_that_names_no_tokens_is_refused() -> None:
     model = build(*FAMILIES["untied head"])
     ids = torch.randint(3, 61, (2, 6))
     with patch(model):
-        with pytest.raises(ValueError, match=r"attention_mask \[2, 1, 6, 6\] must have the shape"):
+        with pytest.raises(ValueError, match=r"attention_mask=\[2, 1, 6, 6\].* input_ids \[2, 6\]"):
             model.token_logprobs(ids, attention_mask=torch.ones(2, 1, 6, 6))
-        with pytest.raises(ValueError, match="padding needs a number"):
+        with pytest.raises(ValueError, match="ignore_index=None"):
             model.token_logprobs(ids, attention_mask=torch.ones_like(ids), ignore_index=None)

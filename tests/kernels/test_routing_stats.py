@@ -121,7 +121,7 @@ def test_ids_of_any_integer_type(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("expert", [5, 2**32 + 3])
 def test_an_id_beyond_the_experts_is_refused(backend: str, expert: int) -> None:
     record = torch.tensor([[0, expert]])
-    with pytest.raises(ValueError, match=f"an id of {expert} for 5 experts"):
+    with pytest.raises(ValueError, match=f"routed_experts={expert}: ids must lie below 5"):
         routing_statistics(torch.zeros(1, 5), record, backend=backend)
 
 
@@ -166,11 +166,8 @@ def test_the_instruments_report_the_same_with_the_kernel(monkeypatch: pytest.Mon
 
 def test_bad_shapes_are_named() -> None:
     logits, record = routing(4, 3, 2)
-    with pytest.raises(ValueError, match=r"got \[4, 3\] and \[3, 2\]"):
-        routing_statistics(logits, record[:3])
-    with pytest.raises(ValueError, match="K = 2 of E = 1"):
-        routing_statistics(logits[:, :1], record)
-    with pytest.raises(ValueError, match=r"got torch.float32 and torch.float32"):
-        routing_statistics(logits, record.float())
-    with pytest.raises(ValueError, match="backend must be one of"):
+    for bad in ((logits, record[:3]), (logits[:, :1], record), (logits, record.float())):
+        with pytest.raises(ValueError, match=r"router_logits=.*routed_experts=.*must be floating"):
+            routing_statistics(*bad)
+    with pytest.raises(ValueError, match="backend='chunked': unknown"):
         routing_statistics(logits, record, backend="chunked")
