@@ -28,7 +28,7 @@ class Doctor(Command):
 def _facts() -> list[tuple[str, str]]:
     import torch
 
-    from moe_rl.cpu import choose_layers
+    from moe_rl.cpu import FastPath
     from moe_rl.experts import choose_experts, megablocks_package
     from moe_rl.kernels import choose_backend
     from moe_rl.kernels.product import product_reason
@@ -53,7 +53,7 @@ def _facts() -> list[tuple[str, str]]:
         ("cuda", f"{', '.join(gpus)}, CUDA {torch.version.cuda}" if cuda else "not available"),
         ("device auto", f"{device.type}: {'CUDA is' if cuda else 'no CUDA device is'} available"),
         ("experts auto", ": ".join(choose_experts(device, "auto"))),
-        ("layers, fp32", ": ".join(choose_layers(device, torch.float32))),
+        ("layers, fp32", ": ".join(FastPath.choose(device, torch.float32))),
         ("megablocks", megablocks_package.describe(device)),
         *((f"log-probs, V = {vocab}", ": ".join(choice)) for vocab, choice in log_probs),
         ("log-probs, CPU products", product_reason()),

@@ -1,18 +1,11 @@
-"""Fused layers: the same maths as transformers' Qwen3-MoE layers in fewer passes, for CPUs."""
+"""The CPU fast path: an optimisation that a first reading can skip.
 
-from moe_rl.cpu.group_cache import GroupCache
-from moe_rl.cpu.memory import keep_freed_memory
-from moe_rl.cpu.reading import attention_is_fused, new_cache, read_in_one_pass
-from moe_rl.cpu.swap import FUSED, choose_layers, restore_layers, use_fused_layers
+Everything here computes what transformers computes, value and gradient, up to rounding, and the
+tests hold it to that: Qwen3-MoE layers in fewer passes over the data, a key-value cache that keeps
+a prompt once for all its responses, and one forward pass over prompts and responses together.
+`FastPath(model)` is the only door; without it the same training runs on transformers' own layers.
+"""
 
-__all__ = [
-    "FUSED",
-    "GroupCache",
-    "attention_is_fused",
-    "choose_layers",
-    "keep_freed_memory",
-    "new_cache",
-    "read_in_one_pass",
-    "restore_layers",
-    "use_fused_layers",
-]
+from moe_rl.cpu.fast_path import FastPath
+
+__all__ = ["FastPath"]

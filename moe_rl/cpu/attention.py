@@ -46,9 +46,6 @@ def attention_forward(
     """Attention of `[B, T, H]` with no cache or a `GroupCache`, or of the rows of a `OnePass`.
 
     Anything else goes to the class's own `forward`.
-
-    Raises:
-        ValueError: see `run_block`.
     """
     call = Call(hidden_states, position_embeddings, attention_mask, past_key_values, one_pass)
     weights = plain_weights(self, None)
@@ -125,21 +122,16 @@ def serves(attention: Any, weights: BlockWeights | None, call: Call) -> bool:
     )
     if ours and not exact:
         raise ValueError(
-            f"GroupCache and one-pass reading need float32 or float64 weights and input on a CPU, "
-            f"plain projections without adapters or hooks, sdpa attention, a boolean mask, no "
-            f"autocast and no attention dropout; got {hidden.dtype} input on {hidden.device}, "
-            f"{attention.config._attn_implementation} attention: pass a DynamicCache instead"
+            f"past_key_values=GroupCache or one_pass, with {hidden.dtype} input on {hidden.device} "
+            f"and {attention.config._attn_implementation} attention: needs float32 or float64 on a "
+            "CPU, projections without adapters or hooks, sdpa attention, a boolean mask, no "
+            "autocast and no attention dropout; call FastPath(model).remove() first"
         )
     return exact
 
 
 def run_block(attention: Any, weights: BlockWeights, call: Call, norm_eps: float = 0.0) -> Tensor:
-    """`attention_block` for a call that `serves` has accepted.
-
-    Raises:
-        ValueError: with a GroupCache: another batch than prompts times group size, or a second
-            continuation with gradients.
-    """
+    """`attention_block` for a call that `serves` has accepted."""
     shape = HeadShape(
         kv_heads=weights.k.shape[0] // attention.head_dim,
         repeats=attention.num_key_value_groups,
@@ -171,27 +163,14 @@ def _parts(call: Call, layer: GroupCacheLayer | None, graph: bool) -> tuple[Part
     if layer is None:
         return (sequence_part(call.positions, call.mask, call.hidden),)
     batch = call.hidden.shape[0]
-    if layer.prompt is not None and batch != layer.sequences:
-        raise ValueError(
-            f"batch of {batch}, but the cache holds {layer.sequences} sequences "
-            f"({layer.group_size} a prompt): pass one row a response, neighbours sharing a prompt"
-        )
-    if graph and layer.response_length:
-        raise ValueError(
-            f"the cache holds {layer.response_length} response tokens already: with gradients a "
-            "GroupCache takes one continuation; pass the whole response at once"
-        )
+    assert layer.prompt is None or batch == layer.sequences, (batch, layer.sequences)
+    # The prompts' gradient comes from one continuation: pass the whole response at once.
+    assert not (graph and layer.response_length), "a second continuation with gradients"
     in_blocks = layer.prompt is not None and not graph
-    return (
-        cached_part(
-            call.cache,
-            layer,
-            call.positions,
-            call.mask,
-            call.hidden,
-            in_blocks=in_blocks,
-        ),
+    part = cached_part(
+        call.cache, layer, call.positions, call.mask, call.hidden, in_blocks=in_blocks
     )
+    return (part,)
 
 
 def _without_graph(
@@ -241,4 +220,4 @@ def _folded(
     if layer is None:
         return fold_weights(weights, shape)
     present = [weight for weight in weights if weight is not None]
-    return layer.prepared("attention", present, lambda: fold_weights(weights, shape))
+    return layer.prepared(present, lambda: fold_weights(weights, shape))

@@ -4,8 +4,7 @@ A `DynamicCache` copies a prompt's keys and values G times and grows by concaten
 is bound by memory traffic. Here the prompt part stays `[P, kv, Sp, D]`, and the responses' part is
 a list of blocks `[P, kv, G, block length, D]` that are written in place and never moved.
 
-Keys are stored with rotary pairs side by side (see `heads`), so only the attention of
-`moe_rl.fused_layers` can read them.
+Keys are stored with rotary pairs side by side (see `heads`), so only fused attention can read them.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,21 +34,20 @@ class GroupCacheLayer(CacheLayerMixin):
         """Keys and values `[P, kv, G, block length, D]`; zero where not yet filled."""
         self.response_length = 0
         """Positions that the responses have added so far."""
-        self._prepared: dict[str, tuple[list[Tensor], list[int], Any]] = {}
+        self._prepared: tuple[list[Tensor], list[int], Any] | None = None
 
-    def prepared(self, name: str, weights: Sequence[Tensor], prepare: Callable[[], T]) -> T:
+    def prepared(self, weights: Sequence[Tensor], prepare: Callable[[], T]) -> T:
         """What `prepare` makes of `weights`, made once for as long as nobody writes to them."""
         if any(weight.is_inference() for weight in weights):  # these count no writes
             return prepare()
         versions = [weight._version for weight in weights]
-        kept = self._prepared.get(name)
         if (
-            kept is None
-            or kept[1] != versions
-            or any(a is not b for a, b in zip(kept[0], weights, strict=True))
+            self._prepared is None
+            or self._prepared[1] != versions
+            or any(a is not b for a, b in zip(self._prepared[0], weights, strict=True))
         ):
-            kept = self._prepared[name] = (list(weights), versions, prepare())
-        value: T = kept[2]
+            self._prepared = (list(weights), versions, prepare())
+        value: T = self._prepared[2]
         return value
 
     def set_prompt(self, keys: Tensor, values: Tensor) -> None:
@@ -95,16 +93,8 @@ class GroupCacheLayer(CacheLayerMixin):
         return 0 if self.prompt is None else self.prompt[0].shape[2]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Let every prompt have `repeats` responses, neighbours in the batch. Copies nothing.
-
-        Raises:
-            ValueError: responses are under way, or the prompts were repeated before.
-        """
-        if self.response_length or self.group_size != 1:
-            raise ValueError(
-                f"the cache holds {self.group_size} responses a prompt, {self.response_length} "
-                "tokens each: repeat it once, right after the prompts were read"
-            )
+        """Let every prompt have `repeats` responses, neighbours in the batch. Copies nothing."""
+        assert self.response_length == 0 and self.group_size == 1, "repeat once, after the prompts"
         self.group_size = repeats
 
     def get_seq_length(self) -> int:
@@ -129,10 +119,9 @@ class GroupCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stock attention calls this and cannot be served: always an error."""
-        raise ValueError(
-            "a GroupCache serves only attention that use_fused_layers has swapped: pass a "
-            "DynamicCache to this model, or let new_cache(model) choose"
+        """Stock attention calls this and cannot be served."""
+        raise NotImplementedError(
+            "GroupCache: only fused attention can read it; pass a DynamicCache to this model"
         )
 
 

@@ -91,11 +91,7 @@ def _masks(
     length = grouped[-1]
     if mask is None:
         return causal(length, own_keys, capacity, like), None
-    if mask.shape[-1] != prompt_keys + own_keys:
-        raise ValueError(
-            f"attention_mask covers {mask.shape[-1]} keys, but there are {prompt_keys} in the "
-            f"prompt and {own_keys} after it: pass one column a key"
-        )
+    assert mask.shape[-1] == prompt_keys + own_keys, (mask.shape, prompt_keys, own_keys)
     # Without padding, transformers expands one mask over the batch.
     seen = mask[:1, 0] if mask.stride(0) == 0 else mask[:, 0]
     shape = grouped if seen.shape[0] > 1 else (length,)

@@ -44,7 +44,7 @@ def problem(device: torch.device | str) -> str | None:
     if torch.device(device).type == "cpu" and not interpreted():
         return (
             "on a CPU its Triton kernels run in the interpreter only (slow): start with "
-            "TRITON_INTERPRET=1 in the environment, or use cpu_sorted"
+            "TRITON_INTERPRET=1 in the environment, or use grouped_mm"
         )
     return None
 

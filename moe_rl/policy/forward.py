@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moe_rl.batch import RolloutBatch, full_record, predictions
-from moe_rl.cpu import attention_is_fused, read_in_one_pass
+from moe_rl.cpu import FastPath
 from moe_rl.kernels import token_logprobs
 from moe_rl.policy.policy import Policy
 from moe_rl.policy.router_noise import NoiseDraw, RouterNoise
@@ -118,7 +118,7 @@ def choose_layout(policy: Policy) -> Layout:
     """The fastest layout that the model, as it is now, allows."""
     if policy.gradient_checkpointing:
         return "whole"
-    return "one_pass" if attention_is_fused(policy.model) else "cached"
+    return "one_pass" if FastPath(policy.model).is_installed() else "cached"
 
 
 @contextlib.contextmanager
@@ -162,8 +162,7 @@ def _one_pass(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _
         replay = torch.cat([prompts.flatten(0, 1), responses.flatten(0, 1)]).unsqueeze(0)
     noise = options.noise.for_rows(prompt_length) if options.noise else None
     with routing_contexts(policy.model, options, replay, noise) as seen:
-        prompt_hidden, response_hidden = read_in_one_pass(
-            policy.model,
+        prompt_hidden, response_hidden = FastPath(policy.model).read_in_one_pass(
             batch.prompt_ids,
             batch.response_ids[:, :-1],
             None if bool(batch.prompt_mask.all()) else batch.prompt_mask,

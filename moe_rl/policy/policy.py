@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, PreTrainedTokenizerBase
 
 from moe_rl.config import ConfigError, ModelConfig
-from moe_rl.cpu import FUSED, choose_layers, new_cache, use_fused_layers
+from moe_rl.cpu import FastPath
 from moe_rl.experts import choose_experts
 from moe_rl.kernels.patch import FinalLogits, final_logits
 from moe_rl.policy.families import family_config
@@ -89,7 +89,7 @@ class Policy:
 
     def read_prompts(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Cache]:
         """Hidden states [P, Sp, H] and the key-value cache of the prompts."""
-        cache = new_cache(self.model)
+        cache = FastPath(self.model).new_cache()
         padded = not bool(prompt_mask.all())
         positions = (prompt_mask.long().cumsum(1) - 1).clamp(min=0) if padded else None
         output = self.model.base_model(
@@ -161,10 +161,10 @@ def build_policy(
         model, tokenizer = _load(config.checkpoint, alphabet)
     model = model.to(device=device, dtype=dtype).eval()
     _check_head(model, config)
-    choice = choose_experts(device, config.experts_implementation, sharded=sharded)
+    choice = choose_experts(device, config.experts_implementation)
     model.set_experts_implementation(choice.name)
-    if fuse and not sharded and choose_layers(device, dtype).name == FUSED:
-        use_fused_layers(model)
+    if fuse and not sharded:
+        FastPath(model).install()
     return Policy(model=model, tokenizer=tokenizer, experts=choice.name, temperature=temperature)
 
 

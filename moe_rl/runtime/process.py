@@ -4,16 +4,13 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from threadpoolctl import threadpool_limits
 
-from moe_rl.cpu import keep_freed_memory
+from moe_rl.runtime.memory import keep_freed_memory
 
 
 def prepare_process(num_threads: int) -> None:
-    """Give torch and numpy `num_threads` threads each, and keep freed memory for reuse."""
+    """Give torch `num_threads` threads, and keep freed memory for reuse."""
     torch.set_num_threads(num_threads)
-    # numpy's BLAS has a thread pool of its own, which torch's setting does not reach.
-    threadpool_limits(num_threads, user_api="blas")
     keep_freed_memory()
 
 
