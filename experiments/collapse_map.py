@@ -25,12 +25,8 @@ def grid(
     """The map around `base`.
 
     Raises:
-        ConfigError: an unknown arm, an empty axis, or a value that no run can have.
+        ConfigError: an unknown arm, no run at all, or a value that no run can have.
     """
-    axes = {"learning_rates": learning_rates, "updates": updates, "noises": noises}
-    for name, values in (axes | {"arms": arms, "seeds": seeds}).items():
-        if not values:
-            raise ConfigError(f"{name}: give at least one value")
     unknown = [arm for arm in arms if arm not in FRESH_ARMS]
     if unknown:
         raise ConfigError(f"arms={unknown}: expected some of {', '.join(FRESH_ARMS)}")
@@ -55,5 +51,8 @@ def grid(
         if not (arm == "dense" and base.router_noise)
     ]
     if not configs:
-        raise ConfigError("noises: the dense control has no router to perturb; add 0")
+        raise ConfigError(
+            "no run is left: give each of learning_rates, updates, noises, arms and seeds a value; "
+            "the dense control has no router to perturb and needs noise 0"
+        )
     return StudyPlan(name="map", mode="map", configs=tuple(configs))

@@ -1,12 +1,12 @@
 """A study: the runs it is made of, and study.json, which says what its folder holds."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_rl.config import SCHEMA, ConfigError, RunConfig
 from moe_rl.run_folder.log import write_json
-from moe_rl.runtime.json_text import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +33,16 @@ class StudyPlan:
             raise ConfigError(
                 f"out={str(root)!r}: holds files that are no study; give a new folder"
             )
-        values = {"schema": SCHEMA} | self._plan() | {"command": command}
-        if file.is_file():
-            _check_same_study(file, values)
+        plan = self._plan()
+        theirs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else plan
+        for key, ours in plan.items():
+            if theirs.get(key) != ours:
+                raise ConfigError(
+                    f"out={str(root)!r}: holds a study with {key}={theirs.get(key)!r}, this one "
+                    f"has {ours!r}; give another folder"
+                )
         root.mkdir(parents=True, exist_ok=True)
-        write_json(file, values)
+        write_json(file, {"schema": SCHEMA} | plan | {"command": command})
 
     def _plan(self) -> dict[str, Any]:
         runs = [[config.setting, config.arm, config.seed] for config in self.configs]
@@ -50,17 +55,3 @@ class StudyPlan:
             "seeds": seeds,
             "runs": runs,
         }
-
-
-def _check_same_study(file: Path, values: dict[str, Any]) -> None:
-    try:
-        theirs = parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error}); give a new folder") from error
-    for key in ("name", "mode", "settings", "arms", "seeds", "runs"):
-        other = theirs.get(key) if isinstance(theirs, dict) else None
-        if other != values[key]:
-            raise ConfigError(
-                f"out={str(file.parent)!r}: holds a study with {key}={other!r}, this one has "
-                f"{values[key]!r}; give another folder"
-            )

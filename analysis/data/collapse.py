@@ -35,16 +35,16 @@ FINAL_FRACTION = 8  # the final reward is the mean over the last eighth
 class Outcome:
     """What became of one run; `collapse_step` is NaN where it did not collapse."""
 
-    steps: int
-    peak: float
-    peak_step: float
-    final: float
-    drawdown: float
-    deepest_fall: float
-    collapsed: bool
-    collapse_step: float
-    unstable: bool
-    nonfinite_rewards: int
+    steps: int = 0
+    peak: float = math.nan
+    peak_step: float = math.nan
+    final: float = math.nan
+    drawdown: float = math.nan
+    deepest_fall: float = math.nan
+    collapsed: bool = False
+    collapse_step: float = math.nan
+    unstable: bool = False
+    nonfinite_rewards: int = 0
 
 
 def smoothing_window(steps: int) -> int:
@@ -52,13 +52,11 @@ def smoothing_window(steps: int) -> int:
     return max(1, steps // WINDOWS_PER_RUN)
 
 
-def smooth(reward: ArrayLike, window: int | None = None) -> NDArray[np.float64]:
-    """Trailing mean over `window` steps; the first steps average what there is. Units kept."""
+def smooth(reward: ArrayLike) -> NDArray[np.float64]:
+    """Trailing mean over the smoothing window; the first steps average what there is."""
     values = np.asarray(reward, dtype=np.float64).ravel()
     values = np.where(np.isfinite(values), values, 0.0)
-    width = smoothing_window(len(values)) if window is None else window
-    if width < 1:
-        raise ValueError(f"window must be at least 1 step, got {width}")
+    width = smoothing_window(len(values))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - width)
@@ -70,18 +68,12 @@ def outcome(reward: ArrayLike, steps: ArrayLike | None = None) -> Outcome:
     """Apply the definitions at the head of this file to one run.
 
     reward: [n], steps: [n] step numbers for the times (default 0..n-1). An empty run has NaN
-    rewards and has not collapsed. Raises ValueError where the two differ in length.
+    rewards and has not collapsed.
     """
     values = np.asarray(reward, dtype=np.float64).ravel()
     times = np.arange(len(values)) if steps is None else np.asarray(steps).ravel()
-    if len(times) != len(values):
-        raise ValueError(f"steps has {len(times)} entries for {len(values)} rewards: one each")
-    nan = math.nan
     if len(values) == 0:
-        return Outcome(
-            steps=0, peak=nan, peak_step=nan, final=nan, drawdown=nan, deepest_fall=nan,
-            collapsed=False, collapse_step=nan, unstable=False, nonfinite_rewards=0,
-        )  # fmt: skip
+        return Outcome()
     bad = int(np.sum(~np.isfinite(values)))
     values = np.where(np.isfinite(values), values, 0.0)
     smoothed = smooth(values)
@@ -105,7 +97,7 @@ def outcome(reward: ArrayLike, steps: ArrayLike | None = None) -> Outcome:
         drawdown=drawdown,
         deepest_fall=float(falls.max()),
         collapsed=collapsed,
-        collapse_step=float(times[start]) if collapsed else nan,
+        collapse_step=float(times[start]) if collapsed else math.nan,
         unstable=drawdown > STABLE_DRAWDOWN,
         nonfinite_rewards=bad,
     )

@@ -12,18 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from moe_rl.analysis.data.collapse import STABLE_DRAWDOWN, stability_frontier
-from moe_rl.analysis.plots.style import (
-    CMAP,
-    MUTED,
-    PAPER,
-    arms_in,
-    colour,
-    colour_bar,
-    grid,
-    legend,
-    say,
-    styled,
-)
+from moe_rl.analysis.plots import style
 from moe_rl.experiments.arms import arm_label
 
 CELL_KEYS = ["arm", "router_noise", "updates_per_rollout", "learning_rate"]
@@ -47,7 +36,7 @@ def map_cells(measures: pd.DataFrame) -> pd.DataFrame:
     return cells
 
 
-@styled
+@style.styled
 def collapse_map(measures: pd.DataFrame) -> Figure:
     """Final reward over learning rate and updates per rollout, one panel an arm and noise.
 
@@ -55,20 +44,20 @@ def collapse_map(measures: pd.DataFrame) -> Figure:
     the median drawdown exceeds 20%.
     """
     cells = map_cells(measures)
-    arms, noises = arms_in(cells), sorted(cells["router_noise"].unique())
+    arms, noises = style.arms_in(cells), sorted(cells["router_noise"].unique())
     rates = sorted(cells["learning_rate"].unique())
     updates = sorted(cells["updates_per_rollout"].unique())
     panels_of = [(arm, noise) for arm in arms for noise in noises]
     columns = len(noises) if 1 < len(noises) <= 4 else 3
     height = 0.55 + 0.3 * len(updates)
-    figure, panels = grid(len(panels_of), columns=columns, height=height)
+    figure, panels = style.grid(len(panels_of), columns=columns, height=height)
     image: Any = None
     for axes, (arm, noise) in zip(panels, panels_of, strict=True):
         own = cells[(cells["arm"] == arm) & (cells["router_noise"] == noise)]
         image = _map_panel(axes, own, rates, updates)
         noisy = f", noise {noise:g}" if len(noises) > 1 else ""
         axes.set_title(arm_label(arm) + noisy)
-    colour_bar(figure, image, panels, "final reward (median over seeds)")
+    style.colour_bar(figure, image, panels, "final reward (median over seeds)")
     figure.supxlabel("learning rate", fontsize=8)
     figure.supylabel("updates per rollout", fontsize=8)
     return figure
@@ -78,14 +67,14 @@ def _map_panel(axes: Axes, cells: pd.DataFrame, rates: list[float], updates: lis
     table = cells.pivot_table(index="updates_per_rollout", columns="learning_rate", values="final")
     table = table.reindex(index=updates, columns=rates)
     image = axes.imshow(
-        table.to_numpy(float), origin="lower", aspect="auto", cmap=CMAP, vmin=0, vmax=1
+        table.to_numpy(float), origin="lower", aspect="auto", cmap=style.CMAP, vmin=0, vmax=1
     )
     axes.grid(visible=False)
     axes.set_xticks(range(len(rates)), [_rate(rate) for rate in rates])
     axes.set_yticks(range(len(updates)), [str(int(m)) for m in updates])
     axes.tick_params(length=0)
     if cells.empty:
-        say(axes, "not run")
+        style.say(axes, "not run")
     for cell in cells.to_dict("records"):
         x, y = rates.index(cell["learning_rate"]), updates.index(cell["updates_per_rollout"])
         ink = _ink_on(cell["final"])
@@ -98,15 +87,15 @@ def _map_panel(axes: Axes, cells: pd.DataFrame, rates: list[float], updates: lis
         if cell["unstable"]:
             axes.plot([x - 0.38], [y + 0.27], marker="x", markersize=3.4, color=ink, mew=1.1)
     for x in range(1, len(rates)):
-        axes.axvline(x - 0.5, color=PAPER, linewidth=1)
+        axes.axvline(x - 0.5, color=style.PAPER, linewidth=1)
     for y in range(1, len(updates)):
-        axes.axhline(y - 0.5, color=PAPER, linewidth=1)
+        axes.axhline(y - 0.5, color=style.PAPER, linewidth=1)
     return image
 
 
 def _ink_on(value: float) -> str:
     """Black or white, whichever reads on the colour of `value`; the same in light and dark."""
-    red, green, blue, _ = mpl.colormaps[CMAP](float(np.clip(value, 0, 1)))
+    red, green, blue, _ = mpl.colormaps[style.CMAP](float(np.clip(value, 0, 1)))
     return "#0a0a0a" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "#fefefe"
 
 
@@ -115,7 +104,7 @@ def _rate(rate: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-@styled
+@style.styled
 def frontier(measures: pd.DataFrame) -> Figure:
     """Stability frontier against updates per rollout, one panel a noise level.
 
@@ -123,9 +112,9 @@ def frontier(measures: pd.DataFrame) -> Figure:
     up: stable at the highest learning rate tried; open circle below: not stable even at the lowest.
     """
     table = stability_frontier(measures[measures["complete"]])
-    arms, noises = arms_in(table), sorted(table["router_noise"].unique())
+    arms, noises = style.arms_in(table), sorted(table["router_noise"].unique())
     updates = sorted(table["updates_per_rollout"].unique())
-    figure, panels = grid(len(noises), columns=3, height=2.3)
+    figure, panels = style.grid(len(noises), columns=3, height=2.3)
     for axes, noise in zip(panels, noises, strict=True):
         for index, arm in enumerate(arms):
             own = table[(table["arm"] == arm) & (table["router_noise"] == noise)]
@@ -141,10 +130,14 @@ def frontier(measures: pd.DataFrame) -> Figure:
             axes.set_title(f"router noise {noise:g}")
         axes.set_xlabel("updates per rollout")
     figure.supylabel("largest stable learning rate", fontsize=8)
-    legend(figure, arms)
+    style.legend(figure, arms)
     handles = [
-        Line2D([], [], color=MUTED, marker="^", linestyle="", label="stable at the highest tried"),
-        Line2D([], [], color=MUTED, marker="o", mfc="none", linestyle="", label="stable nowhere"),
+        Line2D(
+            [], [], color=style.MUTED, marker="^", linestyle="", label="stable at the highest tried"
+        ),
+        Line2D(
+            [], [], color=style.MUTED, marker="o", mfc="none", linestyle="", label="stable nowhere"
+        ),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=7)
     return figure
@@ -160,10 +153,12 @@ def _frontier_line(
         floor = row["lowest"] / 1.6
         y = floor if nowhere else row["frontier"]
         low = row["seed_low"] if row["seed_low"] > 0 else floor
-        axes.plot([x, x], [low, max(row["seed_high"], low)], color=colour(arm), linewidth=0.8)
+        axes.plot([x, x], [low, max(row["seed_high"], low)], color=style.colour(arm), linewidth=0.8)
         marker = "o" if nowhere or not row["censored"] else "^"
-        face = "none" if nowhere else colour(arm)
-        axes.plot([x], [y], marker=marker, markersize=5, color=colour(arm), markerfacecolor=face)
+        face = "none" if nowhere else style.colour(arm)
+        axes.plot(
+            [x], [y], marker=marker, markersize=5, color=style.colour(arm), markerfacecolor=face
+        )
         xs.append(x)
         ys.append(y)
-    axes.plot(xs, ys, color=colour(arm), linewidth=1.2, alpha=0.8)
+    axes.plot(xs, ys, color=style.colour(arm), linewidth=1.2, alpha=0.8)

@@ -7,16 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_rl.analysis.plots.style import (
-    arms_in,
-    colour,
-    grid,
-    legend,
-    line_style,
-    log_axis,
-    percent_axis,
-    styled,
-)
+from moe_rl.analysis.plots import style
 
 FEWEST = 3  # noise levels from which a response can be read
 PLACE = ["learning_rate", "updates_per_rollout"]
@@ -38,7 +29,7 @@ def noise_ladder(measures: pd.DataFrame) -> pd.DataFrame:
     return chosen
 
 
-@styled
+@style.styled
 def noise_response(measures: pd.DataFrame) -> Figure:
     """Router disagreement, variance of the token ratio and final reward against router noise.
 
@@ -47,8 +38,8 @@ def noise_response(measures: pd.DataFrame) -> Figure:
     """
     ladder = noise_ladder(measures)
     levels = sorted(ladder["router_noise"].unique())
-    arms = arms_in(ladder)
-    figure, panels = grid(3, columns=3, height=2.2, sharey=False)
+    arms = style.arms_in(ladder)
+    figure, panels = style.grid(3, columns=3, height=2.2, sharey=False)
     for axes, (column, title) in zip(
         panels,
         (
@@ -64,11 +55,11 @@ def noise_response(measures: pd.DataFrame) -> Figure:
         axes.set_title(title)
         axes.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
         axes.set_xlim(-0.4, len(levels) - 0.6)
-    percent_axis(panels[0])
-    log_axis(panels[1])
+    style.percent_axis(panels[0])
+    style.log_axis(panels[1])
     panels[2].set_ylim(-0.03, 1.03)
     figure.supxlabel("router noise (standard deviation, logits)", fontsize=8)
-    legend(figure, arms)
+    style.legend(figure, arms)
     return figure
 
 
@@ -82,9 +73,9 @@ def _response(
     if values.empty:
         return
     xs = np.array([levels.index(noise) for noise in values["router_noise"]]) + offset
-    axes.scatter(xs, values[column], s=7, color=colour(arm), alpha=0.45, linewidths=0)
+    axes.scatter(xs, values[column], s=7, color=style.colour(arm), alpha=0.45, linewidths=0)
     medians = values.groupby("router_noise")[column].median()
     at = np.array([levels.index(noise) for noise in medians.index]) + offset
     if len(at) == 1:
         at, medians = np.array([-0.4, len(levels) - 0.6]), medians.repeat(2)
-    axes.plot(at, medians, **line_style(arm))
+    axes.plot(at, medians, **style.line_style(arm))

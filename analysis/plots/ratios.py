@@ -7,23 +7,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moe_rl.analysis.plots import style
 from moe_rl.analysis.plots.routing import is_dense
-from moe_rl.analysis.plots.style import (
-    INK,
-    MUTED,
-    arms_in,
-    colour,
-    draw_arm,
-    footnote,
-    grid,
-    legend,
-    log_axis,
-    per_step,
-    say,
-    styled,
-    whole_numbers,
-    zero_text,
-)
 from moe_rl.analysis.verdicts.attribution import (
     ROUTING,
     WEIGHT,
@@ -34,35 +19,37 @@ from moe_rl.analysis.verdicts.attribution import (
 from moe_rl.experiments.arms import arm_label
 
 
-@styled
+@style.styled
 def ratio_variance(updates: pd.DataFrame) -> Figure:
     """Var(w) of token ratios and Var(s) of sequence ratios, mean over a rollout's updates, log."""
-    arms = arms_in(updates)
-    figure, panels = grid(2, columns=2, height=2.2)
+    arms = style.arms_in(updates)
+    figure, panels = style.grid(2, columns=2, height=2.2)
     for axes, kind in zip(panels, ("token", "sequence"), strict=True):
         column = f"ratio/{kind}_var"
         drawn = [
-            draw_arm(axes, per_step(updates, column), arm, "step", column, positive=True)
+            style.draw_arm(
+                axes, style.per_step(updates, column), arm, "step", column, positive=True
+            )
             for arm in arms
         ]
         axes.set_title(f"{kind} ratio")
         if any(drawn):
-            log_axis(axes)
+            style.log_axis(axes)
         else:
-            say(axes, zero_text(updates))
-    whole_numbers(panels[0])
+            style.say(axes, style.zero_text(updates))
+    style.whole_numbers(panels[0])
     panels[0].set_ylabel("variance of the ratio")
     figure.supxlabel("rollout step", fontsize=8)
-    legend(figure, arms)
+    style.legend(figure, arms)
     return figure
 
 
-@styled
+@style.styled
 def routing_against_weights(updates: pd.DataFrame) -> Figure:
     """The two parts of Var(log w) over time on one log scale, and the routing share by arm."""
     sampled = sampled_updates(updates)
-    arms = arms_in(updates)
-    figure, panels = grid(3, columns=3, height=2.2, sharex=False, sharey=False)
+    arms = style.arms_in(updates)
+    figure, panels = style.grid(3, columns=3, height=2.2, sharex=False, sharey=False)
     for axes, column, title in (
         (panels[0], ROUTING, "Var of routing part"),
         (panels[1], WEIGHT, "Var of weight part"),
@@ -72,22 +59,24 @@ def routing_against_weights(updates: pd.DataFrame) -> Figure:
         axes.set_xlabel("rollout step")
     _same_log_range(panels[:2])
     _shares(panels[2], sampled, arms)
-    legend(figure, arms)
+    style.legend(figure, arms)
     return figure
 
 
 def _part(axes: Axes, sampled: pd.DataFrame, column: str, arms: list[str]) -> None:
-    drawn = [arm for arm in arms if draw_arm(axes, sampled, arm, "step", column, positive=True)]
+    drawn = [
+        arm for arm in arms if style.draw_arm(axes, sampled, arm, "step", column, positive=True)
+    ]
     if not drawn:
-        say(axes, zero_text(sampled))
+        style.say(axes, style.zero_text(sampled))
         return
-    log_axis(axes)
-    whole_numbers(axes)
+    style.log_axis(axes)
+    style.whole_numbers(axes)
     zero = [arm for arm in arms if arm not in drawn and (sampled["arm"] == arm).any()]
     if zero:
         dense = all(is_dense(sampled[sampled["arm"] == arm]) for arm in zero)
         why = "0 by construction" if dense else "0 throughout"
-        footnote(axes, f"{', '.join(arm_label(arm) for arm in zero)}: {why}")
+        style.footnote(axes, f"{', '.join(arm_label(arm) for arm in zero)}: {why}")
 
 
 def _same_log_range(panels: list[Axes]) -> None:
@@ -105,19 +94,21 @@ def _shares(axes: Axes, sampled: pd.DataFrame, arms: list[str]) -> None:
     by_run, by_arm = shares_by_run(sampled), shares_by_arm(sampled)
     axes.set_title("routing share of Var(log w)")
     if by_run.empty:
-        say(axes, "not measured")
+        style.say(axes, "not measured")
         return
     shown = [arm for arm in arms if (by_run["arm"] == arm).any()]
     for row, arm in enumerate(shown):
         seeds = by_run.loc[by_run["arm"] == arm, "routing_share"]
         total = by_arm[by_arm["arm"] == arm].iloc[0]
-        axes.plot(seeds, np.full(len(seeds), row), "o", markersize=3, alpha=0.5, color=colour(arm))
         axes.plot(
-            [total["routing_low"], total["routing_high"]], [row, row], color=colour(arm),
+            seeds, np.full(len(seeds), row), "o", markersize=3, alpha=0.5, color=style.colour(arm)
+        )
+        axes.plot(
+            [total["routing_low"], total["routing_high"]], [row, row], color=style.colour(arm),
             linewidth=3, alpha=0.6, solid_capstyle="butt",
         )  # fmt: skip
-        axes.plot([total["routing_share"]], [row], "|", markersize=10, color=INK)
-    axes.axvline(0.5, color=MUTED, linewidth=0.7, linestyle=":")
+        axes.plot([total["routing_share"]], [row], "|", markersize=10, color=style.INK)
+    axes.axvline(0.5, color=style.MUTED, linewidth=0.7, linestyle=":")
     axes.set_yticks(range(len(shown)), [arm_label(arm) for arm in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     low, high = axes.get_xlim()

@@ -9,24 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from moe_rl.analysis.plots.style import (
-    CMAP,
-    arms_in,
-    colour_bar,
-    draw_arm,
-    grid,
-    has,
-    last_updates,
-    legend,
-    log_axis,
-    percent_axis,
-    say,
-    single,
-    step_axis,
-    styled,
-    whole_numbers,
-    zero_text,
-)
+from moe_rl.analysis.plots import style
 from moe_rl.experiments.arms import arm_label
 
 PER_LAYER = "routing/churn_per_layer"
@@ -36,23 +19,23 @@ DENSE_TEXT = "0 by construction:\nevery expert is\nalways on"
 
 def is_dense(frame: pd.DataFrame) -> bool:
     """Whether all rows come from models whose experts are all always on."""
-    if not has(frame, "num_experts", "experts_per_token"):
+    if not style.has(frame, "num_experts", "experts_per_token"):
         return False
     return bool((frame["num_experts"] == frame["experts_per_token"]).all())
 
 
-@styled
+@style.styled
 def churn_by_layer(updates: pd.DataFrame) -> Figure:
     """Heatmap of churn at every rollout's last update: layer against step, one panel an arm.
 
     Median over seeds; one colour scale for all panels. Layer 1 is next to the embedding.
     """
-    arms = arms_in(updates)
-    last = last_updates(updates)
+    arms = style.arms_in(updates)
+    last = style.last_updates(updates)
     pictures = {arm: _layer_by_step(last[last["arm"] == arm]) for arm in arms}
     top = max((float(np.nanmax(p)) for p in pictures.values() if p.size), default=0.0)
     layers = max((len(p) for p in pictures.values()), default=1)
-    figure, panels = grid(len(arms), columns=3, height=1.25)
+    figure, panels = style.grid(len(arms), columns=3, height=1.25)
     image: Any = None
     for axes, arm in zip(panels, arms, strict=True):
         axes.set_title(arm_label(arm))
@@ -60,21 +43,21 @@ def churn_by_layer(updates: pd.DataFrame) -> Figure:
         picture = pictures[arm]
         axes.set_ylim(0.5, layers + 0.5)
         if is_dense(updates[updates["arm"] == arm]):
-            say(axes, DENSE_TEXT)
+            style.say(axes, DENSE_TEXT)
             continue
         if not top:
-            say(axes, zero_text(updates))
+            style.say(axes, style.zero_text(updates))
             continue
         steps = last.loc[last["arm"] == arm, "step"]
         extent = (steps.min() - 0.5, steps.max() + 0.5, 0.5, len(picture) + 0.5)
         image = axes.imshow(
             picture, origin="lower", aspect="auto", interpolation="nearest", extent=extent,
-            cmap=CMAP, vmin=0, vmax=top,
+            cmap=style.CMAP, vmin=0, vmax=top,
         )  # fmt: skip
         axes.set_yticks(_layer_ticks(layers))
-    whole_numbers(panels[0])
+    style.whole_numbers(panels[0])
     if image is not None:
-        colour_bar(figure, image, panels, "churn", _percent)
+        style.colour_bar(figure, image, panels, "churn", _percent)
     figure.supxlabel("rollout step", fontsize=8)
     figure.supylabel("MoE layer", fontsize=8)
     return figure
@@ -105,7 +88,7 @@ def _percent(value: float, _position: int | None = None) -> str:
     return f"{100 * value:.3g}%"
 
 
-@styled
+@style.styled
 def churn_by_update(updates: pd.DataFrame) -> Figure:
     """Churn against the number of optimiser steps since the old policy, mean over rollouts."""
     keys = ["arm", "seed", "update"]
@@ -114,7 +97,7 @@ def churn_by_update(updates: pd.DataFrame) -> Figure:
     return _churn_lines(updates, frame, "update", "optimiser steps since the old policy")
 
 
-@styled
+@style.styled
 def churn_by_position(updates: pd.DataFrame) -> Figure:
     """Churn against the position of the response token, mean over sampled last updates."""
     rows = updates[[_is_list(value) for value in updates[PER_POSITION]]]
@@ -144,34 +127,34 @@ def _mean_lists(rows: pd.DataFrame) -> list[tuple[tuple[str, int], NDArray[np.fl
 
 
 def _churn_lines(updates: pd.DataFrame, frame: pd.DataFrame, x: str, text: str) -> Figure:
-    arms = arms_in(frame)
-    figure, axes = single()
+    arms = style.arms_in(frame)
+    figure, axes = style.single()
     for arm in arms:
-        draw_arm(axes, frame, arm, x, "routing/churn")
+        style.draw_arm(axes, frame, arm, x, "routing/churn")
     dense = [arm_label(arm) for arm in arms if is_dense(updates[updates["arm"] == arm])]
     if dense:
         axes.set_title(f"{', '.join(dense)}: 0 by construction", fontsize=7, loc="right")
     axes.set_ylim(bottom=0)
-    percent_axis(axes)
+    style.percent_axis(axes)
     axes.set_ylabel("routing churn")
-    step_axis(axes, text)
-    legend(figure, arms)
+    style.step_axis(axes, text)
+    style.legend(figure, arms)
     return figure
 
 
-@styled
+@style.styled
 def router_margin(steps: pd.DataFrame) -> Figure:
     """Gap between the K-th and the (K+1)-th router logit of the old policy, mean over layers."""
-    arms = arms_in(steps)
-    figure, axes = single()
-    drawn = [arm for arm in arms if draw_arm(axes, steps, arm, "step", "routing/margin")]
+    arms = style.arms_in(steps)
+    figure, axes = style.single()
+    drawn = [arm for arm in arms if style.draw_arm(axes, steps, arm, "step", "routing/margin")]
     absent = [arm_label(arm) for arm in arms if arm not in drawn]
     if absent:
         axes.set_title(f"{', '.join(absent)}: no choice, no margin", fontsize=7, loc="right")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("router margin (logits)")
-    step_axis(axes)
-    legend(figure, arms)
+    style.step_axis(axes)
+    style.legend(figure, arms)
     return figure
 
 
@@ -182,23 +165,23 @@ MISMATCH = [
 ]
 
 
-@styled
+@style.styled
 def engine_mismatch(steps: pd.DataFrame) -> Figure:
     """Rollout engine against trainer on equal weights, one panel a measure."""
-    shown = [row for row in MISMATCH if has(steps, row[0])]
-    arms = arms_in(steps)
-    figure, panels = grid(len(shown), columns=3, height=1.7, sharey=False)
+    shown = [row for row in MISMATCH if style.has(steps, row[0])]
+    arms = style.arms_in(steps)
+    figure, panels = style.grid(len(shown), columns=3, height=1.7, sharey=False)
     for axes, (column, text, log) in zip(panels, shown, strict=True):
-        drawn = [draw_arm(axes, steps, arm, "step", column, positive=log) for arm in arms]
+        drawn = [style.draw_arm(axes, steps, arm, "step", column, positive=log) for arm in arms]
         if log and any(drawn):
-            log_axis(axes)
+            style.log_axis(axes)
         elif not any(drawn):
-            say(axes, "0 throughout:\nengine and trainer agree")
+            style.say(axes, "0 throughout:\nengine and trainer agree")
         if not log:
-            percent_axis(axes)
+            style.percent_axis(axes)
             axes.set_ylim(bottom=0)
         axes.set_title(text)
-    whole_numbers(panels[0])
+    style.whole_numbers(panels[0])
     figure.supxlabel("rollout step", fontsize=8)
-    legend(figure, arms)
+    style.legend(figure, arms)
     return figure

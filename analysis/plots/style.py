@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, TypeVar
 
-import matplotlib as mpl
+import matplotlib.style as mpl_style
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -76,16 +76,7 @@ Draw = TypeVar("Draw", bound=Callable[..., Figure])
 
 def style_context() -> AbstractContextManager[None]:
     """matplotlib's defaults overlaid with RC, whatever the user's matplotlibrc says."""
-    settings: Any = {name: mpl.rcParamsDefault[name] for name in _DRAWN} | RC
-    return mpl.rc_context(settings)
-
-
-# The families of settings that change a drawing; "backend" and the like are none of our business.
-_FAMILIES = {
-    "axes", "figure", "font", "grid", "hatch", "image", "legend", "lines", "markers", "patch",
-    "path", "savefig", "svg", "text", "xtick", "ytick",
-}  # fmt: skip
-_DRAWN = [name for name in mpl.rcParamsDefault if name.split(".")[0] in _FAMILIES]
+    return mpl_style.context(RC, after_reset=True)
 
 
 def styled(draw: Draw) -> Draw:

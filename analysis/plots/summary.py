@@ -5,50 +5,38 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from moe_rl.analysis.plots.style import (
-    arms_in,
-    draw_arm,
-    grid,
-    has,
-    last_updates,
-    legend,
-    log_axis,
-    per_step,
-    percent_axis,
-    step_axis,
-    styled,
-)
+from moe_rl.analysis.plots import style
 
 ARMS = ("grpo", "grpo+replay", "gspo", "dense")
 """Enough to tell the story: more lines hide it."""
 
 
-@styled
+@style.styled
 def summary(steps: pd.DataFrame, updates: pd.DataFrame) -> Figure:
     """Reward, churn and token-ratio variance of one setting, side by side.
 
     The arms of `ARMS` that were run; all arms where none of them was.
     """
-    arms = arms_in(steps)
+    arms = style.arms_in(steps)
     shown = [arm for arm in arms if arm in ARMS] or arms
-    figure, panels = grid(3, columns=3, height=2.05, sharey=False)
+    figure, panels = style.grid(3, columns=3, height=2.05, sharey=False)
     reward, churn, variance = panels
     for arm in shown:
-        draw_arm(reward, steps, arm, "step", "reward")
-        if has(updates, "routing/churn"):
-            draw_arm(churn, last_updates(updates), arm, "step", "routing/churn")
-        if has(updates, "ratio/token_var"):
-            frame = per_step(updates, "ratio/token_var")
-            draw_arm(variance, frame, arm, "step", "ratio/token_var", positive=True)
+        style.draw_arm(reward, steps, arm, "step", "reward")
+        if style.has(updates, "routing/churn"):
+            style.draw_arm(churn, style.last_updates(updates), arm, "step", "routing/churn")
+        if style.has(updates, "ratio/token_var"):
+            frame = style.per_step(updates, "ratio/token_var")
+            style.draw_arm(variance, frame, arm, "step", "ratio/token_var", positive=True)
     reward.set_ylim(-0.03, max(1.0, float(steps["reward"].astype(float).max())) + 0.03)
     reward.set_title("reward")
     churn.set_ylim(bottom=0)
-    percent_axis(churn)
+    style.percent_axis(churn)
     churn.set_title("routing churn over a rollout")
     if variance.lines:
-        log_axis(variance)
+        style.log_axis(variance)
     variance.set_title("variance of the token ratio")
     for axes in (reward, churn, variance):
-        step_axis(axes)
-    legend(figure, shown)
+        style.step_axis(axes)
+    style.legend(figure, shown)
     return figure

@@ -9,78 +9,57 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_rl.analysis.data.collapse import outcome
-from moe_rl.analysis.plots.style import (
-    GHOST,
-    MUTED,
-    WIDE,
-    arms_in,
-    colour,
-    draw_arm,
-    footnote,
-    grid,
-    has,
-    last_updates,
-    legend,
-    log_axis,
-    per_step,
-    percent_axis,
-    say,
-    single,
-    step_axis,
-    styled,
-    whole_numbers,
-    zero_text,
-)
+from moe_rl.analysis.plots import style
 from moe_rl.experiments.arms import arm_label
 
 
-@styled
+@style.styled
 def reward_by_arm(steps: pd.DataFrame) -> Figure:
     """Reward against rollout step: the medians of all arms in one panel, then one panel an arm.
 
     In an arm's panel every seed is a thin line and the median thick, the other medians are grey,
     and a triangle on the axis marks the time of collapse of each collapsed seed.
     """
-    arms = arms_in(steps)
+    arms = style.arms_in(steps)
     count = len(arms) + 1 if len(arms) > 1 else 1
-    figure, panels = grid(count, columns=4, height=1.55)
+    figure, panels = style.grid(count, columns=4, height=1.55)
     if len(arms) > 1:
         for arm in arms:
-            _median(panels[0], steps, arm, colour(arm), 1.9)
+            _median(panels[0], steps, arm, style.colour(arm), 1.9)
         panels[0].set_title("medians")
-        legend(figure, arms)
+        style.legend(figure, arms)
     for axes, arm in zip(panels[-len(arms) :], arms, strict=True):
         for other in arms:
             if other != arm:
-                _median(axes, steps, other, GHOST, 0.9)
-        draw_arm(axes, steps, arm, "step", "reward")
+                _median(axes, steps, other, style.GHOST, 0.9)
+        style.draw_arm(axes, steps, arm, "step", "reward")
         _mark_collapses(axes, steps, [arm])
         axes.set_title(arm_label(arm))
     for axes in panels:
         axes.set_ylim(-0.03, max(1.0, float(steps["reward"].astype(float).max())) + 0.03)
-    whole_numbers(panels[0])
+    style.whole_numbers(panels[0])
     figure.supxlabel("rollout step", fontsize=8)
     figure.supylabel("reward", fontsize=8)
     return figure
 
 
-@styled
+@style.styled
 def gradient_norm(updates: pd.DataFrame) -> Figure:
     """Gradient norm before clipping (mean over a rollout's updates), log scale."""
-    return _lines(per_step(updates, "grad_norm"), "grad_norm", "gradient norm", log=True)
+    return _lines(style.per_step(updates, "grad_norm"), "grad_norm", "gradient norm", log=True)
 
 
-@styled
+@style.styled
 def clip_share(updates: pd.DataFrame) -> Figure:
     """Share of tokens whose gradient the clip removes, mean over a rollout's updates, log."""
-    frame = per_step(updates, "clip_ratio/region")
+    frame = style.per_step(updates, "clip_ratio/region")
     return _lines(frame, "clip_ratio/region", "clipped share of tokens", log=True)
 
 
-@styled
+@style.styled
 def effective_sample_size(updates: pd.DataFrame) -> Figure:
     """ESS/N = 1/(1 + CV^2) of the token ratios at every rollout's last update, 0 to 1."""
-    frame = last_updates(updates)
+    frame = style.last_updates(updates)
     figure = _lines(frame, "ratio/token_ess", "effective sample size / N", log=False)
     figure.axes[0].set_ylim(-0.03, 1.03)
     return figure
@@ -105,58 +84,60 @@ CHAIN = [
 ]
 
 
-@styled
+@style.styled
 def chain(steps: pd.DataFrame, updates: pd.DataFrame) -> Figure:
     """The causal chain on one time axis: churn, ratio variance, clipping, gradient norm, reward."""
-    arms = arms_in(steps)
-    links = [link for link in CHAIN if has(updates, link.column)]
-    figure = Figure(figsize=(WIDE, 1.15 * (len(links) + 1) + 0.6), layout="constrained")
+    arms = style.arms_in(steps)
+    links = [link for link in CHAIN if style.has(updates, link.column)]
+    figure = Figure(figsize=(style.WIDE, 1.15 * (len(links) + 1) + 0.6), layout="constrained")
     made = figure.subplots(len(links) + 1, 1, sharex=True, squeeze=False)
     panels: list[Axes] = list(made.flat)
     for axes, link in zip(panels[:-1], links, strict=True):
         _chain_panel(axes, updates, link, arms)
     for arm in arms:
-        draw_arm(panels[-1], steps, arm, "step", "reward")
+        style.draw_arm(panels[-1], steps, arm, "step", "reward")
     _mark_collapses(panels[-1], steps, arms)
     for axes in panels[:-1]:
         for arm in arms:
             for time in _collapse_times(steps, arm):
-                axes.axvline(time, color=colour(arm), linewidth=0.7, linestyle=":", alpha=0.8)
+                axes.axvline(time, color=style.colour(arm), linewidth=0.7, linestyle=":", alpha=0.8)
     panels[-1].set_ylim(-0.03, max(1.0, float(steps["reward"].astype(float).max())) + 0.03)
     panels[-1].set_ylabel("reward")
-    step_axis(panels[-1])
+    style.step_axis(panels[-1])
     figure.align_ylabels(panels)
-    legend(figure, arms)
+    style.legend(figure, arms)
     return figure
 
 
 def _chain_panel(axes: Axes, updates: pd.DataFrame, link: Link, arms: list[str]) -> None:
-    frame = last_updates(updates) if link.last else per_step(updates, link.column)
-    drawn = [draw_arm(axes, frame, arm, "step", link.column, positive=link.log) for arm in arms]
+    frame = style.last_updates(updates) if link.last else style.per_step(updates, link.column)
+    drawn = [
+        style.draw_arm(axes, frame, arm, "step", link.column, positive=link.log) for arm in arms
+    ]
     if link.log and any(drawn):
-        log_axis(axes)
+        style.log_axis(axes)
     if link.percent:
-        percent_axis(axes)
+        style.percent_axis(axes)
         axes.set_ylim(bottom=0)
     if not any(drawn):
-        say(axes, "0 throughout" if link.column == "grad_norm" else zero_text(updates))
+        style.say(axes, "0 throughout" if link.column == "grad_norm" else style.zero_text(updates))
     axes.set_ylabel(link.text)
 
 
 def _lines(frame: pd.DataFrame, column: str, text: str, *, log: bool) -> Figure:
-    arms = arms_in(frame)
-    figure, axes = single()
-    drawn = [arm for arm in arms if draw_arm(axes, frame, arm, "step", column, positive=log)]
+    arms = style.arms_in(frame)
+    figure, axes = style.single()
+    drawn = [arm for arm in arms if style.draw_arm(axes, frame, arm, "step", column, positive=log)]
     if log and drawn:
-        log_axis(axes)
+        style.log_axis(axes)
     zero = [arm_label(arm) for arm in arms if arm not in drawn]
     if zero and drawn:
-        footnote(axes, f"0 throughout, not on a log axis: {', '.join(zero)}")
+        style.footnote(axes, f"0 throughout, not on a log axis: {', '.join(zero)}")
     elif zero:
-        say(axes, "0 throughout in every arm")
+        style.say(axes, "0 throughout in every arm")
     axes.set_ylabel(text)
-    step_axis(axes)
-    legend(figure, arms)
+    style.step_axis(axes)
+    style.legend(figure, arms)
     return figure
 
 
@@ -170,8 +151,8 @@ def _mark_collapses(axes: Axes, steps: pd.DataFrame, arms: list[str]) -> None:
     for arm in arms:
         for time in _collapse_times(steps, arm):
             axes.plot(
-                [time], [0.0], marker="^", markersize=4, clip_on=False, color=colour(arm),
-                markeredgecolor=MUTED, markeredgewidth=0.3, zorder=5,
+                [time], [0.0], marker="^", markersize=4, clip_on=False, color=style.colour(arm),
+                markeredgecolor=style.MUTED, markeredgewidth=0.3, zorder=5,
             )  # fmt: skip
 
 

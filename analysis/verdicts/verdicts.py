@@ -23,7 +23,6 @@ from moe_rl.analysis.data.stats import Interval, seeds_to_settle_fraction, wilso
 REPRODUCED = "reproduced"
 NOT_REPRODUCED = "not reproduced"
 INCONCLUSIVE = "inconclusive"
-VERDICTS = (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE)
 
 NOT_MEASURED = Interval()
 MIN_SEEDS = 5

@@ -62,8 +62,6 @@ def test_one_nan_in_a_good_run_is_no_collapse():
 def test_times_are_step_numbers():
     result = outcome([0.8] * 24 + [0.1] * 24, np.arange(100, 148))
     assert result.collapse_step == 126 and 100 <= result.peak_step < 124
-    with pytest.raises(ValueError, match="steps has 2 entries for 3 rewards"):
-        outcome([1, 2, 3], [1, 2])
 
 
 def test_an_empty_run_has_no_outcome():
@@ -77,10 +75,8 @@ def test_a_single_step_is_its_own_peak_and_final():
 
 
 def test_smoothing_is_trailing_and_starts_with_what_there_is():
-    assert smooth([1, 2, 3, 4], window=2).tolist() == [1, 1.5, 2.5, 3.5]
+    assert smooth(range(1, 25))[:4].tolist() == [1, 1.5, 2.5, 3.5]
     assert smoothing_window(60) == 5 and smoothing_window(3) == 1
-    with pytest.raises(ValueError, match="got 0"):
-        smooth([1, 2], window=0)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=80), st.floats(0.1, 100))
