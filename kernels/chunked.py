@@ -75,7 +75,7 @@ def chunked_backward(
     to_bias = torch.empty_like(bias) if wanted[2] and bias is not None else None
     for chunk in work.chunks():
         # Summed over blocks of tokens, then stored in the inputs' dtype.
-        weight_sum: Tensor | float = 0.0
+        weight_sum: Tensor | None = None
         bias_sum = hidden.new_zeros(len(chunk))
         for block in work.blocks():
             to_scores = _slopes_of_scores(work, chunk, block, slope)
@@ -84,11 +84,11 @@ def chunked_backward(
                     to_hidden[block, part] += product(to_scores, columns)
             if to_weight is not None:
                 part_sum = product(to_scores.t(), hidden[block])
-                fresh = isinstance(weight_sum, float)  # the first block's is taken as it is
-                weight_sum = part_sum if fresh else weight_sum.add_(part_sum)
+                weight_sum = part_sum if weight_sum is None else weight_sum.add_(part_sum)
             if to_bias is not None:
                 bias_sum += to_scores.sum(0)
         if to_weight is not None:
+            assert weight_sum is not None, "a chunk has at least one block of tokens"
             to_weight[chunk.words] = weight_sum
         if to_bias is not None:
             to_bias[chunk.words] = bias_sum

@@ -18,22 +18,13 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.seconds: dict[str, float] = defaultdict(float)
-        """Seconds by purpose of the blocks that have ended."""
-        self._begun: dict[str, float] = {}
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """A block whose time goes to `name`."""
-        self._begun[name] = self._now()
+        start = self._now()
         yield
-        self.seconds[name] += self._now() - self._begun.pop(name)
-
-    def so_far(self) -> dict[str, float]:
-        """Seconds by purpose, blocks that are under way included."""
-        now, seconds = self._now(), self.seconds.copy()
-        for name, start in self._begun.items():
-            seconds[name] += now - start
-        return dict(seconds)
+        self.seconds[name] += self._now() - start
 
     def _now(self) -> float:
         if self._device.type == "cuda":
