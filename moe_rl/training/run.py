@@ -110,9 +110,6 @@ def train(
     with join() as ranks, contextlib.ExitStack() as stack:
         prepare_process(config.num_threads)
         _check_processes(config, ranks)
-        with ranks.together():
-            if ranks.main:
-                stack.enter_context(lock_run_folder(folder))
         checkpoints = Checkpoints(folder / "checkpoints")
         checkpoint = _find_checkpoint(checkpoints, folder, on_damage if resume else None)
         # The log comes after the policy: a config that cannot start leaves no run in the folder.
@@ -126,6 +123,7 @@ def train(
         log: RunLog | NoLog = NoLog(folder)
         with ranks.together():
             if ranks.main:
+                stack.enter_context(lock_run_folder(folder))
                 done_steps = 0 if checkpoint is None else load_progress(checkpoint).step
                 log = RunLog(folder, config, trackers, done_steps=done_steps)
         with contextlib.closing(log), listen() as stop:
