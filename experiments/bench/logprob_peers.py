@@ -21,21 +21,20 @@ MATERIALISED = ("materialised logits", "materialised, float32 softmax")
 _TRL_CHUNK = 32768  # words; trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE of 1.16.0
 
 
-class Absent(RuntimeError):
-    """Why a peer cannot run here."""
-
-
 def contestants(device: torch.device) -> tuple[dict[str, Contestant], dict[str, str]]:
     """Those that run here, ours first, and the reasons of the others."""
     running: dict[str, Contestant] = {}
-    absent: dict[str, str] = {}
+    absent = {"quack": "its reductions are mean and sum: no number a token"}
     for name, make in _MAKERS.items():
+        if name in _CUDA_ONLY and device.type != "cuda":
+            absent[name] = "runs on a CUDA device only"
+            continue
         try:
-            contestant = make(device)
+            contestant = make()
             _try(contestant, device)
         except ImportError as error:
             absent[name] = f"not installed ({error.name}): pip install 'moe-rl[bench]'"
-        except (Absent, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             absent[name] = (str(error).strip() or repr(error)).splitlines()[0]
         else:
             running[name] = contestant
@@ -49,30 +48,28 @@ def _try(contestant: Contestant, device: torch.device) -> None:
     targets = torch.arange(8, device=device)
     logprobs = contestant(hidden, weight, targets)
     if logprobs.shape != (8,):
-        raise Absent(f"gives {list(logprobs.shape)} for 8 tokens, not one number a token")
+        raise ValueError(f"gives {list(logprobs.shape)} for 8 tokens, not one number a token")
     logprobs.sum().backward()
 
 
-def _ours(_: torch.device) -> Contestant:
+def _ours() -> Contestant:
     return lambda hidden, weight, targets: token_logprobs(hidden, weight, targets).logprobs
 
 
-def _materialised(_: torch.device) -> Contestant:
+def _materialised() -> Contestant:
     return lambda h, w, t: -F.cross_entropy(F.linear(h, w), t, reduction="none")
 
 
-def _materialised_float(_: torch.device) -> Contestant:
+def _materialised_float() -> Contestant:
     return lambda h, w, t: -F.cross_entropy(F.linear(h, w).float(), t, reduction="none")
 
 
-def _torch(_: torch.device) -> Contestant:
-    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        raise Absent(f"torch {torch.__version__} has no chunked linear_cross_entropy")
+def _torch() -> Contestant:
     options = torch.nn.LinearCrossEntropyOptions()
     return lambda h, w, t: -F.linear_cross_entropy(h, w, t, reduction="none", options=options)
 
 
-def _liger(_: torch.device) -> Contestant:
+def _liger() -> Contestant:
     function = _member("liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyFunction")
 
     def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -82,40 +79,29 @@ def _liger(_: torch.device) -> Contestant:
     return run
 
 
-def _trl(_: torch.device) -> Contestant:
+def _trl() -> Contestant:
     function = _member("trl.kernels", "ChunkedLogProbFunction")
     no_extras: tuple[str, ...] = ()
     return lambda h, w, t: function.apply(h, w, None, t, 1.0, _TRL_CHUNK, None, 1.0, no_extras)[0]
 
 
-def _cut(device: torch.device) -> Contestant:
-    _require_cuda(device)
+def _cut() -> Contestant:
     function = _member("cut_cross_entropy", "linear_cross_entropy")
     # Without its filter: the gradients that it leaves out depend on the data.
     return lambda h, w, t: -function(h, w, t, reduction="none", filter_eps=None)
 
 
-def _verl(device: torch.device) -> Contestant:
-    _require_cuda(device)
+def _verl() -> Contestant:
     function = _member("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
     return lambda h, w, t: function(h, w, t, 1.0, "none")[0]
-
-
-def _quack(device: torch.device) -> Contestant:
-    _require_cuda(device)
-    raise Absent("its reductions are mean and sum: no number a token")
-
-
-def _require_cuda(device: torch.device) -> None:
-    if device.type != "cuda":
-        raise Absent("runs on a CUDA device only")
 
 
 def _member(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-_MAKERS: dict[str, Callable[[torch.device], Contestant]] = {
+_CUDA_ONLY = ("cut-cross-entropy", "verl")
+_MAKERS: dict[str, Callable[[], Contestant]] = {
     OURS: _ours,
     MATERIALISED[0]: _materialised,
     MATERIALISED[1]: _materialised_float,
@@ -124,5 +110,4 @@ _MAKERS: dict[str, Callable[[torch.device], Contestant]] = {
     "TRL chunked": _trl,
     "cut-cross-entropy": _cut,
     "verl": _verl,
-    "quack": _quack,
 }

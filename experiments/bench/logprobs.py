@@ -21,16 +21,14 @@ from torch import Tensor
 from moe_rl.config import ConfigError
 from moe_rl.experiments.bench.logprob_memory import peak_bytes
 from moe_rl.experiments.bench.logprob_peers import OURS, Contestant, contestants
-from moe_rl.experiments.bench.result import check_repeats, cpu_name
+from moe_rl.experiments.bench.result import check_counts, cpu_name, table, write_result
 from moe_rl.kernels import choose_backend
 from moe_rl.kernels.product import product
 from moe_rl.policy.policy import resolve_device
-from moe_rl.run_folder.log import write_json
 
 SMALL = "1088,96,13"  # a minibatch of the small study: 64 responses of 17 tokens
 CPU_SHAPES = (SMALL, "1024,1024,32768", "512,2048,151936")
 GPU_SHAPES = ("8192,2048,151936", "16384,4096,131072")
-DTYPES = ("float32", "bfloat16", "float16")
 _SAMPLE = 256  # tokens whose error is measured
 _LOGIT_STD = 3.0  # a trained model's rows are neither flat nor all peaked
 _SLOW = 6.0  # a contestant this many times slower than ours runs in one round only
@@ -65,17 +63,12 @@ def bench_logprobs(
     threads: int,
     out: Path | None,
 ) -> int:
-    """Run the race, print the tables, write JSON and a figure beside it; returns the exit code.
+    """Run the race, print the tables, write JSON; returns the exit code.
 
     Raises:
         ConfigError: a bad option.
     """
-    check_repeats(repeats)
-    if threads < 1:
-        raise ConfigError(f"threads={threads}: must be at least 1")
-    for name in dtypes:
-        if name not in DTYPES:
-            raise ConfigError(f"dtypes={name!r}: choose from {', '.join(DTYPES)}")
+    check_counts(repeats=repeats, threads=threads)
     device = resolve_device("auto")
     on_gpu = device.type == "cuda"
     usual = GPU_SHAPES if on_gpu else CPU_SHAPES
@@ -89,16 +82,10 @@ def bench_logprobs(
     for shape, dtype in cases:
         case = race(running, shape, getattr(torch, dtype), device, repeats)
         result["cases"].append(case)
-        print(table(case), end="\n\n", flush=True)
+        print(_table(case), end="\n\n", flush=True)
     for name, reason in absent.items():
         print(f"{name}: not here: {reason}")
-    if out is not None:
-        from moe_rl.experiments.bench.logprob_figure import draw
-
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, result)
-        draw(result, out.with_suffix(".png"))
-        print(f"written: {out} and {out.with_suffix('.png')}")
+    write_result(result, out)
     return 0
 
 
@@ -235,20 +222,33 @@ def _machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def table(case: dict[str, Any]) -> str:
+def _table(case: dict[str, Any]) -> str:
     """The measurements of one shape and dtype as text."""
     n, h, v = case["shape"]
-    lines = [
-        f"N={n} H={h} V={v} {case['dtype']}; moe-rl: {case['backend'][0]}",
-        f"{'':<31}{'forward':>10}{'+ backward':>12}{'peak MiB':>16}{'error in nats':>20}",
-        f"{'':<31}{'s':>10}{'s':>12}{'forward / both':>16}{'rms / max':>20}",
+    head = [
+        "",
+        "forward, s",
+        "+ backward",
+        "peak MiB",
+        "+ backward",
+        "rms error, nats",
+        "max error",
     ]
+    rows = [head]
     for name, row in case["contestants"].items():
-        peaks = " / ".join(_mebibytes(row[f"{key}_peak_bytes"]) for key in ("forward", "both"))
-        lines.append(
-            f"{name:<31}{row['median_forward']:>10.3g}{row['median_both']:>12.3g}"
-            f"{peaks:>16}{row['rms_error_nats']:>10.1e} /{row['max_error_nats']:>8.1e}"
+        peaks = (row["forward_peak_bytes"], row["both_peak_bytes"])
+        rows.append(
+            [
+                name,
+                f"{row['median_forward']:.3g}",
+                f"{row['median_both']:.3g}",
+                *("?" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks),
+                f"{row['rms_error_nats']:.1e}",
+                f"{row['max_error_nats']:.1e}",
+            ]
         )
+    title = f"N={n} H={h} V={v} {case['dtype']}; moe-rl: {case['backend'][0]}"
+    lines = [title, table(rows)]
     share = case["share_of_product_rate"]
     if case["backend"][0] != "reference":  # which does other operations, on few logits
         lines.append(
@@ -257,7 +257,3 @@ def table(case: dict[str, Any]) -> str:
             "reaches"
         )
     return "\n".join(lines)
-
-
-def _mebibytes(value: int | None) -> str:
-    return "?" if value is None else f"{value / 2**20:.0f}"

@@ -23,7 +23,7 @@ import torch
 
 from moe_rl.commands.options import cores
 from moe_rl.config import ConfigError, RunConfig, preset
-from moe_rl.experiments.bench.result import check_repeats, cpu_name, write_result
+from moe_rl.experiments.bench.result import check_counts, cpu_name, in_turn, table, write_result
 from moe_rl.experiments.runner import train_words
 from moe_rl.run_folder.log import write_config
 from moe_rl.training.cold_start import prepare_cold_starts
@@ -63,7 +63,7 @@ def bench_ranks(*, repeats: int, out: Path | None) -> int:
     Raises:
         ConfigError: fewer than one repetition, or fewer than two cores.
     """
-    check_repeats(repeats)
+    check_counts(repeats=repeats)
     if cores() < 2:
         raise ConfigError(f"bench ranks: {cores()} core here; two processes need two")
     # A learning rate that hardly moves the policy: responses keep their length.
@@ -83,8 +83,7 @@ def bench_ranks(*, repeats: int, out: Path | None) -> int:
 def _race(config: RunConfig, repeats: int, root: Path) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     for number in range(repeats):
-        order = [*SIDES][number % len(SIDES) :] + [*SIDES][: number % len(SIDES)]
-        for name in order:
+        for name in in_turn(SIDES, number):
             folder = root / f"{config.updates_per_rollout}-{name}-{number}"
             seconds[name].append(_step_seconds(SIDES[name], config, folder))
     gains = {
@@ -103,16 +102,16 @@ def _race(config: RunConfig, repeats: int, root: Path) -> dict[str, Any]:
 
 
 def _table(case: dict[str, Any]) -> str:
-    head = f"{case['prompts_per_update']} prompts an update"
-    lines = [f"{head:<24}{'s a step':>9}{'gain':>7}   lowest to highest"]
+    rows = [[f"{case['prompts_per_update']} prompts an update", "s a step", "gain", "range"]]
     for name, values in case["seconds_a_step"].items():
-        line = f"{name:<24}{statistics.median(values):>9.3f}"
-        if name in case["gains"]:
-            gains = case["gains"][name]
-            spread = f"{min(gains):.2f} to {max(gains):.2f}"
-            line += f"{case['gain'][name]:>7.2f}   {spread}"
-        lines.append(line)
-    return "\n".join(lines)
+        gains = case["gains"].get(name)
+        gain = (
+            ["", ""]
+            if gains is None
+            else [f"{case['gain'][name]:.2f}", f"{min(gains):.2f} to {max(gains):.2f}"]
+        )
+        rows.append([name, f"{statistics.median(values):.3f}", *gain])
+    return table(rows)
 
 
 def _step_seconds(side: Side, config: RunConfig, folder: Path) -> float:

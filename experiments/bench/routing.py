@@ -18,7 +18,7 @@ import torch
 
 from moe_rl.batch import RolloutBatch
 from moe_rl.config import RunConfig, preset
-from moe_rl.experiments.bench.result import check_repeats, write_result
+from moe_rl.experiments.bench.result import check_counts, in_turn, write_result
 from moe_rl.losses import loss_function
 from moe_rl.policy.forward import ForwardOptions, response_pass
 from moe_rl.policy.policy import Policy, build_policy
@@ -40,7 +40,7 @@ def bench_routing(*, repeats: int, out: Path | None) -> int:
     Raises:
         ConfigError: fewer than one repetition.
     """
-    check_repeats(repeats)
+    check_counts(repeats=repeats)
     base = preset("staleness")
     prepare_process(base.num_threads)
     cases = []
@@ -75,8 +75,7 @@ def _case(config: RunConfig, repeats: int) -> dict[str, Any]:
     step = _step(config, policy, batch)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(_WARM_UP + repeats):
-        order = [*ways][number % len(ways) :] + [*ways][: number % len(ways)]
-        for name in order:
+        for name in in_turn(ways, number):
             start = time.perf_counter()
             step(ways[name])
             if number >= _WARM_UP:

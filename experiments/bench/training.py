@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from moe_rl.config import RunConfig, preset
-from moe_rl.experiments.bench.result import check_repeats, write_result
+from moe_rl.experiments.bench.result import check_counts, in_turn, table, write_result
 from moe_rl.kernels.product import product
 from moe_rl.policy.policy import build_policy
 from moe_rl.run_folder.log import RunLog
@@ -48,7 +48,7 @@ _WARM_UP = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class UsefulOperations:
     """Useful floating-point operations of one rollout step."""
 
     rollout: float
@@ -61,7 +61,7 @@ class Work:
         return self.rollout + self.old_logprobs + self.updates
 
 
-def useful_operations(config: RunConfig, task: Task) -> Work:
+def useful_operations(config: RunConfig, task: Task) -> UsefulOperations:
     """Operations of one rollout step whose responses have full length.
 
     One read of a token costs 2 operations for each active matrix weight, and attention 4 * width a
@@ -79,7 +79,7 @@ def useful_operations(config: RunConfig, task: Task) -> Work:
     seen += sequences * (read * prompt + read * (read + 1) / 2)
     forward = 2.0 * weights * tokens + 4.0 * width * model.num_layers * seen
     forward += 2.0 * width * vocabulary * sequences * response
-    return Work(rollout=forward, old_logprobs=forward, updates=3 * forward)
+    return UsefulOperations(rollout=forward, old_logprobs=forward, updates=3 * forward)
 
 
 def matmul_peak(multiply: Callable[[Tensor, Tensor], Tensor] = torch.mm) -> float:
@@ -96,7 +96,7 @@ def matmul_peak(multiply: Callable[[Tensor, Tensor], Tensor] = torch.mm) -> floa
 
 def bench_training(*, repeats: int, out: Path | None) -> int:
     """Run the race, print the table, write JSON; returns the exit code."""
-    check_repeats(repeats)
+    check_counts(repeats=repeats)
     config = preset("staleness").replace(steps=10_000, learning_rate=1e-5, device="cpu")
     prepare_process(config.num_threads)
     task = make_task(config.task.task, **config.task.options())
@@ -134,10 +134,9 @@ def _race(
     def our_turn() -> None:
         step = next(steps)
         # Whoever follows TRL finds the caches full of its data: each goes first in turn.
-        first = step % len(trainers)
-        for name, trainer in [*trainers.items()][first:] + [*trainers.items()][:first]:
+        for name in in_turn(trainers, step):
             start = time.perf_counter()
-            trainer.step(step)
+            trainers[name].step(step)
             if step >= _WARM_UP:
                 seconds[name].append(time.perf_counter() - start)
 
@@ -262,13 +261,12 @@ def _summarise(
 
 
 def _table(result: dict[str, Any]) -> str:
-    lines = [
-        f"{'':<26}{'s per rollout step':>20}{'useful GFLOP/s':>16}{'share of peak':>15}",
-    ]
     peak = result["matmul_peak"]
+    rows = [["", "s a rollout step", "useful GFLOP/s", "share of peak"]]
     for name, value in result["median_seconds"].items():
         share = result["share_of_peak"][name]
-        lines.append(f"{name:<26}{value:>20.3f}{share * peak / 1e9:>16.1f}{share:>15.1%}")
+        rows.append([name, f"{value:.3f}", f"{share * peak / 1e9:.1f}", f"{share:.1%}"])
+    lines = [table(rows)]
     lines.append(
         f"matmul peak of this machine: {peak / 1e9:.1f} GFLOP/s by torch.mm, of which the shares "
         f"are; {result['fastest_matmul_peak'] / 1e9:.1f} by the fastest library (see moe-rl doctor)"

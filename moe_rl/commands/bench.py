@@ -1,5 +1,6 @@
 """`moe-rl bench`: speed against peers."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,8 +25,8 @@ class Bench(Command):
     """JSON file for the results; logprobs also draws a figure beside it."""
     shapes: tuple[str, ...] = ()
     """For logprobs: N,H,V of each problem. Default: CPU or GPU shapes of docs/kernels.md."""
-    dtypes: tuple[str, ...] = ()
-    """For logprobs: float32, bfloat16, float16. Default: the first two; bfloat16 on a GPU."""
+    dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ()
+    """For logprobs. Default: float32 and bfloat16; bfloat16 alone on a GPU."""
     threads: int | None = None
     """For logprobs: torch threads on a CPU (>= 1). Default: the number of cores."""
 
@@ -34,13 +35,22 @@ class Bench(Command):
         if self.what == "logprobs":
             from moe_rl.experiments.bench.logprobs import bench_logprobs
 
-            return bench_logprobs(
+            if self.out is not None and self.out.suffix != ".json":
+                raise ConfigError(f"out={str(self.out)!r}: give a name that ends in .json")
+            code = bench_logprobs(
                 repeats=self.repeats,
                 shapes=self.shapes,
                 dtypes=self.dtypes,
                 threads=cores() if self.threads is None else self.threads,
                 out=self.out,
             )
+            if self.out is not None:
+                from moe_rl.analysis.plots.logprobs import logprob_bars
+
+                figure = self.out.with_suffix(".png")
+                logprob_bars(json.loads(self.out.read_text("utf-8"))).savefig(figure, dpi=130)
+                print(f"written: {figure}")
+            return code
         for name in ("shapes", "dtypes", "threads"):
             if getattr(self, name):
                 raise ConfigError(f"{name} belongs to moe-rl bench logprobs, not to {self.what}")
