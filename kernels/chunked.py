@@ -88,8 +88,8 @@ def chunked_backward(
             if to_bias is not None:
                 bias_sum += to_scores.sum(0)
         if to_weight is not None:
-            assert weight_sum is not None, "a chunk has at least one block of tokens"
-            to_weight[chunk.words] = weight_sum
+            # No block: every token is ignored, or there is none.
+            to_weight[chunk.words] = 0.0 if weight_sum is None else weight_sum
         if to_bias is not None:
             to_bias[chunk.words] = bias_sum
     if to_hidden is not None:

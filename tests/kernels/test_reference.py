@@ -131,18 +131,6 @@ def test_huge_logits_stay_finite() -> None:
     assert logprobs.isfinite().all() and entropy.isfinite().all() and hidden.grad.isfinite().all()
 
 
-def test_a_bias_of_minus_infinity_removes_a_word() -> None:
-    hidden, weight, _, bias = inputs(4, 8, 9)
-    targets = torch.tensor([0, 1, 2, 3])
-    bias[8] = -torch.inf
-    hidden.requires_grad_()
-    logprobs, entropy, _ = token_logprobs(hidden, weight, targets, bias=bias, entropy=True)
-    (logprobs.sum() + entropy.sum()).backward()
-    assert hidden.grad.isfinite().all()
-    fewer = token_logprobs(hidden, weight[:8], targets, bias=bias[:8], entropy=True)
-    torch.testing.assert_close((logprobs, entropy), fewer[:2])
-
-
 @pytest.mark.parametrize("target", [-100, -1, 9])
 @pytest.mark.parametrize("backend", ["reference", "chunked", "triton"])
 def test_a_target_outside_the_vocabulary_is_an_error(target: int, backend: str) -> None:
@@ -177,6 +165,20 @@ def test_bad_input_is_named(change: dict[str, object], message: str) -> None:
     arguments = {"hidden": hidden, "weight": weight, "targets": targets, **change}
     with pytest.raises(ValueError, match=message):
         token_logprobs(**arguments)
+
+
+def test_a_shard_of_the_weight_is_refused_with_the_way_to_gather_it() -> None:
+    hidden, weight, targets, _ = inputs(4, 8, 9)
+    shard, gathered = torch.nn.Parameter(torch.empty(0)), torch.nn.Parameter(weight.clone())
+    # DeepSpeed leaves ds_shape there while a weight is gathered.
+    shard.ds_shape = gathered.ds_shape = weight.shape
+    with pytest.raises(ValueError, match="GatheredParameters"):
+        token_logprobs(hidden, shard, targets)
+    found = logprobs_of(hidden, gathered, targets)
+    assert torch.equal(found, logprobs_of(hidden, weight, targets))
+    weight.full_tensor = lambda: weight
+    with pytest.raises(ValueError, match="full_tensor"):
+        token_logprobs(hidden, weight, targets)
 
 
 @pytest.mark.gpu

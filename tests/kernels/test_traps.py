@@ -19,34 +19,32 @@ BACKENDS = ("reference", *FUSED)
 
 
 @pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("level", [-60.0, -1e4])
 @pytest.mark.parametrize("vocab", [1, 127, 130, 2050])
-def test_words_past_the_vocabulary_add_nothing(backend: str, vocab: int) -> None:
-    """verl #2656: phantom words with logit 0 show on a row of low logits, not on random ones."""
+def test_rows_of_low_logits_are_exact(backend: str, vocab: int, level: float) -> None:
+    """verl #2656: words past the vocabulary had logit 0, which shows on low logits alone.
+
+    SkyRL #2141: a running maximum that starts at 0 makes every exponential vanish.
+    """
     p = problem(4, 8, vocab, bias=True)
     assert p.bias is not None
-    p.bias.sub_(60.0)
+    p.bias.add_(level)
     found, exact = solve(p, backend), truth(p)
-    torch.testing.assert_close(found["logprobs"].double(), exact["logprobs"], rtol=0, atol=3e-5)
-
-
-@pytest.mark.parametrize("backend", FUSED)
-def test_very_negative_logits_are_not_nan(backend: str) -> None:
-    """SkyRL #2141: a running maximum that starts at 0 makes every exponential vanish."""
-    p = problem(5, 8, 300, bias=True)
-    assert p.bias is not None
-    p.bias.sub_(1e4)
-    assert all(value.isfinite().all() for value in solve(p, backend).values())
+    assert all(value.isfinite().all() for value in found.values())
+    atol = 3e-5 if level > -1e3 else 5e-3  # a float32 near 1e4 has steps of 1e-3
+    torch.testing.assert_close(found["logprobs"].double(), exact["logprobs"], rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_entropy_has_a_gradient(backend: str) -> None:
-    """TRL #6625: it was dropped in silence."""
-    p = problem(5, 8, 300)
-    p.upstream[[0, 2]] = 0
+@pytest.mark.parametrize("output", [0, 1, 2])
+def test_each_output_has_a_gradient_of_its_own(backend: str, output: int) -> None:
+    """TRL #6625: that of the entropy (1) was dropped in silence. All reach the bias as well."""
+    p = problem(5, 8, 300, bias=True)
+    p.upstream[[row for row in range(3) if row != output]] = 0
     found, exact = solve(p, backend), truth(p)
     assert exact["d hidden"].norm() > 0.1
-    for name in ("d hidden", "d weight"):
-        torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-4, atol=1e-6)
+    for name in ("d hidden", "d weight", "d bias"):
+        torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -90,60 +88,42 @@ def test_no_logprob_is_above_zero(backend: str, scale: float) -> None:
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_gradients_are_summed_in_float32(backend: str) -> None:
-    """Sums over tokens or words in bfloat16: each addition would round to 8 bits."""
+def test_bfloat16_inputs_are_computed_in_float32(backend: str) -> None:
+    """Rounded logits cost 0.03 to 0.11 nats; in sums of gradients each addition would round."""
     p = problem(300, 16, 9000, scale=2.0, dtype=torch.bfloat16)
     found, exact = solve(p, backend), truth(p)
+    assert (found["logprobs"].double() - exact["logprobs"]).abs().max() < 1e-5
     for name in ("d hidden", "d weight"):
         off = (found[name].double() - exact[name]).abs()
         assert (off <= 2**-8 * exact[name].abs() + 1e-3 * exact[name].abs().mean()).all(), name
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_bfloat16_inputs_do_not_mean_bfloat16_logits(backend: str) -> None:
-    """Rounded logits cost 0.03 to 0.11 nats."""
-    p = problem(50, 64, 500, scale=8.0, dtype=torch.bfloat16)
-    off = (solve(p, backend)["logprobs"].double() - truth(p)["logprobs"]).abs().max()
-    assert off < 1e-5
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_padding_may_hold_nan(backend: str) -> None:
-    p = problem(9, 8, 300, bias=True, temperature=torch.linspace(0.5, 2, 9).to(DEVICE))
-    ignored = torch.tensor([0, 3, 4, 8], device=DEVICE)
-    p.targets[ignored] = -100
-    p.hidden[ignored] = torch.nan
-    p.upstream[:, ignored] = torch.inf
-    found = solve(p, backend)
-    for name in ("logprobs", "entropy", "lse", "d hidden"):
-        assert (found[name][ignored] == 0).all(), name
-    kept = torch.tensor([1, 2, 5, 6, 7], device=DEVICE)
-    expected = solve(p.rows(kept), backend)
-    for name, value in expected.items():
-        ours = found[name][kept] if value.shape[0] == len(kept) else found[name]
-        torch.testing.assert_close(ours, value, rtol=1e-5, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_padding_may_have_scores_and_temperatures_of_any_size(backend: str) -> None:
+@pytest.mark.parametrize("kept", [[1, 2, 5, 6, 7], []])
+@pytest.mark.parametrize("filling", ["NaN", "large"])
+def test_padding_may_hold_anything(backend: str, kept: list[int], filling: str) -> None:
     """exp(100 - 0) of an ignored row times its slope of 0 is inf * 0; so is a division by 0."""
-    temperature = torch.linspace(0.5, 2, 6).to(DEVICE)
-    p = problem(6, 8, 300, bias=True, temperature=temperature)
+    temperature = torch.linspace(0.5, 2, 9).to(DEVICE)
+    p = problem(9, 8, 300, bias=True, temperature=temperature)
     assert p.bias is not None
-    p.bias.add_(100.0)
-    expected = solve(p.rows(slice(1, 6)), backend)
-    p.targets[0], temperature[0] = -100, 0.0
+    expected = None
+    if filling == "large":
+        p.bias.add_(100.0)
+    if kept:
+        expected = solve(p.rows(torch.tensor(kept, device=DEVICE)), backend)
+    ignored = torch.tensor([row for row in range(9) if row not in kept], device=DEVICE)
+    p.targets[ignored] = -100
+    if filling == "NaN":
+        p.hidden[ignored], p.upstream[:, ignored] = torch.nan, torch.inf
+    else:
+        temperature[ignored] = 0.0
     found = solve(p, backend)
-    for name, value in expected.items():
-        ours = found[name][1:] if value.shape[0] == 5 else found[name]
-        torch.testing.assert_close(ours, value, rtol=1e-4, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_batch_of_padding_gives_zeros(backend: str) -> None:
-    p = problem(3, 4, 50, bias=True)
-    p.targets[:] = -100
-    assert all((value == 0).all() for value in solve(p, backend).values())
+    for name, value in found.items():
+        of_tokens = len(value) == 9
+        assert (value[ignored] == 0).all() if of_tokens else kept or (value == 0).all(), name
+        if expected is not None:
+            ours = value[kept] if of_tokens else value
+            torch.testing.assert_close(ours, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -174,23 +154,17 @@ def test_a_removed_target_has_no_probability_and_spoils_nothing(backend: str) ->
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_default_dtype_decides_nothing(backend: str) -> None:
-    """Sums of the vocabulary's parts in bfloat16, behind a float32 result, cost 0.05 nats."""
-    p = problem(5, 8, 300)
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_equal_calls_give_equal_bits(backend: str, default: torch.dtype) -> None:
+    """Whatever the default dtype: sums of parts in bfloat16 cost 0.05 nats unseen."""
+    p = problem(140, 40, 4500, scale=3.0, bias=True)
     expected = solve(p, backend)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(default)
     try:
         found = solve(p, backend)
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-@pytest.mark.parametrize("backend", FUSED)
-def test_equal_calls_give_equal_bits(backend: str) -> None:
-    p = problem(140, 40, 4500, scale=3.0, bias=True)
-    first, second = solve(p, backend), solve(p, backend)
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize(
@@ -209,13 +183,6 @@ def test_a_token_does_not_depend_on_its_batch(rows: slice) -> None:
         assert torch.equal(whole[name][rows], part[name]), name
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_the_bias_reaches_value_and_gradient(backend: str) -> None:
-    p = problem(6, 8, 300, bias=True)
-    found, exact = solve(p, backend), truth(p)
-    torch.testing.assert_close(found["d bias"].double(), exact["d bias"], rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_tied_embedding_gets_both_gradients(backend: str) -> None:
     def embedding_gradient(chosen: str, dtype: torch.dtype) -> Tensor:
@@ -228,22 +195,6 @@ def test_a_tied_embedding_gets_both_gradients(backend: str) -> None:
     exact = embedding_gradient("reference", torch.float64)
     ours = embedding_gradient(backend, torch.float32)
     torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_partitioned_weights_are_refused_by_name(backend: str) -> None:
-    p = problem(2, 4, 5)
-    shard = torch.nn.Parameter(torch.empty(0, device=DEVICE))
-    shard.ds_shape = torch.Size([5, 4])
-    with pytest.raises(ValueError, match="GatheredParameters"):
-        token_logprobs(p.hidden, shard, p.targets, backend=backend)
-    gathered = torch.nn.Parameter(p.weight.clone())
-    gathered.ds_shape = torch.Size([5, 4])  # which stays there while it is gathered
-    whole = logprobs_of(p.hidden, gathered, p.targets, backend=backend)
-    assert torch.equal(whole, logprobs_of(p.hidden, p.weight, p.targets, backend=backend))
-    p.weight.full_tensor = lambda: p.weight
-    with pytest.raises(ValueError, match="full_tensor"):
-        token_logprobs(p.hidden, p.weight, p.targets, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
