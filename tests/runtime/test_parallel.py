@@ -118,16 +118,18 @@ def test_a_checkpoint_of_two_ranks_opens_on_one(tmp_path: Path) -> None:
     """And the run then ends where one rank alone would have, up to rounding."""
     processes.run_worker("die_in_the_middle", 2, tmp_path)
     cold = tmp_path / "cold"
-    train(workers.moving(), tmp_path / "run", cold_start_cache=cold, resume=True)
-    train(workers.moving(), tmp_path / "alone", cold_start_cache=cold)
+    train(workers.moving(2), tmp_path / "run", cold_start_cache=cold, resume=True)
+    train(workers.moving(2), tmp_path / "alone", cold_start_cache=cold)
     weights = [
-        load_file(tmp_path / run / "policy_00003" / "model.safetensors") for run in ("run", "alone")
+        load_file(tmp_path / run / "policy_00002" / "model.safetensors") for run in ("run", "alone")
     ]
     moved = load_file(next(cold.glob("*/model.safetensors")))
     for name, weight in weights[1].items():
-        step = (weight - moved[name]).abs().max().item()
-        assert (weights[0][name] - weight).abs().max().item() <= 0.05 * step + 1e-7, name
-    config = json.loads((tmp_path / "run" / "policy_00003" / "config.json").read_text())
+        # Of the whole tensor: AdamW turns the sign of a gradient that is 0 but for rounding into a
+        # whole step of that one weight.
+        step = (weight - moved[name]).norm().item()
+        assert (weights[0][name] - weight).norm().item() <= 0.05 * step + 1e-7, name
+    config = json.loads((tmp_path / "run" / "policy_00002" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3MoeForCausalLM"]
 
 

@@ -131,13 +131,15 @@ def die_again_and_again(folder: Path, parallelism: Any) -> None:
 
 
 def die_in_the_middle(folder: Path) -> None:
-    """A run of two ranks that another number of ranks is to resume."""
+    """A run of two ranks that another number of ranks is to resume after step 0."""
     with contextlib.suppress(Killed), killed_after(6):
-        train(moving(), folder / "run", cold_start_cache=folder / "cold", parallelism="fsdp")
+        train(moving(2), folder / "run", cold_start_cache=folder / "cold", parallelism="fsdp")
 
 
-def moving() -> RunConfig:
-    return tiny(steps=3, checkpoint_every=1, save_every=3, routing_replay="R2", router_noise=0.2)
+def moving(steps: int = 3) -> RunConfig:
+    return tiny(
+        steps=steps, checkpoint_every=1, save_every=steps, routing_replay="R2", router_noise=0.2
+    )
 
 
 def nan_on_one_rank(ranks: Ranks, folder: Path) -> None:
