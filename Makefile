@@ -3,7 +3,7 @@
 #   make reproduce            a fresh machine with Python 3.11+ and make is enough
 #   make reproduce ARGS=--full
 #   make test ARGS="-m 'not slow' tests/kernels"
-#   make test JOBS=0 ARGS="--pdb tests/test_trainer.py"
+#   make test JOBS=0 ARGS="--pdb tests/training/test_trainer.py"
 #   make report RUN=runs/collapse
 #
 # PYTHON       interpreter that makes the environment          (python3)
