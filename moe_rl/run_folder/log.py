@@ -81,12 +81,10 @@ def check_run_folder(folder: Path, config: RunConfig) -> None:
     """Refuse a folder that is in use for anything but this very run.
 
     Raises:
-        ConfigError: another process writes the run, or the folder holds a run of another config
-            (the first difference is named), or files that are no run at all.
+        ConfigError: the folder holds a run of another config (the first difference is named), or
+            files that are no run at all.
     """
     check_can_be_made(folder, "out")
-    if (folder / LOCK).exists():
-        lock_run_folder(folder).release()
     if (folder / "config.json").is_file():
         theirs = _flat(load_config(str(folder / "config.json")).to_dict())
         for key, value in _flat(config.to_dict()).items():

@@ -109,7 +109,7 @@ def train(
 
     with join() as ranks, contextlib.ExitStack() as stack:
         prepare_process(config.num_threads)
-        _check_processes(config, ranks)
+        _check_processes(config, folder, ranks)
         checkpoints = Checkpoints(folder / "checkpoints")
         checkpoint = _find_checkpoint(checkpoints, folder, on_damage if resume else None)
         # The log comes after the policy: a config that cannot start leaves no run in the folder.
@@ -152,10 +152,13 @@ def _check_files(config: RunConfig, folder: Path, *, resume: bool) -> None:
     check_run_folder(folder, config)
 
 
-def _check_processes(config: RunConfig, ranks: Ranks) -> None:
-    """Refuse what cannot work on several processes, before any work."""
+def _check_processes(config: RunConfig, folder: Path, ranks: Ranks) -> None:
+    """Refuse what several processes cannot share, before any work."""
     from moe_rl.runtime.share import Share
 
+    with ranks.together():
+        if ranks.main and folder.exists():  # a folder made now would stay if the run cannot start
+            lock_run_folder(folder).release()
     Share.of(config, ranks.rank, ranks.size)
     device = config.model.device
     if ranks.size > 1 and ":" in device:
