@@ -92,10 +92,9 @@ class CheckReplay(TraceLayout, Command):
     def _check(self, name: str, model: "PreTrainedModel") -> bool:
         """Check one model, print its row and reasons; returns whether a law failed."""
         from moe_rl.replay_check.check import check_replay
-        from moe_rl.replay_check.families import family_of
+        from moe_rl.replay_check.families import formula_of
 
-        family = family_of(name)
-        findings = check_replay(model, formula=family.formula if family else None, seed=self.seed)
+        findings = check_replay(model, formula=formula_of(name), seed=self.seed)
         _print_row(name, [MARKS[finding.passed] for finding in findings])
         for finding in findings:
             if finding.reason:

@@ -1,7 +1,5 @@
 """Replay check: the independent checker of record and replay on a model.
 
-    for result in check_replay(model): print(result)
-
 Each check is one law. What a law is compared with comes from elsewhere than the taps: bitwise
 equality of outputs and gradients, what the experts are called with, the formula of the family,
 and finite differences.
@@ -11,31 +9,22 @@ from collections.abc import Callable
 
 from torch import nn
 
-from moe_rl.replay_check.check_routing import (
-    law_cache,
-    law_foreign,
-    law_gaps,
-    law_padding,
-    law_record,
-    law_replay,
-    law_weights,
-)
+from moe_rl.replay_check import check_routing, check_training
 from moe_rl.replay_check.check_subject import Subject
-from moe_rl.replay_check.check_training import law_bf16, law_checkpointing, law_gradient
 from moe_rl.replay_check.claims import Claims, LawResult, judge_law
 from moe_rl.replay_check.gate_formula import Formula
 
 LAWS: dict[str, Callable[[Subject], Claims]] = {
-    "record": law_record,
-    "replay": law_replay,
-    "foreign": law_foreign,
-    "weights": law_weights,
-    "gradient": law_gradient,
-    "gaps": law_gaps,
-    "padding": law_padding,
-    "cache": law_cache,
-    "checkpointing": law_checkpointing,
-    "bf16": law_bf16,
+    "record": check_routing.law_record,
+    "replay": check_routing.law_replay,
+    "foreign": check_routing.law_foreign,
+    "weights": check_routing.law_weights,
+    "gradient": check_training.law_gradient,
+    "gaps": check_routing.law_gaps,
+    "padding": check_routing.law_padding,
+    "cache": check_routing.law_cache,
+    "checkpointing": check_training.law_checkpointing,
+    "bf16": check_training.law_bf16,
 }
 
 
@@ -48,7 +37,6 @@ def check_replay(
     weights and mode are restored, its gradients cleared.
 
     Args:
-        model: a model that `find_routers` accepts.
         formula: the gate weights of its routers; None leaves the law `weights` out.
         seed: seed of tokens and foreign routes.
 

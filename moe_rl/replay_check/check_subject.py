@@ -21,8 +21,7 @@ class Subject:
         self.model: Any = model
         self.formula = formula
         self.taps = find_routers(model)
-        config: Any = model.config
-        self.config = config.get_text_config()
+        self.config = self.model.config.get_text_config()
         self.generator = torch.Generator().manual_seed(seed)
         device = next(model.parameters()).device
         self.tokens = torch.randint(
@@ -36,13 +35,13 @@ class Subject:
         """The first router; all agree in E and K."""
         return self.taps[0]
 
+    @torch.no_grad()
     def output(self, tokens: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Logits `[B, S, V]` without gradients, or the hidden states of a model without a head."""
-        with torch.no_grad():
-            return self.forward(tokens, **inputs)
+        """`forward` without gradients."""
+        return self.forward(tokens, **inputs)
 
     def forward(self, tokens: Tensor | None = None, **inputs: Any) -> Tensor:
-        """The same with gradients."""
+        """Logits `[B, S, V]`, or the hidden states of a model without a head."""
         inputs.setdefault("use_cache", False)
         out = self.model(input_ids=self.tokens if tokens is None else tokens, **inputs)
         return out.logits if "logits" in out else out.last_hidden_state

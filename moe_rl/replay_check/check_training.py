@@ -21,26 +21,25 @@ def law_gradient(subject: Subject) -> Claims:
         subject.loss().backward()
     parameters, steps, slope = [], [], 0.0
     for tap in subject.taps:
-        own = [p for p in subject.router_parameters(tap) if p.grad is not None]
-        largest = max((float(p.grad.abs().max()) for p in own if p.grad is not None), default=0.0)
+        own = [(p, p.grad) for p in subject.router_parameters(tap) if p.grad is not None]
+        largest = max((float(grad.abs().max()) for _, grad in own), default=0.0)
         yield 0 < largest < float("inf"), f"router {tap.name} gets no gradient ({largest})"
         parameters += own
-    if any(p.dtype.itemsize < 4 for p in parameters):
+    if any(p.dtype.itemsize < 4 for p, _ in parameters):
         yield (
             None,
-            f"there is one; finite steps of {parameters[0].dtype} weights are too coarse for its "
-            "size (`replay` compares every gradient with that without replay)",
+            f"there is one; finite steps of {parameters[0][0].dtype} weights are too coarse for "
+            "its size (`replay` compares every gradient with that without replay)",
         )
         return
-    for p in parameters:
-        assert p.grad is not None
+    for p, grad in parameters:
         noise = torch.randn(p.shape, generator=subject.generator).to(p)
         # Along the gradient, so that the step is seen above rounding; off it, to see what lacks.
-        step = p.grad / (p.grad.norm() + 1e-30) + 0.5 * noise / noise.norm()
+        step = grad / (grad.norm() + 1e-30) + 0.5 * noise / noise.norm()
         steps.append(step * (p.detach().norm() + 1e-3))
-        slope += float((p.grad.double() * steps[-1].double()).sum())
+        slope += float((grad.double() * steps[-1].double()).sum())
     subject.gradient()
-    found = _slope_by_steps(subject, routes, parameters, steps)
+    found = _slope_by_steps(subject, routes, [p for p, _ in parameters], steps)
     yield (
         abs(found - slope) <= 0.05 * abs(slope),
         f"the routers' gradient says {slope:.4g} where a finite step finds {found:.4g}",
@@ -50,14 +49,9 @@ def law_gradient(subject: Subject) -> Claims:
 def _routers_learn(subject: Subject) -> bool:
     """Whether any router has a gradient above rounding when nothing is replayed."""
     subject.loss().backward()
-    routers = {id(p) for tap in subject.taps for p in subject.router_parameters(tap)}
-    sizes: dict[bool, float] = {True: 0.0, False: 0.0}
-    for p in subject.model.parameters():
-        if p.grad is not None:
-            own = id(p) in routers
-            sizes[own] = max(sizes[own], float(p.grad.abs().max()))
-    subject.gradient()
-    return sizes[True] > 1e-5 * sizes[False]
+    routers = [p.grad for tap in subject.taps for p in subject.router_parameters(tap)]
+    own = max((float(grad.abs().max()) for grad in routers if grad is not None), default=0.0)
+    return own > 1e-5 * max(float(grad.abs().max()) for grad in subject.gradient().values())
 
 
 def _slope_by_steps(

@@ -42,7 +42,8 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
     counted = int((~tokens.isnan()).sum())
     if counted == 0:
         raise ValueError("traces: no token has a record in both. Are they of the same tokens?")
-    bins = _bins(a.shape[1])
+    edges = np.linspace(0, a.shape[1], min(a.shape[1], MOST_BINS) + 1).astype(int)
+    bins = [(first, last - 1) for first, last in pairwise(edges.tolist())]
     rows = [
         [float(x[:, first : last + 1].nanmean()) for x in (share, routers, tokens)]
         for first, last in bins
@@ -78,20 +79,18 @@ def usable(routes: Tensor, path: Path) -> tuple[Tensor, str]:
         raise ValueError(f"{path}: every id is 0 or -1: the engine recorded nothing")
     filled = (routes == 0).all(dim=-1, keepdim=True) & (routes.shape[-1] > 1)
     count = int(filled.sum())
-    if count == 0:
-        return routes, ""
     share = count / filled.numel()
     note = f"{path}: {count} (token, layer) pairs ({share:.1%}) hold zeros: left out, not recorded"
-    return routes.masked_fill(filled, NO_RECORD), note
-
-
-def _bins(length: int) -> list[tuple[int, int]]:
-    edges = np.linspace(0, length, min(length, MOST_BINS) + 1).astype(int)
-    return [(first, last - 1) for first, last in pairwise(edges.tolist())]
+    return routes.masked_fill(filled, NO_RECORD), note if count else ""
 
 
 def describe(result: Comparison) -> str:
     """The tables as text."""
+    names = [f"{a}" if a == b else f"{a}-{b}" for a, b in result.bins]
+    tables = (
+        ("layer       churn  routers", range(len(result.by_layer)), result.by_layer),
+        ("position    churn  routers   tokens", names, result.by_position),
+    )
     lines = [
         f"{result.tokens} tokens recorded in both",
         f"churn                {result.churn:7.2%}   expert slots of B that A did not choose",
@@ -99,17 +98,10 @@ def describe(result: Comparison) -> str:
         "differ",
         f"token disagreement   {result.token_disagreement:7.2%}   tokens with any layer differing; "
         "grows with depth",
-        "",
-        "layer       churn  routers",
     ]
-    for layer, values in enumerate(result.by_layer):
-        lines.append(f"{layer:<9} {_cells(values)}")
-    lines += ["", "position    churn  routers   tokens"]
-    for (first, last), values in zip(result.bins, result.by_position, strict=True):
-        name = f"{first}" if first == last else f"{first}-{last}"
-        lines.append(f"{name:<9} {_cells(values)}")
+    for heading, keys, table in tables:
+        lines += ["", heading]
+        for key, values in zip(keys, table, strict=True):
+            cells = ("      -" if np.isnan(value) else f"{value:7.2%}" for value in values)
+            lines.append(f"{key:<9} {' '.join(cells)}")
     return "\n".join(lines)
-
-
-def _cells(values: np.ndarray) -> str:
-    return " ".join("      -" if np.isnan(value) else f"{value:7.2%}" for value in values)

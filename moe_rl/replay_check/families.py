@@ -2,12 +2,10 @@
 
     model = build_family("deepseek_v3")
 
-What a family is checked against is written here too: the formula of its gate weights, which
-`check.py` evaluates by itself and compares.
+The formula of its gate weights is written here too, for `check.py` to hold its code against.
 """
 
 import inspect
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,141 +46,74 @@ SMALL["mlp_layer_types"] = ["sparse", "sparse"]
 
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 
-
-@dataclass(frozen=True, kw_only=True)
-class FamilyEntry:
-    """How to build a small model of a family, and what its router computes."""
-
-    formula: Formula | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Config fields beyond `SMALL`."""
-
-
-def _family(formula: Formula | None, **settings: Any) -> FamilyEntry:
-    return FamilyEntry(formula=formula, settings=settings)
-
-
-_SOFTMAX = Formula(score="softmax")
-_NORMED = Formula(score="softmax", normalise=True)
-_SWITCHED = Formula(score="softmax", normalise="norm_topk_prob")
-_SIGMOID = Formula(score="sigmoid", normalise=True)
-_SIGMOID_SWITCHED = Formula(score="sigmoid", normalise="norm_topk_prob")
-_DEEPSEEK = Formula(
-    score="sigmoid", normalise="norm_topk_prob", scale="routed_scaling_factor"
-)  # DeepSeek-V3, arXiv 2412.19437, equations 13 to 16
-
-FAMILIES: dict[str, FamilyEntry] = {
-    "afmoe": _family(_SIGMOID),
-    "aria_text": _family(_NORMED),
-    "axk1": _family(_DEEPSEEK),
-    "axk2": _family(_DEEPSEEK),
-    "bailing_hybrid": _family(_DEEPSEEK, **HYBRID),
-    "beam": _family(_SIGMOID_SWITCHED),  # the scale comes after the sum over experts
-    "cohere2_moe": _family(_NORMED),
-    "dbrx": _family(
-        _NORMED,
-        d_model=32,
-        n_heads=2,
-        n_layers=2,
-        max_seq_len=64,
-        # The class reads rope_theta and clips without asking; the defaults have neither.
-        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-        ffn_config={
-            "hidden_size": 32,
-            "ffn_hidden_size": 16,
-            "moe_num_experts": 8,
-            "moe_top_k": 2,
-        },
-    ),
-    "deepseek_v2": _family(
-        Formula(score="softmax", scale="routed_scaling_factor"),
-        topk_method="group_limited_greedy",
-        routed_scaling_factor=16.0,
-    ),
-    "deepseek_v3": _family(_DEEPSEEK),
-    "deepseek_v32": _family(_DEEPSEEK),
-    "deepseek_v4": _family(
-        Formula(score="sqrt_softplus", normalise=True, scale="routed_scaling_factor"),
-        num_hidden_layers=3,
-        # A hash of the token id chooses in the first: nothing to record, nothing to replay.
-        mlp_layer_types=["hash_moe", "moe", "moe"],
-    ),
-    "dots1": _family(_DEEPSEEK),
-    "dots3_note_text": _family(_DEEPSEEK),
-    "ernie4_5_moe": _family(_NORMED),
-    "exaone_moe": _family(_DEEPSEEK),
-    "flex_olmo": _family(_SWITCHED),
-    "flint": _family(_SIGMOID_SWITCHED, mlp_only_layers=[]),
-    "gemma4_text": _family(_NORMED, enable_moe_block=True),
-    "glm4_moe": _family(_DEEPSEEK),
-    "glm4_moe_lite": _family(_DEEPSEEK),
-    "glm_moe_dsa": _family(_DEEPSEEK),
-    "gpt_oss": _family(_NORMED),
-    "granitemoe": _family(_NORMED),
-    "granitemoe_swa": _family(_NORMED),
-    "granitemoehybrid": _family(_NORMED, **HYBRID),
-    "granitemoeshared": _family(_NORMED),
-    "hunyuan_v1_moe": _family(_NORMED),
-    "hy_v3": _family(Formula(score="sigmoid", normalise=True, scale="router_scaling_factor")),
-    "hy_v4": _family(_DEEPSEEK),
+# The gate weights of each family; norm_topk_prob and the scales are fields of its config.
+_FORMULAS: dict[Formula | None, str] = {
+    Formula(score="softmax"): "jamba zaya",
+    Formula(score="softmax", normalise=True): "aria_text cohere2_moe dbrx ernie4_5_moe gemma4_text "
+    "gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe jetmoe "
+    "minimax mixtral qwen3_5_moe_text qwen3_vl_moe_text",
+    Formula(score="softmax", normalise="norm_topk_prob"): "flex_olmo mellum olmoe qwen2_moe "
+    "qwen3_moe qwen3_next qwen4_exp_text",
+    Formula(score="softmax", normalise=True, averaged=True): "openai_privacy_filter",
+    Formula(score="softmax", scale="routed_scaling_factor"): "deepseek_v2 longcat_flash",
+    Formula(score="softmax", normalise="norm_topk_prob", scale="routed_scaling_factor"): "mistral4",
+    Formula(score="softmax", normalise=True, scale="routed_scaling_factor"): "mistral_large4_text",
+    Formula(score="sigmoid"): "llama4_text",
+    # The scale of minimax_m3_vl_text, and below that of beam, comes after the sum over experts.
+    Formula(score="sigmoid", normalise=True): "afmoe laguna minimax_m2 minimax_m3_vl_text",
+    Formula(score="sigmoid", normalise="norm_topk_prob"): "beam flint kolibri1",
+    Formula(score="sigmoid", normalise=True, scale="router_scaling_factor"): "hy_v3",
+    Formula(score="sigmoid", normalise=True, scale="routed_scaling_factor"): "inkling2_text",
+    # DeepSeek-V3, arXiv 2412.19437, equations 13 to 16
+    Formula(score="sigmoid", normalise="norm_topk_prob", scale="routed_scaling_factor"): "axk1 "
+    "axk2 bailing_hybrid deepseek_v3 deepseek_v32 dots1 dots3_note_text exaone_moe glm4_moe "
+    "glm4_moe_lite glm_moe_dsa hy_v4 kimi_linear lfm2_moe mimo_v2_flash nemotron_h solar_open",
+    Formula(
+        score="sigmoid",
+        normalise=True,
+        scale="routed_scaling_factor",
+        temper="output_multiplier",
+    ): "muse_spark_text",
+    Formula(score="sqrt_softplus", normalise=True, scale="routed_scaling_factor"): "deepseek_v4",
     # Routed and shared experts are normalised together, so no formula of the K chosen alone.
-    "inkling_text": _family(None),
-    "inkling2_text": _family(
-        Formula(score="sigmoid", normalise=True, scale="routed_scaling_factor")
-    ),
-    "jamba": _family(
-        _SOFTMAX,
-        attn_layer_period=2,
-        attn_layer_offset=1,
-        expert_layer_period=1,
-        expert_layer_offset=0,
-    ),
-    "jetmoe": _family(_NORMED),
-    "kimi_linear": _family(_DEEPSEEK, **HYBRID),
-    "kolibri1": _family(_SIGMOID_SWITCHED),
-    "laguna": _family(_SIGMOID),
-    "lfm2_moe": _family(_DEEPSEEK, layer_types=["conv", "full_attention"]),
-    "llama4_text": _family(Formula(score="sigmoid"), moe_layers=[0, 1]),
-    "longcat_flash": _family(Formula(score="softmax", scale="routed_scaling_factor"), head_dim=8),
-    "mellum": _family(_SWITCHED),
-    "mimo_v2_flash": _family(
-        _DEEPSEEK,
-        num_attention_heads=4,
-        layer_types=["full_attention", "sliding_attention"],
-        sliding_window=8,
-    ),
-    "minimax": _family(_NORMED),
-    "minimax_m2": _family(_SIGMOID),
-    "minimax_m3_vl_text": _family(_SIGMOID),  # the scale comes after the sum over experts
-    "mistral4": _family(
-        Formula(score="softmax", normalise="norm_topk_prob", scale="routed_scaling_factor")
-    ),
-    "mistral_large4_text": _family(
-        Formula(score="softmax", normalise=True, scale="routed_scaling_factor")
-    ),
-    "mixtral": _family(_NORMED),
-    "muse_spark_text": _family(
-        Formula(
-            score="sigmoid",
-            normalise=True,
-            scale="routed_scaling_factor",
-            temper="output_multiplier",
-        )
-    ),
-    "nemotron_h": _family(
-        _DEEPSEEK, num_hidden_layers=3, layers_block_type=["attention", "moe", "moe"]
-    ),
-    "olmoe": _family(_SWITCHED),
-    "openai_privacy_filter": _family(Formula(score="softmax", normalise=True, averaged=True)),
-    "qwen2_moe": _family(_SWITCHED),
-    "qwen3_5_moe_text": _family(_NORMED, **HYBRID),
-    "qwen3_moe": _family(_SWITCHED, norm_topk_prob=True),
-    "qwen3_next": _family(_SWITCHED, **HYBRID),
-    "qwen3_vl_moe_text": _family(_NORMED),
-    "qwen4_exp_text": _family(_SWITCHED, **HYBRID),
-    "solar_open": _family(_DEEPSEEK),
-    "zaya": _family(_SOFTMAX, num_experts_per_tok=1),
+    None: "inkling_text",
 }
+
+# Config fields of a family beyond `SMALL`.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(["bailing_hybrid", "granitemoehybrid", "kimi_linear"], HYBRID),
+    **dict.fromkeys(["qwen3_5_moe_text", "qwen3_next", "qwen4_exp_text"], HYBRID),
+    "dbrx": {
+        **{"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 64},
+        # The class reads rope_theta and clips without asking; the defaults have neither.
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 8}
+        | {"moe_top_k": 2},
+    },
+    "deepseek_v2": {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
+    # A hash of the token id chooses in the first layer: nothing to record, nothing to replay.
+    "deepseek_v4": {"num_hidden_layers": 3, "mlp_layer_types": ["hash_moe", "moe", "moe"]},
+    "flint": {"mlp_only_layers": []},
+    "gemma4_text": {"enable_moe_block": True},
+    "jamba": {
+        **{"attn_layer_period": 2, "attn_layer_offset": 1},
+        **{"expert_layer_period": 1, "expert_layer_offset": 0},
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4_text": {"moe_layers": [0, 1]},
+    "longcat_flash": {"head_dim": 8},
+    "mimo_v2_flash": {
+        **{"num_attention_heads": 4, "sliding_window": 8},
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "nemotron_h": {"num_hidden_layers": 3, "layers_block_type": ["attention", "moe", "moe"]},
+    "qwen3_moe": {"norm_topk_prob": True},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+_FORMULA_OF = {name: formula for formula, names in _FORMULAS.items() for name in names.split()}
+FAMILIES: dict[str, Formula | None] = {name: _FORMULA_OF[name] for name in sorted(_FORMULA_OF)}
+"""The formula of the gate weights by family, None where there is none."""
 
 REFUSED_UNBUILT = {"ernie4_5_vl_moe": REFUSED["Ernie4_5_VLMoeMoeBlock"]}
 """Refused families that are not built here, for want of images, and why they are refused."""
@@ -210,8 +141,8 @@ def family_names() -> list[str]:
     return [name for name in FAMILIES if name in CONFIG_MAPPING]
 
 
-def family_of(model_type: str) -> FamilyEntry | None:
-    """The entry of a config's `model_type`, that of a multimodal wrapper being its text model's."""
+def formula_of(model_type: str) -> Formula | None:
+    """The formula of a config's `model_type`; a multimodal wrapper has that of its text model."""
     return FAMILIES.get(model_type) or FAMILIES.get(f"{model_type}_text")
 
 
@@ -231,7 +162,7 @@ def small_config(name: str, **changes: Any) -> Any:
     fields = set(inspect.signature(config_class.__init__).parameters)
     fields |= set(getattr(config_class, "__dataclass_fields__", {}))
     small = {name: value for name, value in SMALL.items() if name in fields}
-    settings = REFUSED_FAMILIES.get(known) or FAMILIES.get(known, FamilyEntry()).settings
+    settings = REFUSED_FAMILIES.get(known) or _SETTINGS.get(known, {})
     return AutoConfig.for_model(known, **{**small, **settings, **changes})
 
 
@@ -242,7 +173,6 @@ def build_family(name: str, *, seed: int = 0, **changes: Any) -> nn.Module:
     drawn wide, so that routing is spread over the experts and groups.
 
     Args:
-        name: one of `family_names()`.
         seed: seed of the weights; torch's global generator is left as it was.
         changes: config fields.
 
@@ -250,8 +180,8 @@ def build_family(name: str, *, seed: int = 0, **changes: Any) -> nn.Module:
         ValueError: the installed transformers does not know the family.
     """
     config = small_config(name, **changes)
-    kinds = AutoModelForCausalLM, AutoModel
-    kind = kinds[0] if type(config) in AutoModelForCausalLM._model_mapping else kinds[1]
+    has_head = type(config) in AutoModelForCausalLM._model_mapping
+    kind = AutoModelForCausalLM if has_head else AutoModel
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

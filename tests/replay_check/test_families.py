@@ -17,7 +17,7 @@ from moe_rl.replay_check.families import (
     REFUSED_FAMILIES,
     build_family,
     family_names,
-    family_of,
+    formula_of,
     small_config,
 )
 from moe_rl.replay_check.gate_formula import Formula
@@ -37,7 +37,7 @@ NOT_APPLICABLE = {
 
 @pytest.mark.parametrize("family", family_names())
 def test_every_law_of_replay_holds_on_every_family(family) -> None:
-    findings = check_replay(build_family(family), formula=FAMILIES[family].formula)
+    findings = check_replay(build_family(family), formula=FAMILIES[family])
     assert [finding.check for finding in findings] == list(LAWS)
     for finding in findings:
         excuse = NOT_APPLICABLE.get((family, finding.check))
@@ -94,8 +94,8 @@ def test_choices_without_weights_count_as_experts(family, choices) -> None:
 def test_an_unknown_family_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"'qwen3_mo' is not a Mixture.*qwen3_moe"):
         small_config("qwen3_mo")
-    assert family_of("llama4") is FAMILIES["llama4_text"]
-    assert family_of("llama") is None
+    assert formula_of("llama4") is FAMILIES["llama4_text"]
+    assert formula_of("llama") is None
 
 
 # The checker must see what is broken.
@@ -153,7 +153,7 @@ def test_weights_from_scores_that_the_choice_has_masked_are_seen() -> None:
         return logits, weights * kept.gather(-1, ids), ids
 
     assert {"weights"} <= outcome(
-        change_routers(build_family("olmoe"), masked), FAMILIES["olmoe"].formula
+        change_routers(build_family("olmoe"), masked), FAMILIES["olmoe"]
     ).keys()
 
 
@@ -192,7 +192,7 @@ def test_a_live_choice_that_is_another_is_seen(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_a_sound_bfloat16_model_fails_no_law(family: str) -> None:
     """The usual type of checkpoints; finite steps of such weights find no slope."""
-    found = check_replay(build_family(family).bfloat16(), formula=FAMILIES[family].formula)
+    found = check_replay(build_family(family).bfloat16(), formula=FAMILIES[family])
     assert not [finding for finding in found if finding.passed is False]
     gradient = next(finding for finding in found if finding.check == "gradient")
     assert gradient.passed is None and "too coarse" in gradient.reason
@@ -203,7 +203,7 @@ def test_one_expert_of_weight_one_fails_no_law(family: str, experts: int) -> Non
     """Normalised, its weight is 1 whatever the router says: there is no gradient to find."""
     name = "num_experts" if family == "qwen3_moe" else "num_local_experts"
     model = build_family(family, num_experts_per_tok=1, **{name: experts})
-    found = check_replay(model, formula=FAMILIES[family].formula)
+    found = check_replay(model, formula=FAMILIES[family])
     assert not [finding for finding in found if finding.passed is False]
     gradient = next(finding for finding in found if finding.check == "gradient")
     assert gradient.passed is None and "gradient is 0" in gradient.reason
