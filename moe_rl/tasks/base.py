@@ -6,7 +6,7 @@ One token is one character; the end-of-sequence token is appended by the trainer
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -16,21 +16,16 @@ class Problem:
     """A prompt, and the values its reward needs."""
 
     prompt: str
-    """Text that the policy completes."""
-
     columns: Mapping[str, Any]
     """Keyword arguments of `Task.reward`, as lists of one entry per completion."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Listed:
-    """A problem that was read from a file."""
+class Listed(NamedTuple):
+    """A problem read from a file: file and line number, prompt, a completion with reward 1."""
 
     where: str
-    """File and line number, for error messages."""
     prompt: str
     answer: str
-    """A completion with reward 1."""
 
 
 class Task(ABC):
@@ -41,7 +36,6 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    """The name by which `make_task` finds the task."""
 
     @property
     @abstractmethod

@@ -61,17 +61,14 @@ class Countdown(Task):
 
     @property
     def alphabet(self) -> str:
-        """Digits, the three signs, and the separators."""
         return string.digits + "+-*=,:"
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Tokens of every prompt."""
         return self.numbers * (self._number_width + 1) + self._value_width + 1
 
     @property
     def max_response_tokens(self) -> int:
-        """Tokens of `numbers - 1` steps of the widest values, end of sequence included."""
         # Three values and two signs a step, and behind it a comma or the end of sequence.
         return (self.numbers - 1) * (3 * self._value_width + 3)
 

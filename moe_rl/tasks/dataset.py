@@ -60,37 +60,29 @@ class Dataset(Task):
 
     @property
     def sha256(self) -> str:
-        """Sha256 of the file, in hexadecimal digits."""
         return self._content[1]
 
     @property
     def alphabet(self) -> str:
-        """Every character of the file's prompts and answers."""
         return "".join(sorted(set().union(*(row.prompt + row.answer for row in self._rows))))
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Characters of the longest prompt."""
         return max(len(row.prompt) for row in self._rows)
 
     @property
     def max_response_tokens(self) -> int:
-        """`response_tokens`, or the longest answer's tokens at one token per character."""
         return self.response_tokens or max(len(row.answer) for row in self._rows) + 1
 
     def listed(self) -> list[Listed]:
-        """Every row with its place in the file."""
         return [
-            Listed(where=f"{self.dataset}, line {n}", prompt=row.prompt, answer=row.answer)
+            Listed(f"{self.dataset}, line {n}", row.prompt, row.answer)
             for n, row in enumerate(self._rows, start=1)
         ]
 
     def prompts(self, rng: np.random.Generator, count: int) -> list[Problem]:
-        """Rows are uniform."""
-        return [
-            Problem(prompt=row.prompt, columns={"answer": row.answer})
-            for row in self._draw(rng, count)
-        ]
+        rows = self._draw(rng, count)
+        return [Problem(prompt=row.prompt, columns={"answer": row.answer}) for row in rows]
 
     def demonstrations(
         self, rng: np.random.Generator, count: int, slip: float

@@ -33,17 +33,14 @@ class RunningSum(Task):
 
     @property
     def alphabet(self) -> str:
-        """Digits and the sign that ends a prompt."""
         return string.digits + "="
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Tokens of every prompt."""
         return self.digits + 1
 
     @property
     def max_response_tokens(self) -> int:
-        """Tokens of every right response, end of sequence included."""
         return self.digits + 1
 
     def prompts(self, rng: np.random.Generator, count: int) -> list[Problem]:

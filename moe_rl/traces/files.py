@@ -50,7 +50,6 @@ def read_trace(
     """Read a trace by its suffix: .npz, .npy, .safetensors, .json, .jsonl, or a folder of .jsonl.
 
     Args:
-        path: the file, or the folder of a Megatron-LM trace.
         num_layers: decoder layers of the model, dense ones included; only SGLang needs it.
         top_k: K, experts per token; only SGLang needs it.
         batch_size: sequences in one micro-batch of a Megatron-LM trace, which flattens `[S, B]`.
@@ -61,7 +60,8 @@ def read_trace(
         OSError: the file cannot be read.
     """
     path = Path(path)
-    shards = sorted(path.glob(MEGATRON_FILES), key=_rank)
+    # Numbers differ in width, and rank 10 comes after rank 9.
+    shards = sorted(path.glob(MEGATRON_FILES), key=lambda file: (len(file.name), file.name))
     try:
         if path.suffix in (".npz", ".npy"):
             loaded = np.load(path)
@@ -112,8 +112,3 @@ def _from_arrays(arrays: Mapping[str, np.ndarray]) -> Trace:
         routes, source = from_vllm(routes, arrays[PROMPT_KEY]), "vLLM 0.21"
     rows = list(routes) if routes.ndim == 4 else [routes]
     return Trace(routed_experts=stack_rows(rows), source=source)
-
-
-def _rank(file: Path) -> int:
-    """N of router_trace_rankN.jsonl: rank 10 comes after rank 9."""
-    return int("".join(filter(str.isdigit, file.stem)) or 0)

@@ -13,7 +13,6 @@ The last token is sampled and never fed, so no engine has a route for it: its ro
 """
 
 import base64
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,13 +57,7 @@ def stack_rows(rows: Sequence[np.ndarray]) -> Tensor:
 
 
 def from_vllm(generated: np.ndarray, prompt: np.ndarray | None = None) -> np.ndarray:
-    """Routes `[S or S-1, L, K]` of one vLLM completion, in any of its three layouts.
-
-    Args:
-        generated: `CompletionOutput.routed_experts`; of the whole sequence, or, with `prompt`, of
-            the generated tokens.
-        prompt: `RequestOutput.prompt_routed_experts` where the release splits the two (0.21).
-    """
+    """Routes `[S or S-1, L, K]` of one vLLM completion; 0.21 has those of its prompt apart."""
     return generated if prompt is None else np.concatenate([prompt, generated], axis=0)
 
 
@@ -74,12 +67,11 @@ def from_sglang(encoded: str, *, num_layers: int, top_k: int) -> np.ndarray:
     Args:
         encoded: `meta_info["routed_experts"]`, base64 of little-endian int32.
         num_layers: all decoder layers of the model, dense ones included.
-        top_k: K.
 
     Raises:
         ValueError: not base64, or not a whole number of tokens.
     """
-    raw = decode_base64(encoded)
+    raw = base64.b64decode(encoded, validate=True)
     size = 4 * num_layers * top_k
     if size <= 0 or len(raw) % size:
         raise ValueError(
@@ -88,19 +80,6 @@ def from_sglang(encoded: str, *, num_layers: int, top_k: int) -> np.ndarray:
             "of the model that was served"
         )
     return np.frombuffer(raw, dtype="<i4").reshape(-1, num_layers, top_k)
-
-
-def decode_base64(encoded: str) -> bytes:
-    """Bytes of a base64 text; a ValueError where it is none."""
-    return base64.b64decode(encoded, validate=True)
-
-
-def npy_bytes(raw: bytes) -> np.ndarray | None:
-    """The array of an npy file in memory; None where the bytes are no npy file."""
-    if not raw.startswith(np.lib.format.MAGIC_PREFIX):
-        return None
-    array: np.ndarray = np.load(io.BytesIO(raw))
-    return array
 
 
 def fit_to_model(
@@ -113,14 +92,12 @@ def fit_to_model(
 
     Args:
         routed_experts: `[B, S or S-1, L or all decoder layers, K]`.
-        model: the model that will replay it.
         num_tokens: S of the sequences; None leaves the positions as they are.
 
     Raises:
         ValueError: neither number of layers, or neither number of positions, is that of the model.
     """
-    taps = find_routers(model)
-    layers = [tap.decoder_layer for tap in taps]
+    layers = [tap.decoder_layer for tap in find_routers(model)]
     given = routed_experts.shape[2]
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     total = inner.config.get_text_config().num_hidden_layers if inner is not None else len(layers)
@@ -146,11 +123,7 @@ def fit_to_model(
 def record_for_model(
     rows: Sequence[np.ndarray], model: nn.Module, *, num_tokens: int | None = None
 ) -> Tensor:
-    """Routes of B sequences as a record that `model` can replay; see `stack_rows`, `fit_to_model`.
-
-    Raises:
-        ValueError: the routes differ among themselves, or do not fit the model.
-    """
+    """Routes of B sequences as a checked record for `model`; see `stack_rows`, `fit_to_model`."""
     record = fit_to_model(stack_rows(rows), model, num_tokens=num_tokens)
     taps = find_routers(model)
     check_routed_experts(

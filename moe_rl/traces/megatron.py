@@ -24,10 +24,8 @@ _Layers = dict[int, list[np.ndarray]]
 def read_megatron(files: Sequence[Path], batch_size: int) -> list[np.ndarray]:
     """Rows `[S, L, K]` of the files of all ranks, in the order of `files`.
 
-    Args:
-        files: one file a rank.
-        batch_size: sequences in a micro-batch, whose tokens a pass flattens from `[S, B]`. With 1
-            a file is one row; with more, every sequence of every pass is a row.
+    A pass flattens the tokens of a micro-batch of `batch_size` sequences from `[S, B]`. With 1 a
+    file is one row; with more, every sequence of every pass is a row.
 
     Raises:
         ValueError: a line that is none of a router trace, lines cut off or out of order, files of
@@ -38,7 +36,13 @@ def read_megatron(files: Sequence[Path], batch_size: int) -> list[np.ndarray]:
     for file in files:
         layers_of[file.name], passes = _passes(file)
         if batch_size > 1:
-            rows += [row for ids in passes for row in _split_batch(ids, batch_size)]
+            bad = next((len(ids) for ids in passes if len(ids) % batch_size), None)
+            if bad is not None:
+                raise ValueError(
+                    f"batch_size={batch_size}: does not divide a pass of {bad} tokens; give the "
+                    "sequences of a micro-batch"
+                )
+            rows += [ids[b::batch_size] for ids in passes for b in range(batch_size)]
         elif passes:
             rows.append(np.concatenate(passes))
     if len(set(map(tuple, layers_of.values()))) > 1:
@@ -91,12 +95,3 @@ def _steps(file: Path) -> dict[int, _Layers]:
             steps[step][layer].append(ids)
             last = step
     return steps
-
-
-def _split_batch(ids: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    if ids.shape[0] % batch_size:
-        raise ValueError(
-            f"batch_size={batch_size}: does not divide a pass of {ids.shape[0]} tokens; give the "
-            "sequences of a micro-batch"
-        )
-    return [ids[b::batch_size] for b in range(batch_size)]  # tokens are flattened [S, B]

@@ -3,12 +3,14 @@
 A response is an object, several are a list; each completion has its own `routed_experts`.
 """
 
+import base64
+import io
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from moe_rl.traces.foreign import KEY, PROMPT_KEY, decode_base64, from_sglang, from_vllm, npy_bytes
+from moe_rl.traces.foreign import KEY, PROMPT_KEY, from_sglang, from_vllm
 
 
 def read_responses(
@@ -57,9 +59,9 @@ def _array(value: Any, num_layers: int | None, top_k: int | None) -> tuple[np.nd
     """Ids, and who sends them so: nested lists, base64 of an npy file, or SGLang's flat bytes."""
     if not isinstance(value, str):
         return np.array(value), "vLLM"
-    array = npy_bytes(decode_base64(value))
-    if array is not None:
-        return array, "vLLM"
+    raw = base64.b64decode(value, validate=True)
+    if raw.startswith(np.lib.format.MAGIC_PREFIX):
+        return np.load(io.BytesIO(raw)), "vLLM"
     if num_layers is None or top_k is None:
         raise ValueError(
             f"{KEY}: flat bytes (SGLang) do not say their shape; pass num_layers (all decoder "
