@@ -25,9 +25,6 @@ def vllm_routes(outputs: Sequence[Any]) -> list[np.ndarray]:
 
     The engine must have been started with `enable_return_routed_experts=True`.
 
-    Args:
-        outputs: vLLM's `RequestOutput`s.
-
     Raises:
         ValueError: a completion without routes.
     """
@@ -40,17 +37,15 @@ def vllm_routes(outputs: Sequence[Any]) -> list[np.ndarray]:
 def join_prompts(routes: Sequence[Any], prompts: Sequence[Any] | None) -> list[np.ndarray]:
     """Rows of whole sequences, where an engine may return prompts and responses apart.
 
-    Args:
-        routes: of each completion, see `as_array`.
-        prompts: of the prompt of each completion; None where `routes` hold the prompt already.
+    `prompts` has the routes of the prompt of each completion, None where `routes` hold them.
 
     Raises:
         ValueError: a sequence without routes, or the two differ in number.
     """
-    prompts = [None] * len(routes) if prompts is None else prompts
+    apart = [None] * len(routes) if prompts is None else prompts
     return [
         from_vllm(as_array(row, i), None if prompt is None else as_array(prompt, i))
-        for i, (row, prompt) in enumerate(zip(routes, prompts, strict=True))
+        for i, (row, prompt) in enumerate(zip(routes, apart, strict=True))
     ]
 
 
@@ -90,7 +85,6 @@ def lay_out(
         lengths: of each sequence (prompt tokens, response tokens); S_i is their sum.
         prompt_length: positions of the padded prompts.
         length: S, positions of the padded batch.
-        model: the model that will replay them.
 
     Returns:
         The record, -1 at padding and at tokens that the engine has no routes of.

@@ -46,7 +46,6 @@ class _TrlRollout:
     lengths: list[tuple[int, int]]
     """(prompt tokens, response tokens) of each sequence."""
     engine_routes: list[np.ndarray]
-    """In R3, of each sequence."""
     replay: Tensor | None = None
     live: Tensor | None = None
     old_logprobs: Tensor | None = None
@@ -180,7 +179,12 @@ class RoutingReplayMixin(GRPOTrainer):
         forward = (model, input_ids, attention_mask, logits_to_keep, *args)
         rollout, inputs = self._rollout_under_way, self._inputs_under_way
         if rollout is not None and rollout.live is None and not self._is_reference(model):
-            return self._old_policy_pass(rollout, forward, kwargs)
+            replay = None
+            if self.routing_replay == "R3":
+                replay = self._engine_record(rollout, input_ids, logits_to_keep)
+            found, rollout.live = self._routed_pass(replay, forward, kwargs)
+            rollout.old_logprobs = found[0]
+            return found
         if inputs is not None:
             return self._update_pass(inputs, forward, kwargs)
         return self._plain_pass(forward, kwargs)
@@ -201,17 +205,6 @@ class RoutingReplayMixin(GRPOTrainer):
         # The reference of an adapter is the model without it, or with its first state, "ref".
         layer = next((m for m in model.modules() if isinstance(m, BaseTunerLayer)), None)
         return layer is not None and (layer.disable_adapters or "ref" in layer.active_adapters)
-
-    def _old_policy_pass(
-        self, rollout: _TrlRollout, forward: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        model, tokens, _, response_length = forward[:4]
-        replay = None
-        if self.routing_replay == "R3":
-            replay = self._engine_record(rollout, tokens, response_length)
-        found, rollout.live = self._routed_pass(replay, (model, *forward[1:]), kwargs)
-        rollout.old_logprobs = found[0]
-        return found
 
     def _routed_pass(
         self, replay: Tensor | None, forward: tuple[Any, ...], kwargs: dict[str, Any]
@@ -234,8 +227,10 @@ class RoutingReplayMixin(GRPOTrainer):
         if old is None:  # no pass of an old policy: there is nothing to replay or to compare with
             return self._plain_pass(forward, kwargs)
         require_same_tokens(old, forward[1])
+        every = self.attribution_every if self.routing_diagnostics else 0
+        splits = every > 0 and (self.state.global_step + 1) % every == 0
         # Before the forward in the loss: between it and its backward the model is left alone.
-        other = self._other_logprobs(old, replay, forward) if self._splits_now() else None
+        other = self._other_logprobs(old, replay, forward) if splits else None
         found, new = self._routed_pass(replay, forward, kwargs)
         if self.routing_diagnostics:
             own = "old_per_token_logps"  # TRL's, where it made a pass of the old policy
@@ -254,10 +249,9 @@ class RoutingReplayMixin(GRPOTrainer):
         self, old: Tensor, replay: Tensor | None, forward: tuple[Any, ...]
     ) -> Tensor:
         """Log-probs [b, T] of the current weights: live if the loss replays, else replayed."""
-        context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if replay is None:
-            context = replay_routing(self.model, old, validate=False)
-        with self._without_gradients(), context:
+        with self._without_gradients(), contextlib.ExitStack() as contexts:
+            if replay is None:
+                contexts.enter_context(replay_routing(self.model, old, validate=False))
             logprobs: Tensor = self._plain_pass((self.model, *forward[1:4]), {})[0]
         return logprobs
 
@@ -281,11 +275,6 @@ class RoutingReplayMixin(GRPOTrainer):
             self._log_metrics(update_metrics(self.accelerator, self._micro_batches))
             self._micro_batches.clear()
         return loss
-
-    def _splits_now(self) -> bool:
-        every = self.attribution_every
-        on = self.routing_diagnostics and every > 0
-        return on and (self.state.global_step + 1) % every == 0
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

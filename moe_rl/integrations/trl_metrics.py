@@ -20,18 +20,17 @@ from moe_rl.routing import statistics
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What one forward pass of an update leaves for its metrics."""
+    """What one forward pass of an update leaves for its metrics; log-probs `[b, T]` in nats."""
 
     logprobs: Tensor
-    """[b, T], of the forward in the loss, nats."""
+    """Of the forward in the loss."""
     old_logprobs: Tensor
-    """[b, T], of the old policy, nats."""
     mask: Tensor
     """bool [b, T], response tokens."""
     routing: Tensor
     """float64 [3 L + 2], see `routing_sums`."""
     other_logprobs: Tensor | None = None
-    """[b, T], with replay switched over; asks for the split of the log-ratio variance."""
+    """With replay switched over; asks for the split of the log-ratio variance."""
     replayed: bool = False
     """Whether `logprobs` was replayed (and `other_logprobs` is the live one)."""
 
@@ -50,19 +49,14 @@ def routing_sums(old: Tensor, new: Tensor, mask: Tensor) -> Tensor:
     routers = statistics.router_disagreement(churn)
     tokens = statistics.token_disagreement(churn)
     by_layer = [values.flatten(0, -2).double() for values in (churn, routers)]
-    return torch.cat(
-        [
-            *(values.nansum(0) for values in by_layer),
-            (~by_layer[0].isnan()).double().sum(0),
-            torch.stack([tokens.double().nansum(), (~tokens.isnan()).double().sum()]),
-        ]
-    )
+    layers = [values.nansum(0) for values in by_layer] + [(~by_layer[0].isnan()).double().sum(0)]
+    whole = torch.stack([tokens.double().nansum(), (~tokens.isnan()).double().sum()])
+    return torch.cat([*layers, whole])
 
 
 def routing_means(sums: Tensor, prefix: str) -> dict[str, float]:
     """Churn, router and token disagreement, means over layers of means over tokens."""
-    layers = (len(sums) - 2) // 3
-    churn, routers, pairs = sums[:-2].view(3, layers)
+    churn, routers, pairs = sums[:-2].view(3, -1)
     means = [(churn / pairs).mean(), (routers / pairs).mean(), sums[-2] / sums[-1]]
     names = ("churn", "router_disagreement", "token_disagreement")
     numbers = torch.stack(means).tolist()
@@ -81,33 +75,22 @@ def update_metrics(accelerator: Any, parts: Sequence[MicroBatch]) -> dict[str, f
     `kl` of `ratio_statistics` is left out: in TRL's logs it is the divergence from the reference
     model. It is minus `ratio/token_log_mean`.
     """
-    split = all(part.other_logprobs is not None for part in parts)
-    logprobs, old_logprobs, mask, *other = _gathered(accelerator, [_columns(p) for p in parts])
+    # One tensor [b, T, 3 or 4] a part. Parts differ in T, and padding is outside the mask.
+    columns = [(p.logprobs, p.old_logprobs, p.mask, p.other_logprobs) for p in parts]
+    stacked = [
+        torch.stack([column.detach().float() for column in part if column is not None], dim=-1)
+        for part in columns
+    ]
+    longest = max(part.shape[1] for part in stacked)
+    pad = torch.nn.functional.pad
+    rows = torch.cat([pad(part, (0, 0, 0, longest - part.shape[1])) for part in stacked])
+    whole: Tensor = accelerator.gather(accelerator.pad_across_processes(rows, dim=1))
+    logprobs, old_logprobs, mask, *other = whole.unbind(-1)
     response = mask > 0
     metrics = global_routing(accelerator, [part.routing for part in parts], "routing")
     metrics |= ratio_statistics(logprobs, old_logprobs, response)
     del metrics["kl"]
-    if split:
-        live, replayed = logprobs, other[0]
-        if parts[0].replayed:
-            live, replayed = replayed, live
+    if other:
+        live, replayed = (other[0], logprobs) if parts[0].replayed else (logprobs, other[0])
         metrics |= split_log_ratio(live, replayed, old_logprobs, response)
     return metrics
-
-
-def _columns(part: MicroBatch) -> Tensor:
-    """float32 [b, T, 3 or 4]: what has to be gathered, in one tensor."""
-    columns = [part.logprobs, part.old_logprobs, part.mask]
-    if part.other_logprobs is not None:
-        columns.append(part.other_logprobs)
-    return torch.stack([column.detach().float() for column in columns], dim=-1)
-
-
-def _gathered(accelerator: Any, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Columns [B, T] of the whole update. Parts differ in T, padding is outside the mask."""
-    longest = max(part.shape[1] for part in parts)
-    rows = torch.cat(
-        [torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts]
-    )
-    whole: Tensor = accelerator.gather(accelerator.pad_across_processes(rows, dim=1))
-    return whole.unbind(-1)
