@@ -21,7 +21,8 @@ class Subject:
         self.model: Any = model
         self.formula = formula
         self.taps = find_routers(model)
-        self.config = self.model.config.get_text_config()
+        config: Any = model.config
+        self.config = config.get_text_config()
         self.generator = torch.Generator().manual_seed(seed)
         device = next(model.parameters()).device
         self.tokens = torch.randint(

@@ -31,7 +31,7 @@ def watch_experts(model: nn.Module, taps: list[RouterTap]) -> Iterator[Seen]:
             seen[layer] = found
 
     for layer, tap in enumerate(taps):
-        module: nn.Module | None = tap.module
+        module: Any = tap.module
         read = READERS.get(type(tap.module).__name__)
         if read is None:
             block = paths[id(tap.module)]

@@ -13,9 +13,9 @@ This room depends on torch and transformers only, so it can be lifted into any t
 """
 
 from .noise import router_noise
-from .record import RecordedRouting, collect_router_logits, record_routing
-from .replay import ReplayedRouting, replay_routing
-from .routed_experts import check_routed_experts
+from .record import collect_router_logits, record_routing
+from .replay import replay_routing
+from .routed_experts import RecordedRouting, ReplayedRouting, check_routed_experts
 from .taps import ChoosesExperts, RouterTap, find_routers
 
 __all__ = [

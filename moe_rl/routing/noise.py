@@ -25,7 +25,6 @@ def router_noise(model: nn.Module, draw: Draw) -> Iterator[None]:
     made, without drawing again.
 
     Args:
-        model: a transformers MoE model.
         draw: `draw(layer_index, logits [N, E]) -> noise [N, E]`, called without gradients once
             for each router and forward; `layer_index` counts MoE layers, the L of a record.
 

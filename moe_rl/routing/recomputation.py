@@ -45,17 +45,11 @@ class UsedRoutes:
             hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
             self.checkpointed = not torch.is_grad_enabled() or hooks is not None
 
-    def keep(self, layer: int, ids: Tensor) -> None:
-        """Keep the ids `[..., K]` that were chosen for the router of `layer`."""
-        if self.checkpointed:
-            self.ids[layer] = ids
-
 
 class Recomputations:
     """The forwards of one model whose routers a backward may still recompute.
 
-    Args:
-        on_gone: called whenever the graph of one of them is gone.
+    Whenever the graph of one of them is gone, `on_gone` is called.
     """
 
     def __init__(self, on_gone: Callable[[], None]) -> None:

@@ -5,29 +5,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from .routed_experts import RoutingBuffer
+from .routed_experts import RecordedRouting
 from .switchboard import tapped
-
-
-class RecordedRouting:
-    """What `record_routing` has seen so far. Readable inside the block and after it."""
-
-    def __init__(self, buffer: RoutingBuffer) -> None:
-        self._buffer = buffer
-
-    @property
-    def routed_experts(self) -> Tensor:
-        """int16 expert ids `[B, S, L, K]` in the router's order, -1 where nothing ran."""
-        return self._buffer.routed_experts()
-
-    @property
-    def router_logits(self) -> Tensor:
-        """Raw router logits `[B, S, L, E]` float32, detached, NaN where nothing ran.
-
-        Raises:
-            ValueError: the context was opened without `router_logits=True`.
-        """
-        return self._buffer.router_logits()
 
 
 @contextmanager
@@ -45,19 +24,18 @@ def record_routing(model: nn.Module, *, router_logits: bool = False) -> Iterator
     `router_noise` the ids that were used are recorded. Changes nothing about the forward.
 
     Args:
-        model: a transformers MoE model, or a wrapper that contains one.
         router_logits: keep the raw router logits `[B, S, L, E]` too.
 
     Raises:
         ValueError: the model has no router that can be recorded, see `find_routers`.
     """
     with tapped(model) as board:
-        buffer = RoutingBuffer(len(board.taps), router_logits=router_logits)
-        board.recorders.append(buffer)
+        recorded = RecordedRouting(len(board.taps), router_logits=router_logits)
+        board.recorders.append(recorded)
         try:
-            yield RecordedRouting(buffer)
+            yield recorded
         finally:
-            board.recorders.remove(buffer)
+            board.recorders.remove(recorded)
 
 
 @contextmanager

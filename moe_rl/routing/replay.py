@@ -10,32 +10,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from .routed_experts import Replay, RoutingBuffer, check_routed_experts, check_shape
+from .routed_experts import ReplayedRouting, check_routed_experts, check_shape
 from .switchboard import tapped
-
-
-class ReplayedRouting:
-    """What the routers would have done under `replay_routing`. Readable inside and after."""
-
-    def __init__(self, live: RoutingBuffer) -> None:
-        self._live = live
-
-    @property
-    def live_routed_experts(self) -> Tensor:
-        """int16 ids `[B, S, L, K]` the routers would have chosen in these forwards by themselves.
-
-        A layer's live choice is made from the hidden states of the replayed layers below it.
-        """
-        return self._live.routed_experts()
-
-    @property
-    def router_logits(self) -> Tensor:
-        """Raw router logits `[B, S, L, E]` float32, detached.
-
-        Raises:
-            ValueError: the context was opened without `router_logits=True`.
-        """
-        return self._live.router_logits()
 
 
 @contextmanager
@@ -62,7 +38,6 @@ def replay_routing(
     time may call a model with open contexts.
 
     Args:
-        model: a transformers MoE model, or a wrapper that contains one.
         routed_experts: int16, int32 or int64 ids `[B, S, L, K]`; negative: no record.
         router_logits: keep the raw router logits `[B, S, L, E]` too.
         validate: check ids for range, uniqueness and emptiness; False in hot loops over a record
@@ -74,16 +49,12 @@ def replay_routing(
     """
     with tapped(model) as board:
         tap = board.taps[0]
+        shape = {"num_layers": len(board.taps), "top_k": tap.top_k}
         if validate:
-            check_routed_experts(
-                routed_experts,
-                num_layers=len(board.taps),
-                num_experts=tap.num_experts,
-                top_k=tap.top_k,
-            )
+            check_routed_experts(routed_experts, num_experts=tap.num_experts, **shape)
         else:
-            check_shape(routed_experts, num_layers=len(board.taps), top_k=tap.top_k)
+            check_shape(routed_experts, **shape)
         device = next(iter(tap.module.parameters()), routed_experts).device
-        replay = Replay(routed_experts, device=device, router_logits=router_logits)
-        with board.hold("replay", replay):
-            yield ReplayedRouting(replay.live)
+        replayed = ReplayedRouting(routed_experts, device=device, router_logits=router_logits)
+        with board.hold("replay", replayed):
+            yield replayed

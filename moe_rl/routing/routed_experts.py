@@ -72,8 +72,7 @@ class Span:
     length: int
 
     @property
-    def end(self) -> int:
-        """Position behind the last one."""
+    def end(self) -> int:  # behind the last position
         return self.start + self.length
 
 
@@ -102,11 +101,10 @@ class Cursor:
         assert self._last is not None
         return self._last
 
-    def place(self, *, batch: int, length: int, cached: int, cache: Any, position_ids: Any) -> None:
+    def place(self, batch: int, length: int, cached: int, cache: Any, position_ids: Any) -> None:
         """Take the span of a forward of `[batch, length]` tokens on a `cache` of `cached`.
 
-        Args:
-            position_ids: None where padding may have put anything into them.
+        `position_ids` is None where padding may have put anything into them.
         """
         base = cached if self._base is None else self._base
         start = cached - base
@@ -159,8 +157,8 @@ class Cursor:
         return last.row
 
 
-class RoutingBuffer:
-    """Collects what routers did, forward by forward, and stacks it when it is read.
+class RecordedRouting:
+    """What routers did, forward by forward; stacked when it is read, inside the block or after.
 
     Args:
         num_layers: L, routers of the model.
@@ -201,29 +199,48 @@ class RoutingBuffer:
             self._logits.append((span, _stack(self._layer_logits)))
         self.cursor.own(cache)
 
+    @property
     def routed_experts(self) -> Tensor:
-        """Return int16 ids `[B, S, L, K]`, -1 where nothing ran."""
+        """int16 expert ids `[B, S, L, K]` in the router's order, -1 where nothing ran."""
         return _assemble(self._ids, fill=NO_RECORD)
 
+    @property
     def router_logits(self) -> Tensor:
-        """Return raw logits `[B, S, L, E]` float32, NaN where nothing ran."""
+        """Raw router logits `[B, S, L, E]` float32, detached, NaN where nothing ran.
+
+        Raises:
+            ValueError: the context was opened without `router_logits=True`.
+        """
         return _assemble(self._logits, fill=float("nan"))
 
 
-class Replay:
-    """A record laid out for serving: `[L, B, S, K]` on the device of the routers."""
+class ReplayedRouting:
+    """A record to serve, and what the routers would have done. Readable inside and after."""
 
     def __init__(
         self, routed_experts: Tensor, *, device: torch.device, router_logits: bool
     ) -> None:
-        # A copy, even of a record that lies so already: whoever made it may change it.
+        # [L, B, S, K]. A copy, even of a record that lies so: whoever made it may change it.
         routes = routed_experts.detach().permute(2, 0, 1, 3)
         self.routes = routes.to(device).clone(memory_format=torch.contiguous_format)
         num_layers, num_rows, length, _ = self.routes.shape
         self.has_gaps: list[bool] = (self.routes < 0).flatten(1).any(dim=1).tolist()
-        self.live = RoutingBuffer(
+        self.live = RecordedRouting(
             num_layers, router_logits=router_logits, num_rows=num_rows, length=length
         )
+
+    @property
+    def live_routed_experts(self) -> Tensor:
+        """int16 ids `[B, S, L, K]` the routers would have chosen in these forwards by themselves.
+
+        A layer's live choice is made from the hidden states of the replayed layers below it.
+        """
+        return self.live.routed_experts
+
+    @property
+    def router_logits(self) -> Tensor:
+        """As of `RecordedRouting`."""
+        return self.live.router_logits
 
     def ids(self, layer: int, live: Tensor) -> Tensor:
         """Ids of the shape of `live`: recorded, and live where there is no record."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from .taps import RouterTap
@@ -20,15 +21,7 @@ from .top_k import top_k
 
 _TOPKS = frozenset({torch.topk, Tensor.topk, top_k})
 _PRODUCTS = frozenset(
-    {
-        torch.nn.functional.linear,
-        torch.matmul,
-        torch.mm,
-        torch.addmm,
-        Tensor.matmul,
-        Tensor.mm,
-        Tensor.__matmul__,
-    }
+    {linear, torch.matmul, torch.mm, torch.addmm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 )
 
 

@@ -30,9 +30,6 @@ def churn(e_a: Tensor, e_b: Tensor, mask: Tensor | None = None) -> Tensor:
     """|e_B \\ e_A| / K, the share of experts of B that A did not choose. `[..., L]` in [0, 1].
 
     GSPO (arXiv 2507.18071, section 5.3) reports roughly 10% a gradient update for a 48-layer model.
-
-    Args:
-        e_a, e_b: ids `[..., L, K]` of the same tokens, any integer dtype.
     """
     _require_same_shape("e_a", e_a, "e_b", e_b)
     shared = e_b == e_a[..., :1]
@@ -85,9 +82,7 @@ def shift(
     moved on the experts the old policy chose (RSPO, arXiv 2510.23027). Layers without a record
     leave the mean.
 
-    Args:
-        old_logits, new_logits: of the same tokens.
-        e_old: ids `[..., L, K]` that the old policy chose.
+    `e_old [..., L, K]` are the ids that the old policy chose.
     """
     _require_same_shape("old_logits", old_logits, "new_logits", new_logits)
     ids = e_old.clamp_min(0).long()
@@ -109,7 +104,7 @@ def entropy(router_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     log_r = router_logits.detach().float().log_softmax(dim=-1)
     # A logit of -inf is an expert that cannot be chosen: it adds 0, not NaN.
     spread = -(log_r.exp() * log_r.clamp_min(torch.finfo(log_r.dtype).min)).sum(dim=-1)
-    return _only(spread, mask, None)
+    return _only(spread, mask, torch.ones_like(spread, dtype=torch.bool))
 
 
 def load(routed_experts: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
@@ -118,10 +113,7 @@ def load(routed_experts: Tensor, num_experts: int, mask: Tensor | None = None) -
     Counted over the tokens of `mask` that have a record at the layer; a layer without any has NaN.
     """
     num_layers = routed_experts.shape[-2]
-    counted = _recorded(routed_experts)
-    if mask is not None:
-        _require_mask(mask, counted)
-        counted = counted & mask.unsqueeze(-1)
+    counted = _counted(_recorded(routed_experts), mask)
     layers = torch.arange(num_layers, device=routed_experts.device).unsqueeze(-1)
     # One bucket a layer beyond its experts takes whatever does not count.
     buckets = torch.where(counted.unsqueeze(-1), routed_experts.long(), num_experts)
@@ -157,21 +149,21 @@ def _recorded(routed_experts: Tensor) -> Tensor:
     return (routed_experts >= 0).all(dim=-1)
 
 
-def _only(values: Tensor, mask: Tensor | None, recorded: Tensor | None) -> Tensor:
+def _only(values: Tensor, mask: Tensor | None, recorded: Tensor) -> Tensor:
     """Put NaN at the (token, layer) pairs of `values [..., L]` that do not count."""
-    counted = recorded
-    if mask is not None:
-        _require_mask(mask, values)
-        counted = mask.unsqueeze(-1) if counted is None else counted & mask.unsqueeze(-1)
-    return values if counted is None else values.masked_fill(~counted, torch.nan)
+    return values.masked_fill(~_counted(recorded, mask), torch.nan)
 
 
-def _require_mask(mask: Tensor, values: Tensor) -> None:
-    if mask.dtype != torch.bool or mask.shape != values.shape[:-1]:
+def _counted(recorded: Tensor, mask: Tensor | None) -> Tensor:
+    """The (token, layer) pairs `[..., L]` that are recorded and in `mask`."""
+    if mask is None:
+        return recorded
+    if mask.dtype != torch.bool or mask.shape != recorded.shape[:-1]:
         raise ValueError(
-            f"mask: {mask.dtype} {list(mask.shape)} for tokens {list(values.shape[:-1])}; pass a "
+            f"mask: {mask.dtype} {list(mask.shape)} for tokens {list(recorded.shape[:-1])}; pass a "
             "boolean mask over the token axes, without the layer axis"
         )
+    return recorded & mask.unsqueeze(-1)
 
 
 def _require_same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from .recomputation import Recomputations, UsedRoutes, in_backward
-from .routed_experts import Replay, RoutingBuffer
+from .routed_experts import RecordedRouting, ReplayedRouting
 from .router_call import RouterCall
 from .taps import RouterTap, survey
 from .top_k import top_k
@@ -29,41 +29,52 @@ Draw = Callable[[int, Tensor], Tensor]
 """`draw(layer_index, logits [N, E]) -> noise [N, E]`."""
 
 
-class ModelForward:
+class Contexts:
+    """The contexts that are open on a model, or listen to one forward of it."""
+
+    def __init__(self) -> None:
+        self.recorders: list[RecordedRouting] = []
+        self.collectors: list[list[Tensor]] = []
+        self.replay: ReplayedRouting | None = None
+        self.noise: Draw | None = None
+
+    @property
+    def open(self) -> bool:
+        """Is there any?"""
+        return bool(self.recorders or self.collectors or self.replay or self.noise)
+
+
+class ModelForward(Contexts):
     """One forward of the model: who listens, and which ids it used."""
 
     def __init__(self, num_layers: int) -> None:
+        super().__init__()
         self.tokens = 0
-        self.recorders: list[RoutingBuffer] = []
-        self.collectors: list[list[Tensor]] = []
-        self.replay: Replay | None = None
-        self.noise: Draw | None = None
         self.calls = [0] * num_layers
         self.used = UsedRoutes()
 
     @property
-    def listening(self) -> bool:
-        """Does any context want to know about this forward?"""
-        return bool(self.recorders or self.collectors or self.replay or self.noise)
-
-    @property
-    def buffers(self) -> list[RoutingBuffer]:
+    def buffers(self) -> list[RecordedRouting]:
         """Every buffer that collects this forward."""
         return self.recorders if self.replay is None else [*self.recorders, self.replay.live]
 
 
-class Switchboard:
+class Switchboard(Contexts):
     """Taps and state of one model. Opened by `tapped(model)`."""
 
     def __init__(self, taps: list[RouterTap], backbone: nn.Module) -> None:
+        super().__init__()
         for tap in taps:
-            _require_no_other(tap, backbone)
+            # Two switchboards on one router would each take the other for the router itself.
+            forward = tap.module.__dict__.get("forward")
+            if isinstance(forward, _Tapped) and forward.board.open:
+                raise ValueError(
+                    f"model: router {tap.name!r} is watched already by a context on "
+                    f"{type(forward.board.backbone).__name__}, and this one is opened on "
+                    f"{type(backbone).__name__}; open nested contexts on one and the same module"
+                )
         self.taps = taps
-        self.backbone = backbone
-        self.recorders: list[RoutingBuffer] = []
-        self.collectors: list[list[Tensor]] = []
-        self.replay: Replay | None = None
-        self.noise: Draw | None = None
+        self.backbone: nn.Module = backbone
         self._parameters = list(inspect.signature(backbone.forward).parameters)
         self._running: ModelForward | None = None
         self._recomputations = Recomputations(on_gone=self.release)
@@ -80,13 +91,8 @@ class Switchboard:
         # A copy of the model carries our hooks along; they look at the module and pass it by.
         return self
 
-    @property
-    def open(self) -> bool:
-        """Is a context open on this model?"""
-        return bool(self.recorders or self.collectors or self.replay or self.noise)
-
     @contextmanager
-    def hold(self, slot: str, value: Replay | Draw) -> Iterator[None]:
+    def hold(self, slot: str, value: ReplayedRouting | Draw) -> Iterator[None]:
         """Set `replay` or `noise`, of which a model can have one, for the length of a block."""
         if getattr(self, slot) is not None:
             raise ValueError(
@@ -123,9 +129,8 @@ class Switchboard:
         if self._recomputations.pending or not self._handles:
             return
         for tap, own in zip(self.taps, self._own_forwards, strict=True):
-            if own is None:
-                del tap.module.forward
-            else:
+            del tap.module.forward
+            if own is not None:
                 tap.module.forward = own
         for handle in self._handles:
             handle.remove()
@@ -154,21 +159,17 @@ class Switchboard:
         tokens = named["inputs_embeds"] if tokens is None else tokens
         cache = named.get("past_key_values")
         masked = named.get("attention_mask") is not None  # positions of padding are anything
-        place = {
-            "batch": tokens.shape[0],
-            "length": tokens.shape[1],
-            "cached": 0 if cache is None else int(cache.get_seq_length()),
-            "cache": cache,
-            "position_ids": None if masked else named.get("position_ids"),
-        }
-        running.tokens = tokens.shape[0] * tokens.shape[1]
+        batch, length = tokens.shape[:2]
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        position_ids = None if masked else named.get("position_ids")
+        running.tokens = batch * length
         running.noise, running.collectors = self.noise, list(self.collectors)
         # One at a time: should a place be refused, _after_forward undoes those already taken.
         for recorder in self.recorders:
-            recorder.cursor.place(**place)
+            recorder.cursor.place(batch, length, cached, cache, position_ids)
             running.recorders.append(recorder)
         if self.replay is not None:
-            self.replay.live.cursor.place(**place)
+            self.replay.live.cursor.place(batch, length, cached, cache, position_ids)
             running.replay = self.replay
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -195,7 +196,7 @@ class Switchboard:
         self, running: ModelForward, layer: int, forward: Forward, args: Any, kwargs: Any
     ) -> Any:
         running.used.enter_router()
-        if not running.listening:
+        if not running.open:
             return forward(*args, **kwargs)
         running.calls[layer] += 1
         tap, noise = self.taps[layer], running.noise
@@ -231,7 +232,15 @@ class Switchboard:
         else:
             call = RouterCall(tap)
         output = call.run(forward, args, kwargs)
-        _note(running, layer, call, live)
+        assert call.chosen is not None
+        _require_every_token(running, tap, call.chosen)
+        for buffer in running.buffers:
+            replaying = running.replay is not None and buffer is running.replay.live
+            ids = live if replaying else call.chosen
+            assert ids is not None
+            buffer.keep(layer, ids, call.raw_logits() if buffer.keeps_logits else None)
+        for found in running.collectors:
+            found.append(call.raw_logits())
         return output
 
 
@@ -264,17 +273,6 @@ def tapped(model: nn.Module) -> Iterator[Switchboard]:
         board.release()
 
 
-def _require_no_other(tap: RouterTap, backbone: nn.Module) -> None:
-    """Two switchboards on one router would each take the other for the router itself."""
-    forward = tap.module.__dict__.get("forward")
-    if isinstance(forward, _Tapped) and forward.board.open:
-        raise ValueError(
-            f"model: router {tap.name!r} is watched already by a context on "
-            f"{type(forward.board.backbone).__name__}, and this one is opened on "
-            f"{type(backbone).__name__}; open nested contexts on one and the same module"
-        )
-
-
 @contextmanager
 def _apart() -> Iterator[None]:
     """A call of a router that leaves nothing behind for the one that counts.
@@ -295,21 +293,9 @@ def _serve(running: ModelForward, layer: int, tap: RouterTap, live: Tensor) -> T
     """The ids to choose: those of the record, if one is replayed, and else the live ones."""
     _require_every_token(running, tap, live)
     ids = live if running.replay is None else running.replay.ids(layer, live)
-    running.used.keep(layer, ids)
+    if running.used.checkpointed:
+        running.used.ids[layer] = ids
     return ids
-
-
-def _note(running: ModelForward, layer: int, call: RouterCall, live: Tensor | None) -> None:
-    """Hand what a router did to everyone who listens."""
-    assert call.chosen is not None
-    _require_every_token(running, call.tap, call.chosen)
-    for buffer in running.buffers:
-        replaying = running.replay is not None and buffer is running.replay.live
-        ids = live if replaying else call.chosen
-        assert ids is not None
-        buffer.keep(layer, ids, call.raw_logits() if buffer.keeps_logits else None)
-    for found in running.collectors:
-        found.append(call.raw_logits())
 
 
 def _require_every_token(running: ModelForward, tap: RouterTap, ids: Tensor) -> None:

@@ -109,9 +109,7 @@ class RouterTap:
 def find_routers(model: nn.Module) -> list[RouterTap]:
     """Return the L routers of `model`, ordered by the layer index in their module path.
 
-    Args:
-        model: a transformers MoE model, a model whose routers are `ChoosesExperts`, or a module
-            (DDP, FSDP, PEFT wrapper) that contains one.
+    `model` may be a wrapper (DDP, FSDP, PEFT) of a model with routers.
 
     Raises:
         ValueError: `model` has no router; it is compiled; its family routes in a way that ids do
@@ -161,17 +159,14 @@ def _refuse(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
                 f"model: the routing of {type(model).__name__} cannot be recorded or replayed: "
                 f"{reason}; use a model with a plain top-k router"
             )
-        if _is_compiled(module) and _router_paths(list(module.named_modules())):
+        compiled = "_orig_mod" in module._modules or module._compiled_call_impl is not None
+        if compiled and _router_paths(list(module.named_modules())):
             raise ValueError(
                 f"model: {path or type(module).__name__!r} is compiled by torch.compile, so "
                 "whether a record or a replay reaches its routers depends on what was traced when; "
                 "pass and call the model that is not compiled (parts without a router, as "
                 "attention or the output head, may be compiled one by one)"
             )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def _router_paths(modules: list[tuple[str, nn.Module]]) -> list[str]:
@@ -245,19 +240,10 @@ def strip_wrappers(path: str) -> str:
 
 
 def _setting(module: nn.Module, model: nn.Module, names: tuple[str, ...]) -> int:
-    """The first of `names` that a router or its config has.
-
-    Raises:
-        AttributeError: none has any; a router of your own must.
-    """
-    for owner in _owners(module, model):
-        for name in names:
-            value = getattr(owner, name, None)
-            if isinstance(value, int):
-                return value
-    value = getattr(module, names[0])
-    assert isinstance(value, int)
-    return value
+    """The first of `names` that a router or its config has; a router of your own must have one."""
+    found = (getattr(owner, name, None) for owner in _owners(module, model) for name in names)
+    value = next((value for value in found if isinstance(value, int)), None)
+    return int(getattr(module, names[0]) if value is None else value)
 
 
 def _owners(module: nn.Module, model: nn.Module) -> Iterator[Any]:

@@ -21,8 +21,7 @@ from moe_rl.replay_check.families import (
     small_config,
 )
 from moe_rl.replay_check.gate_formula import Formula
-from moe_rl.routing import find_routers
-from moe_rl.routing.replay import ReplayedRouting
+from moe_rl.routing import ReplayedRouting, find_routers
 from moe_rl.routing.taps import ROUTER_CLASS_NAME
 
 # What a law cannot say, and why, is written here: a law that stops applying is noticed.
