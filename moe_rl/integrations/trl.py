@@ -22,11 +22,7 @@ from moe_rl.batch import response_positions
 from moe_rl.config import RoutingReplay
 from moe_rl.integrations.engine_routes import FIELD, PROMPT_FIELD, join_prompts, lay_out
 from moe_rl.integrations.trl_metrics import MicroBatch, global_routing, routing_sums, update_metrics
-from moe_rl.integrations.trl_support import (
-    require_same_tokens,
-    require_support,
-    require_tested_trl,
-)
+from moe_rl.integrations.trl_support import require_same_tokens, require_support, require_tested_trl
 from moe_rl.routing import record_routing, replay_routing
 
 require_tested_trl()
@@ -155,13 +151,10 @@ class RoutingReplayMixin(GRPOTrainer):
 
     def _engine_record(self, rollout: _TrlRollout, tokens: Tensor, response_length: int) -> Tensor:
         if rollout.replay is None:
-            record = lay_out(
-                rollout.engine_routes,
-                rollout.lengths,
-                prompt_length=tokens.shape[1] - response_length,
-                length=tokens.shape[1],
-                model=self.model,
-            )
+            length = tokens.shape[1]
+            prompt = length - response_length
+            given = rollout.engine_routes, rollout.lengths
+            record = lay_out(*given, prompt_length=prompt, length=length, model=self.model)
             rollout.replay = record.to(tokens.device)
         return rollout.replay
 

@@ -6,8 +6,7 @@ check_routing.py, check_training.py   the laws themselves
 check_subject.py   the model under test, and what laws compare
 experts_watch.py   what the experts really got, seen without the taps under test
 check_trace.py     what is wrong with a recorded trace
-families.py        every family of transformers that has a router, as a small model
-gate_formula.py    each family's gate weights, written down apart from its code
+families.py        every family of transformers that has a router: a small model, its gate weights
 """
 
 from moe_rl.replay_check.check import check_replay

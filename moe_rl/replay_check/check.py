@@ -12,7 +12,7 @@ from torch import nn
 from moe_rl.replay_check import check_routing, check_training
 from moe_rl.replay_check.check_subject import Subject
 from moe_rl.replay_check.claims import Claims, LawResult, judge_law
-from moe_rl.replay_check.gate_formula import Formula
+from moe_rl.replay_check.families import Formula
 
 LAWS: dict[str, Callable[[Subject], Claims]] = {
     "record": check_routing.law_record,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moe_rl.replay_check.claims import Claims
 from moe_rl.replay_check.experts_watch import Seen
-from moe_rl.replay_check.gate_formula import Formula
+from moe_rl.replay_check.families import Formula
 from moe_rl.routing.record import record_routing
 from moe_rl.routing.taps import RouterTap, find_routers
 
@@ -21,6 +21,7 @@ class Subject:
         self.model: Any = model
         self.formula = formula
         self.taps = find_routers(model)
+        self.tap = self.taps[0]  # all agree in E and K
         config: Any = model.config
         self.config = config.get_text_config()
         self.generator = torch.Generator().manual_seed(seed)
@@ -30,11 +31,6 @@ class Subject:
         ).to(device)
         self.plain = self.output()
         self.pull = torch.randn(self.plain.shape, generator=self.generator).to(device)
-
-    @property
-    def tap(self) -> RouterTap:
-        """The first router; all agree in E and K."""
-        return self.taps[0]
 
     @torch.no_grad()
     def output(self, tokens: Tensor | None = None, **inputs: Any) -> Tensor:

@@ -1,7 +1,6 @@
 """Replay check: what can be wrong with routes recorded elsewhere, seen in the record alone.
 
-Each check is a way in which an engine has handed over wrong routes without saying so; replay would
-then train on them without any error.
+Each check is a way in which an engine has handed over wrong routes without any error.
 """
 
 from collections.abc import Callable, Collection
@@ -112,17 +111,14 @@ TRACE_LAWS: dict[str, Callable[[Tensor, int | None], Claims]] = {
 
 
 def check_trace(
-    routed_experts: Tensor,
-    *,
-    num_experts: int | None = None,
-    laws: Collection[str] = tuple(TRACE_LAWS),
+    routed_experts: Tensor, *, num_experts: int | None = None, laws: Collection[str] = TRACE_LAWS
 ) -> list[LawResult]:
     """Check routes recorded elsewhere before they are replayed.
 
     Args:
         routed_experts: `[B, S, L, K]` as `read_trace` returns it.
         num_experts: E; None where it is unknown: ids then have no upper bound.
-        laws: keys of `TRACE_LAWS`; all by default.
+        laws: keys of `TRACE_LAWS`.
 
     Raises:
         ValueError: not an integer tensor of four axes, or an empty one.

@@ -82,12 +82,12 @@ def law_checkpointing(subject: Subject) -> Claims:
     model.train()
     try:
         expected = _replayed_gradient(subject, routes)
-        for reentrant in (True, False):
-            getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": reentrant})
+        for kind in ("reentrant", "non-reentrant"):
+            options = {"use_reentrant": kind == "reentrant"}
+            getattr(model, f"{prefix}_checkpointing_enable")(options)
             got = _replayed_gradient(subject, routes)
             getattr(model, f"{prefix}_checkpointing_disable")()
             for name, value in expected.items():
-                kind = "reentrant" if reentrant else "non-reentrant"
                 yield name in got, f"{kind}: no gradient for {name}"
                 close = torch.allclose(got[name], value, rtol=1e-3, atol=1e-5)
                 yield close, f"{kind}: " + difference(name, got[name], value)

@@ -59,10 +59,6 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
     )
 
 
-_REFUSED = "ids", "distinct", "gaps"
-"""Checks of a trace that a comparison cannot do without; a fill of zeros is left out instead."""
-
-
 def usable(routes: Tensor, path: Path) -> tuple[Tensor, str]:
     """Routes `[B, S, L, K]` in which every row is a choice or -1, and what had to be left out.
 
@@ -72,7 +68,8 @@ def usable(routes: Tensor, path: Path) -> tuple[Tensor, str]:
     Raises:
         ValueError: begins with `path`; ids that no router can have chosen.
     """
-    for finding in check_trace(routes, laws=_REFUSED):
+    # The other checks find fills, which are left out here.
+    for finding in check_trace(routes, laws=("ids", "distinct", "gaps")):
         if finding.passed is False:
             raise ValueError(f"{path}: {finding.reason}; moe-rl check-replay shows every check")
     if not (routes > 0).any():

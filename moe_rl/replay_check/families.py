@@ -6,14 +6,51 @@ The formula of its gate weights is written here too, for `check.py` to hold its 
 """
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
-from moe_rl.replay_check.gate_formula import Formula
 from moe_rl.routing.taps import REFUSED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Formula:
+    """Gate weights `w [..., K]` of experts `ids [..., K]` from raw router logits `[..., E]`.
+
+        r = score(temper * logits) over all E;  w = r[ids];  w /= sum(w) if normalised;  w *= scale;
+        w /= K if averaged
+
+    A string names the config's field. A softmax over the K chosen logits alone (GPT-OSS, Granite)
+    is a normalised softmax.
+    """
+
+    score: str
+    """softmax, sigmoid or sqrt_softplus."""
+    normalise: bool | str = False
+    scale: float | str = 1.0
+    averaged: bool = False
+    temper: float | str = 1.0
+
+    def weights(self, logits: Tensor, ids: Tensor, config: Any) -> Tensor:
+        """The formula in the type of `logits`, differentiable."""
+        scores = {
+            "softmax": lambda x: x.softmax(dim=-1),
+            "sigmoid": torch.sigmoid,
+            "sqrt_softplus": lambda x: nn.functional.softplus(x).sqrt(),
+        }[self.score](logits * _number(self.temper, config))
+        weights = scores.gather(-1, ids)
+        if _number(self.normalise, config):
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        weights = weights * _number(self.scale, config)
+        return weights / ids.shape[-1] if self.averaged else weights
+
+
+def _number(value: float | str, config: Any) -> float:
+    return float(getattr(config, value) if isinstance(value, str) else value)
+
 
 # Sizes under every name that some config gives them; a config gets those it knows.
 _SIZES: dict[int | None, str] = {
@@ -87,8 +124,10 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         **{"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 64},
         # The class reads rope_theta and clips without asking; the defaults have neither.
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 8}
-        | {"moe_top_k": 2},
+        "ffn_config": {
+            **{"hidden_size": 32, "ffn_hidden_size": 16},
+            **{"moe_num_experts": 8, "moe_top_k": 2},
+        },
     },
     "deepseek_v2": {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
     # A hash of the token id chooses in the first layer: nothing to record, nothing to replay.

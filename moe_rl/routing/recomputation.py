@@ -1,9 +1,9 @@
 """Routing room: gradient checkpointing recomputes routers, and must get the routes of the forward.
 
 A router call outside a forward of the model is a recomputation. It is never recorded, and is
-answered with the ids that the forward being recomputed has used. Which forward that is tells a
-gradient hook on the forward's outputs: backward passes through them before it reaches a layer.
-The hooks also hold the ids, so these live as long as the graph and no longer.
+answered with the ids that the forward being recomputed has used. A gradient hook on that forward's
+outputs tells which it is: backward passes through them before it reaches a layer. The hooks also
+hold the ids, so these live as long as the graph and no longer.
 
 State lives on plain attributes, because on CUDA recomputation runs in threads of the autograd
 engine, where ContextVars and thread-locals are empty.

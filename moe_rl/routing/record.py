@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from .routed_experts import RecordedRouting
+from .routed_experts import Cursor, RecordedRouting
 from .switchboard import tapped
 
 
@@ -30,7 +30,7 @@ def record_routing(model: nn.Module, *, router_logits: bool = False) -> Iterator
         ValueError: the model has no router that can be recorded, see `find_routers`.
     """
     with tapped(model) as board:
-        recorded = RecordedRouting(len(board.taps), router_logits=router_logits)
+        recorded = RecordedRouting(len(board.taps), router_logits=router_logits, cursor=Cursor())
         board.recorders.append(recorded)
         try:
             yield recorded

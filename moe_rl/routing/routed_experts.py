@@ -83,9 +83,7 @@ class Cursor:
     forward with a longer cache continues the same rows along S; one whose cache length is `base`
     again starts the next block of rows, and after the last row the first.
 
-    Args:
-        num_rows: B of the record, None while recording, when rows have no end.
-        length: S of the record.
+    `num_rows` and `length` are B and S of the record, None while recording: rows have no end then.
     """
 
     def __init__(self, num_rows: int | None = None, length: int | None = None) -> None:
@@ -93,7 +91,7 @@ class Cursor:
         self._base: int | None = None
         self._last: Span | None = None
         self._before: tuple[int | None, Span | None] = (None, None)
-        self._rows_of: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self.rows_of: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     @property
     def span(self) -> Span:
@@ -120,11 +118,6 @@ class Cursor:
         """Forget the last forward: it failed."""
         self._base, self._last = self._before
 
-    def own(self, cache: Any) -> None:
-        """Note which rows the cache of the last forward holds."""
-        if cache is not None:
-            self._rows_of[cache] = self.span.row
-
     def _next_row(self, batch: int, length: int, position_ids: Any) -> int:
         row = 0 if self._last is None else self._last.row + self._last.batch
         if self.num_rows is None:
@@ -143,7 +136,7 @@ class Cursor:
 
     def _same_row(self, batch: int, start: int, cached: int, cache: Any) -> int:
         last = self.span
-        row = None if cache is None else self._rows_of.get(cache)
+        row = None if cache is None else self.rows_of.get(cache)
         # A cache that no forward of this context has filled, as a copy of another one, may be of
         # any rows; known ones may have been cut back.
         fits = start == last.end if row is None else row == last.row and 0 < start <= last.end
@@ -158,24 +151,11 @@ class Cursor:
 
 
 class RecordedRouting:
-    """What routers did, forward by forward; stacked when it is read, inside the block or after.
+    """What L routers did, forward by forward; can be read inside the block and after it."""
 
-    Args:
-        num_layers: L, routers of the model.
-        router_logits: keep the raw router logits too.
-        num_rows, length: B and S of the record that the forwards replay, if they do.
-    """
-
-    def __init__(
-        self,
-        num_layers: int,
-        *,
-        router_logits: bool,
-        num_rows: int | None = None,
-        length: int | None = None,
-    ) -> None:
+    def __init__(self, num_layers: int, *, router_logits: bool, cursor: Cursor) -> None:
         self.keeps_logits = router_logits
-        self.cursor = Cursor(num_rows, length)
+        self.cursor = cursor
         self._ids: list[tuple[Span, Tensor]] = []
         self._logits: list[tuple[Span, Tensor]] = []
         # Of the forward under way, by layer; a later forward overwrites what a failed one left.
@@ -197,7 +177,8 @@ class RecordedRouting:
         self._ids.append((span, _stack(self._layer_ids)))
         if self.keeps_logits:
             self._logits.append((span, _stack(self._layer_logits)))
-        self.cursor.own(cache)
+        if cache is not None:
+            self.cursor.rows_of[cache] = span.row
 
     @property
     def routed_experts(self) -> Tensor:
@@ -225,9 +206,8 @@ class ReplayedRouting:
         self.routes = routes.to(device).clone(memory_format=torch.contiguous_format)
         num_layers, num_rows, length, _ = self.routes.shape
         self.has_gaps: list[bool] = (self.routes < 0).flatten(1).any(dim=1).tolist()
-        self.live = RecordedRouting(
-            num_layers, router_logits=router_logits, num_rows=num_rows, length=length
-        )
+        cursor = Cursor(num_rows, length)
+        self.live = RecordedRouting(num_layers, router_logits=router_logits, cursor=cursor)
 
     @property
     def live_routed_experts(self) -> Tensor:

@@ -65,9 +65,7 @@ class ChoosesExperts(Protocol):
     """
 
     num_experts: int
-    """E."""
     top_k: int
-    """K."""
 
     def select_experts(self, scores: Tensor) -> Tensor:
         """Scores `[..., E]` to int64 ids `[..., K]`, different within a token."""
@@ -85,7 +83,6 @@ class RouterTap:
     num_experts: int
     """E, experts that the router chooses from, those without weights (LongCat, Zaya) included."""
     top_k: int
-    """K, experts per token."""
     num_groups: int | None = None
     """Expert groups of a group-limited router (DeepSeek), None for a plain router."""
 

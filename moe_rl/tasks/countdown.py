@@ -2,15 +2,11 @@
 
     13,25,14=02:  ->  25-13=12,14-12=2
 
-The answer is written one step at a time: each step takes two of the values at hand and puts their
-sum, difference or product back. That is a search: with three numbers 7.6 first steps are possible
-on average, of which 1.8 leave the target within reach, and a solver that draws possible steps
-blindly is right one time in ten (four numbers: 14, 3 and one in forty). The same target from the
-same numbers has several right answers, and all of them count.
+Each step takes two of the values at hand and puts their sum, difference or product back. With three
+numbers 7.6 first steps are possible on average, of which 1.8 leave the target within reach.
 
 This is the countdown task of TinyZero (github.com/Jiayi-Pan/TinyZero) without division, and with
-the steps in place of one expression, so that a model of a million parameters writes its
-intermediate results down instead of carrying them.
+the steps in place of one expression: a small model writes its intermediate results down.
 """
 
 import re

@@ -123,22 +123,21 @@ class Dataset(Task):
         if not raw:
             raise ConfigError(f"dataset={self.dataset!r}: the file is empty; give one row per line")
         lines = raw.removesuffix(b"\n").split(b"\n")
-        rows = [_row(line, f"{self.dataset}, line {n}") for n, line in enumerate(lines, start=1)]
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(Row.model_validate_json(line))
+            except ValidationError as error:
+                first = error.errors()[0]
+                key = f"{first['loc'][0]}: " if first["loc"] else ""
+                raise ConfigError(
+                    f"{self.dataset}, line {number}: {key}{first['msg']}; give an object of two "
+                    "texts, prompt and answer"
+                ) from error
         return rows, hashlib.sha256(raw).hexdigest()
 
     def _draw(self, rng: np.random.Generator, count: int) -> list[Row]:
         return [self._rows[i] for i in rng.integers(0, len(self._rows), count)]
-
-
-def _row(line: bytes, place: str) -> Row:
-    try:
-        return Row.model_validate_json(line)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = f"{first['loc'][0]}: " if first["loc"] else ""
-        raise ConfigError(
-            f"{place}: {key}{first['msg']}; give an object of two texts, prompt and answer"
-        ) from error
 
 
 def _replace_one(rng: np.random.Generator, answer: str, alphabet: str) -> str:

@@ -45,7 +45,7 @@ class RunningSum(Task):
 
     def prompts(self, rng: np.random.Generator, count: int) -> list[Problem]:
         """Digits are uniform."""
-        terms = self._draw_terms(rng, count)
+        terms = rng.integers(0, 10, (count, self.digits))
         answers = _to_text(terms.cumsum(axis=1) % 10)
         return [
             Problem(prompt=text + "=", columns={"answer": answer})
@@ -60,7 +60,7 @@ class RunningSum(Task):
         The random digit is the right one once in ten, and one wrong digit makes the whole answer
         wrong: a demonstration is right with probability (1 - 0.9 slip)^digits.
         """
-        terms = self._draw_terms(rng, count)
+        terms = rng.integers(0, 10, (count, self.digits))
         slips = rng.random((count, self.digits)) < slip
         noise = rng.integers(0, 10, (count, self.digits))
         sums = np.empty_like(terms)
@@ -77,9 +77,6 @@ class RunningSum(Task):
         """1.0 where a completion is its problem's `answer` exactly, else 0.0."""
         pairs = zip(completions, columns["answer"], strict=True)
         return [float(text == answer) for text, answer in pairs]
-
-    def _draw_terms(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
-        return rng.integers(0, 10, (count, self.digits))
 
 
 def _to_text(digits: NDArray[np.int64]) -> list[str]:

@@ -12,13 +12,11 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 MEGATRON_FILES = "router_trace_rank*.jsonl"
-
-_Layers = dict[int, list[np.ndarray]]
-"""By layer, the ids `[N, K]` of each pass."""
 
 
 def read_megatron(files: Sequence[Path], batch_size: int) -> list[np.ndarray]:
@@ -72,9 +70,9 @@ def _passes(file: Path) -> tuple[list[int], list[np.ndarray]]:
     return layers, passes
 
 
-def _steps(file: Path) -> dict[int, _Layers]:
-    """The decoder's ids by step and layer."""
-    steps: defaultdict[int, _Layers] = defaultdict(lambda: defaultdict(list))
+def _steps(file: Path) -> dict[int, dict[int, list[np.ndarray]]]:
+    """By step and layer, the ids `[N, K]` of each pass of the decoder."""
+    steps: Any = defaultdict(lambda: defaultdict(list))
     last = 0
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -94,4 +92,4 @@ def _steps(file: Path) -> dict[int, _Layers]:
                 raise ValueError(f"line {number}: step {step} after step {last}: out of order")
             steps[step][layer].append(ids)
             last = step
-    return steps
+    return dict(steps)

@@ -15,12 +15,12 @@ from moe_rl.replay_check.check import LAWS
 from moe_rl.replay_check.families import (
     FAMILIES,
     REFUSED_FAMILIES,
+    Formula,
     build_family,
     family_names,
     formula_of,
     small_config,
 )
-from moe_rl.replay_check.gate_formula import Formula
 from moe_rl.routing import ReplayedRouting, find_routers
 from moe_rl.routing.taps import ROUTER_CLASS_NAME
 
