@@ -18,48 +18,46 @@ class Doctor(Command):
 
     def run(self) -> int:
         """Print one aligned line for each fact."""
-        rows = _facts()
+        import torch
+
+        from moe_rl.cpu import FastPath
+        from moe_rl.experts import choose_experts, megablocks_package
+        from moe_rl.kernels import choose_backend
+        from moe_rl.kernels.product import product_reason
+        from moe_rl.kernels.routing_stats import choose_routing_backend
+        from moe_rl.policy.policy import resolve_device
+
+        cuda = torch.cuda.is_available()
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        device = resolve_device("auto")
+        # Token log-probs of the small study (1024 tokens, 13 words), and of a real vocabulary.
+        log_probs = [
+            (vocab, choose_backend("auto", device=device, num_tokens=1024, vocab=vocab))
+            for vocab in (13, 151936)
+        ]
+        rows = [
+            ("moe-rl", __version__),
+            ("python", f"{platform.python_version()} on {platform.platform()}"),
+            *((name, _version(name)) for name in _PACKAGES),
+            *((f"{name} (optional)", _version(name)) for name in _OPTIONAL),
+            ("cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"),
+            ("cuda", f"{', '.join(gpus)}, CUDA {torch.version.cuda}" if cuda else "not available"),
+            (
+                "device auto",
+                f"{device.type}: {'CUDA is' if cuda else 'no CUDA device is'} available",
+            ),
+            ("experts auto", ": ".join(choose_experts(device, "auto"))),
+            ("layers, fp32", ": ".join(FastPath.choose(device, torch.float32))),
+            ("megablocks", megablocks_package.describe(device)),
+            *((f"log-probs, V = {vocab}", ": ".join(choice)) for vocab, choice in log_probs),
+            ("log-probs, CPU products", product_reason()),
+            ("routing statistics", ": ".join(choose_routing_backend("auto", device))),
+            ("rollout engine", "cached: the policy itself, prompts read once per group"),
+        ]
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
             print(f"{name:<{width}}  {value}")
         return 0
-
-
-def _facts() -> list[tuple[str, str]]:
-    import torch
-
-    from moe_rl.cpu import FastPath
-    from moe_rl.experts import choose_experts, megablocks_package
-    from moe_rl.kernels import choose_backend
-    from moe_rl.kernels.product import product_reason
-    from moe_rl.kernels.routing_stats import choose_routing_backend
-    from moe_rl.policy.policy import resolve_device
-    from moe_rl.rollout.engine import choose_engine
-
-    cuda = torch.cuda.is_available()
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    device = resolve_device("auto")
-    # Token log-probs of the small study (1024 tokens, 13 words), and of a real vocabulary.
-    log_probs = [
-        (vocab, choose_backend("auto", device=device, num_tokens=1024, vocab=vocab))
-        for vocab in (13, 151936)
-    ]
-    return [
-        ("moe-rl", __version__),
-        ("python", f"{platform.python_version()} on {platform.platform()}"),
-        *((name, _version(name)) for name in _PACKAGES),
-        *((f"{name} (optional)", _version(name)) for name in _OPTIONAL),
-        ("cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"),
-        ("cuda", f"{', '.join(gpus)}, CUDA {torch.version.cuda}" if cuda else "not available"),
-        ("device auto", f"{device.type}: {'CUDA is' if cuda else 'no CUDA device is'} available"),
-        ("experts auto", ": ".join(choose_experts(device, "auto"))),
-        ("layers, fp32", ": ".join(FastPath.choose(device, torch.float32))),
-        ("megablocks", megablocks_package.describe(device)),
-        *((f"log-probs, V = {vocab}", ": ".join(choice)) for vocab, choice in log_probs),
-        ("log-probs, CPU products", product_reason()),
-        ("routing statistics", ": ".join(choose_routing_backend("auto", device))),
-        ("rollout engine", ": ".join(choose_engine("cached"))),
-    ]
 
 
 def _version(package: str) -> str:

@@ -12,9 +12,8 @@ def check_fit(policy: Policy, task: Task) -> None:
     """Refuse a task whose prompts and responses the policy cannot hold.
 
     Raises:
-        ConfigError: a prompt with the longest response exceeds the context; or, of a task that
-            reads a file, an answer is longer than responses may be, or the tokenizer reads it back
-            as something else. Names the line of the file.
+        ConfigError: a prompt with the longest response exceeds the context; an answer in a dataset
+            is longer than responses may be, or the tokenizer reads it back as something else.
     """
     rows, limit = task.listed(), task.max_response_tokens
     prompts = _encode(policy, [row.prompt for row in rows])

@@ -21,12 +21,7 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def check_model_folder(folder: Path, name: str, *, tokenizer: bool = True) -> None:
-    """Refuse a folder whose files cannot be a whole model.
-
-    Args:
-        folder: the folder.
-        name: what error messages begin with.
-        tokenizer: whether a tokenizer must be beside the model.
+    """Refuse a folder whose files cannot be a whole model; errors begin with `name`.
 
     Raises:
         ConfigError: no config.json; weights that are missing, cut off or pickled; no tokenizer.
@@ -51,13 +46,7 @@ def check_model_folder(folder: Path, name: str, *, tokenizer: bool = True) -> No
 
 
 def load_model(folder: Path, name: str, *, tokenizer: bool, **options: Any) -> Any:
-    """The causal LM in `folder`, with every weight from its files.
-
-    Args:
-        folder: the folder.
-        name: what error messages begin with.
-        tokenizer: whether a tokenizer must be beside the model.
-        options: further arguments of `from_pretrained`.
+    """The causal LM in `folder`, with every weight from its files; errors begin with `name`.
 
     Raises:
         ConfigError: anything is wrong with the folder. That weights are missing or of other shapes
@@ -113,11 +102,7 @@ def loading(name: str, file: str = "") -> Iterator[None]:
     """Turn whatever a library raises on a broken file into a ConfigError of one line.
 
     transformers checks little beforehand, so that a broken file surfaces as nearly any exception;
-    tokenizers, written in Rust, raises a bare Exception.
-
-    Args:
-        name: what the message begins with.
-        file: the file, where the library's own message does not name it.
+    tokenizers, written in Rust, raises a bare Exception. `file`: where its message names none.
     """
     try:
         yield

@@ -11,7 +11,6 @@ K experts per token, H hidden.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -45,8 +44,7 @@ class ForwardOptions:
     """Noise on the choice of experts."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ForwardOutput:
+class ForwardOutput(NamedTuple):
     """Result of `response_pass`; tensors over the T response tokens of B sequences."""
 
     logprobs: Tensor
@@ -63,33 +61,20 @@ class ForwardOutput:
         """The outputs of consecutive parts of a batch as one."""
         if len(outputs) == 1:
             return outputs[0]
-        parts: dict[str, Tensor | None] = {}
-        for field in dataclasses.fields(cls):
-            values = [getattr(output, field.name) for output in outputs]
-            parts[field.name] = None if values[0] is None else torch.cat(values)
-        return cls(**parts)  # type: ignore[arg-type]
+        fields = zip(*outputs, strict=True)
+        return cls._make(None if parts[0] is None else torch.cat(parts) for parts in fields)
 
     def select_sequences(self, sequences: slice) -> "ForwardOutput":
         """The output for some of the sequences."""
-        parts: dict[str, Tensor | None] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            parts[field.name] = None if value is None else value[sequences]
-        return ForwardOutput(**parts)  # type: ignore[arg-type]
+        return self._make(None if value is None else value[sequences] for value in self)
 
 
 def response_pass(
     policy: Policy, batch: RolloutBatch, options: ForwardOptions, layout: Layout | None = None
 ) -> ForwardOutput:
-    """Log-probs of the response tokens under the current weights.
+    """Log-probs of the batch's response tokens under the current weights, at its temperature.
 
-    Gradients flow where grad mode is on.
-
-    Args:
-        policy: the model; its temperature divides the logits.
-        batch: the rollout, whose response tokens are asked for.
-        options: replay, noise, and what to return.
-        layout: None: see `choose_layout`.
+    Gradients flow where grad mode is on. Without a `layout`, `choose_layout` decides.
     """
     read = _LAYOUTS[layout or choose_layout(policy)]
     # Responses of one token are predicted by the prompt alone: there is nothing to read after it.
@@ -127,11 +112,8 @@ def routing_contexts(
 ) -> Iterator[Any]:
     """Record, replay and noise around those calls of a model that share one record.
 
-    Args:
-        model: the model that is called.
-        options: what to return; its own `replay` and `noise` belong to the whole rollout.
-        replay: `[B, S, L, K]` choices for the tokens of these calls.
-        noise: draws for the tokens of these calls.
+    `replay` `[B, S, L, K]` and `noise` are for the tokens of these calls; those in `options` are
+    for the whole rollout and are not read.
     """
     with contextlib.ExitStack() as stack:
         if noise is not None:
@@ -188,30 +170,24 @@ def _cached(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Re
     group, prompt_length = batch.group_size, batch.prompt_ids.shape[1]
     noise = options.noise
     # Prompts and responses are two reads of different batch sizes, so two records and two replays.
-    replay_prompts = replay_responses = None
-    if options.replay is not None:
-        replay_prompts = options.replay[::group, :prompt_length]
-        replay_responses = options.replay[:, prompt_length:-1]
-    with routing_contexts(
-        policy.model, options, replay_prompts, noise.for_prompts() if noise else None
-    ) as seen_prompts:
+    replay = None if options.replay is None else options.replay[::group, :prompt_length]
+    draws = noise.for_prompts() if noise else None
+    with routing_contexts(policy.model, options, replay, draws) as seen_prompts:
         prompt_hidden, cache = policy.read_prompts(batch.prompt_ids, batch.prompt_mask)
     cache.batch_repeat_interleave(group)  # differentiable: gradients of a group meet in its prompt
     rest = seen = None
     if batch.response_ids.shape[1] > 1:
-        with routing_contexts(
-            policy.model, options, replay_responses, noise.for_responses() if noise else None
-        ) as seen:
+        replay = None if options.replay is None else options.replay[:, prompt_length:-1]
+        draws = noise.for_responses() if noise else None
+        with routing_contexts(policy.model, options, replay, draws) as seen:
             rest = policy.continue_responses(
                 batch.response_ids[:, :-1], cache, batch.prompt_mask, group
             )
     routes = logits = None
     if options.record:
-        routes = full_record(_live(seen_prompts), None if seen is None else _live(seen), group)
+        routes = full_record(_live(seen_prompts), seen and _live(seen), group)
     if options.router_logits:
-        logits = predictions(
-            seen_prompts.router_logits, None if seen is None else seen.router_logits, group
-        )
+        logits = predictions(seen_prompts.router_logits, seen and seen.router_logits, group)
     return _Read(predictions(prompt_hidden, rest, group), routes, logits)
 
 

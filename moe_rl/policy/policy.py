@@ -79,9 +79,8 @@ class Policy:
             padding_side="left",
             add_special_tokens=False,
             return_tensors="pt",
-        )
-        mask = encoded["attention_mask"].bool()
-        return encoded["input_ids"].to(self.device), mask.to(self.device)
+        ).to(self.device)
+        return encoded["input_ids"], encoded["attention_mask"].bool()
 
     def decode(self, response_ids: Tensor) -> list[str]:
         """Text of each response, without padding and end of sequence."""
@@ -90,16 +89,11 @@ class Policy:
     def read_prompts(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Cache]:
         """Hidden states [P, Sp, H] and the key-value cache of the prompts."""
         cache = FastPath(self.model).new_cache()
-        padded = not bool(prompt_mask.all())
-        positions = (prompt_mask.long().cumsum(1) - 1).clamp(min=0) if padded else None
-        output = self.model.base_model(
-            input_ids=prompt_ids,
-            attention_mask=prompt_mask.long() if padded else None,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return output.last_hidden_state, cache
+        mask = positions = None
+        if not bool(prompt_mask.all()):
+            mask = prompt_mask.long()
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return self._read(prompt_ids, mask, positions, cache), cache
 
     def continue_responses(
         self, ids: Tensor, cache: Cache, prompt_mask: Tensor, group_size: int
@@ -112,14 +106,18 @@ class Policy:
             rows = prompt_mask.repeat_interleave(group_size, dim=0)
             positions = rows.sum(1, keepdim=True) + steps
             mask = torch.nn.functional.pad(rows.long(), (0, start + ids.shape[1]), value=1)
-        output = self.model.base_model(
+        return self._read(ids, mask, positions, cache)
+
+    def _read(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache
+    ) -> Tensor:
+        return self.model.base_model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-        )
-        return output.last_hidden_state
+        ).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 next-token logits at the sampling temperature: [..., H] -> [..., V]."""
@@ -140,7 +138,7 @@ def build_policy(
     Args:
         config: sizes, or the folder of a checkpoint.
         alphabet: characters of the task; a loaded tokenizer must know them.
-        seed: seed of the initial weights of a built model.
+        seed: of the initial weights of a built model.
         temperature: see `Policy`.
         fuse: on a CPU, swap in the fused layers; False leaves transformers' own.
         sharded: FSDP2 will shard the model: only what acts through its modules' forwards is used.
@@ -151,7 +149,6 @@ def build_policy(
     """
     import_transformers()  # no progress bars, neither now nor when the model is saved
     device = resolve_device(config.device)
-    dtype = getattr(torch, config.dtype)
     if config.checkpoint is None:
         tokenizer: PreTrainedTokenizerBase = character_tokenizer(alphabet)
         with torch.random.fork_rng(devices=[]):
@@ -159,25 +156,21 @@ def build_policy(
             model: Any = AutoModelForCausalLM.from_config(family_config(config, len(tokenizer)))
     else:
         model, tokenizer = _load(config.checkpoint, alphabet)
-    model = model.to(device=device, dtype=dtype).eval()
-    _check_head(model, config)
-    choice = choose_experts(device, config.experts_implementation)
-    model.set_experts_implementation(choice.name)
-    if fuse and not sharded:
-        FastPath(model).install()
-    return Policy(model=model, tokenizer=tokenizer, experts=choice.name, temperature=temperature)
-
-
-def _check_head(model: Any, config: ModelConfig) -> None:
-    """Refuse a model that does more to its logits than one product: training would leave it out."""
+    model = model.to(device=device, dtype=getattr(torch, config.dtype)).eval()
     name = config.checkpoint or config.family
     with loading(name):
         final = final_logits(model)
+    # Training computes log-probs from the head's product alone: it would leave the rest out.
     if final != FinalLogits():
         raise ConfigError(
             f"{name}: its logits are scaled or capped ({final}), which training does not support; "
             "take a model whose logits are those of its head"
         )
+    choice = choose_experts(device, config.experts_implementation)
+    model.set_experts_implementation(choice.name)
+    if fuse and not sharded:
+        FastPath(model).install()
+    return Policy(model=model, tokenizer=tokenizer, experts=choice.name, temperature=temperature)
 
 
 def resolve_device(name: str) -> torch.device:

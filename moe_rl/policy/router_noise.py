@@ -45,8 +45,7 @@ class RouterNoise:
 
     def for_responses(self) -> NoiseDraw:
         """Draws for responses read at once or token by token: logits [B * s, E]."""
-        samples = [(prompt, g) for prompt in self.prompts for g in range(self.group_size)]
-        return self._draw(samples)
+        return self._draw([(prompt, g) for prompt in self.prompts for g in range(self.group_size)])
 
     def for_sequences(self, prompt_length: int) -> NoiseDraw:
         """Draws for whole sequences: the values of `for_prompts` and `for_responses`, joined."""

@@ -51,17 +51,9 @@ def generate(
     noise: RouterNoise | None = None,
     router_logits: bool = False,
 ) -> RolloutBatch:
-    """Sample G responses to each prompt at the policy's temperature.
+    """Sample G responses of at most T_max tokens to each of P prompts at the policy's temperature.
 
-    Args:
-        policy: the model to sample from.
-        prompts: P texts.
-        draws: uniforms, float64 [P * G, T_max] in [0, 1): one number decides one token.
-        noise: router noise of this pass.
-        router_logits: return the router logits as well.
-
-    Returns:
-        The rollout; T is the longest response, at most T_max.
+    `draws` are uniforms, float64 [P * G, T_max] in [0, 1): one number decides one token.
     """
     prompt_ids, prompt_mask = policy.encode_prompts(prompts)
     sequences, budget = draws.shape
@@ -87,19 +79,14 @@ def generate(
             finished = finished | (token == policy.eos_id)
             if step + 1 == budget or bool(finished.all()):
                 break
-            hidden = policy.continue_responses(tokens[-1][:, None], cache, prompt_mask, group)[
-                :, -1
-            ]
+            read = policy.continue_responses(tokens[-1][:, None], cache, prompt_mask, group)
+            hidden = read[:, -1]
     # Where all responses end at once no token was read after the prompts: `seen` is empty.
-    continued = len(tokens) > 1
-    routes = full_record(
-        seen_prompts.routed_experts, seen.routed_experts if continued else None, group
-    )
+    seen = seen if len(tokens) > 1 else None
+    routes = full_record(seen_prompts.routed_experts, seen and seen.routed_experts, group)
     logits = None
     if router_logits:
-        logits = predictions(
-            seen_prompts.router_logits, seen.router_logits if continued else None, group
-        )
+        logits = predictions(seen_prompts.router_logits, seen and seen.router_logits, group)
     return RolloutBatch(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
@@ -125,9 +112,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     cumulative = log_p.double().exp().cumsum(dim=-1)
     total = cumulative[:, -1:]
     if not bool(total.isfinite().all()):
-        raise FloatingPointError(
-            "NaN or inf in the policy's logits, so that nothing can be sampled"
-        )
+        raise FloatingPointError("NaN or inf in the policy's logits: nothing can be sampled")
     # The product may round up to the total, which only impossible tokens at the end would follow.
     threshold = (uniforms[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
     token = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)

@@ -8,7 +8,6 @@ from moe_rl.config import EngineName
 from moe_rl.policy.policy import Policy
 from moe_rl.rollout.cached import CachedEngine
 from moe_rl.rollout.request import Engine
-from moe_rl.runtime.choice import Choice
 
 
 def make_engine(name: EngineName, policy: Policy) -> Engine:
@@ -22,10 +21,3 @@ def make_engine(name: EngineName, policy: Policy) -> Engine:
 
         return VllmEngine(policy)
     return CachedEngine(policy)
-
-
-def choose_engine(name: EngineName) -> Choice:
-    """The engine that a config's `engine` means, with its reason."""
-    if name == "vllm":
-        return Choice(name, "asked for by name; it samples with a copy of the weights")
-    return Choice(name, "the policy itself with a key-value cache, prompts read once per group")

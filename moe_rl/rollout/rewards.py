@@ -19,15 +19,9 @@ def score_responses(
     step: int = 0,
     numbers: Sequence[int] | None = None,
 ) -> Tensor:
-    """Rewards of the G responses to each of P problems: float32 [P, G].
+    """Rewards of the G responses to each of P problems: int64 ids [P * G, T] -> float32 [P, G].
 
-    Args:
-        policy: whose tokenizer decodes the responses.
-        task: whose reward function judges them.
-        problems: P problems.
-        response_ids: int64 [P * G, T].
-        step: rollout step, for error messages.
-        numbers: number of each prompt within the step, for error messages; None: from 0.
+    Errors name the rollout `step` and the prompt by its place in `numbers` (None: from 0).
 
     Raises:
         ValueError: the reward function returned another number of rewards than responses, or one

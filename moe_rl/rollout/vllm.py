@@ -23,10 +23,6 @@ from moe_rl.rollout.vllm_outputs import read_outputs
 from moe_rl.runtime.extras import import_extra
 from moe_rl.runtime.seeding import request_seed
 
-# Share of the GPU's memory. vLLM's default of 0.9 would leave none for the trainer, its gradients
-# and AdamW's moments, which live on the same GPU.
-GPU_SHARE = 0.3
-
 OPTIONS: dict[str, Any] = {
     "enable_return_routed_experts": True,
     # Log-probs of the distribution that is sampled from: the default is that before temperature.
@@ -35,15 +31,13 @@ OPTIONS: dict[str, Any] = {
     "generation_config": "vllm",
     # Ids go in and come out.
     "skip_tokenizer_init": True,
-    "gpu_memory_utilization": GPU_SHARE,
+    # vLLM's default of 0.9 would leave no memory for the trainer, which lives on the same GPU.
+    "gpu_memory_utilization": 0.3,
 }
 
 
 class VllmEngine:
-    """A `vllm.LLM` in step with a policy; built at the first rollout.
-
-    Args:
-        policy: whose weights are copied before each rollout.
+    """A `vllm.LLM`, built at the first rollout, that gets a policy's weights before each.
 
     Raises:
         ConfigError: the package is not installed.
@@ -90,7 +84,14 @@ class VllmEngine:
 
     def _send_weights(self) -> None:
         """Make vLLM sample with the policy's weights as they are now."""
-        served = self._write_weights()
+        root = Path(self._folder.name)
+        fresh, served = root / "fresh", root / "served"
+        served.mkdir(exist_ok=True)
+        self.policy.model.save_pretrained(fresh)
+        self.policy.tokenizer.save_pretrained(fresh)
+        # By rename: vLLM may have mapped the old files into its memory.
+        for file in fresh.iterdir():
+            os.replace(file, served / file.name)
         if self._llm is None:
             dtype = str(self.policy.model.dtype).removeprefix("torch.")
             self._llm = self._vllm.LLM(model=str(served), dtype=dtype, **OPTIONS)
@@ -101,14 +102,3 @@ class VllmEngine:
                 "engine='vllm': it kept the prefix cache of the old weights because other requests "
                 "are running; give the run an engine of its own"
             )
-
-    def _write_weights(self) -> Path:
-        root = Path(self._folder.name)
-        fresh, served = root / "fresh", root / "served"
-        served.mkdir(exist_ok=True)
-        self.policy.model.save_pretrained(fresh)
-        self.policy.tokenizer.save_pretrained(fresh)
-        # By rename: vLLM may have mapped the old files into its memory.
-        for file in fresh.iterdir():
-            os.replace(file, served / file.name)
-        return served

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from moe_rl.batch import RolloutBatch
 from moe_rl.policy.policy import Policy
@@ -49,12 +50,7 @@ def read_outputs(
 ) -> RolloutBatch:
     """The `RequestOutput`s of P prompts, G completions each, as a rollout.
 
-    Args:
-        outputs: in the order of the prompts.
-        policy: whose copy vLLM sampled with.
-        prompt_ids, prompt_mask: [P, Sp], left padded, as they were sent.
-        group_size: G.
-        max_tokens: longest response.
+    `prompt_ids` and `prompt_mask` [P, Sp] are left padded, as they were sent.
 
     Raises:
         ValueError: a field is missing or malformed.
@@ -131,21 +127,18 @@ def _batch_responses(
     responses: list[_Response], policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor
 ) -> RolloutBatch:
     """Responses of different lengths, right padded, after prompts that are left padded."""
-    count, width = len(responses), prompt_ids.shape[1]
-    longest = max(len(response.tokens) for response in responses)
-    ids = torch.full((count, longest), policy.pad_id)
-    mask = torch.zeros(count, longest, dtype=torch.bool)
-    logprobs = torch.zeros(count, longest)
-    layers, top_k = responses[0].routes.shape[1:]
-    routes = torch.full((count, width + longest, layers, top_k), NO_RECORD, dtype=torch.int16)
-    for i, response in enumerate(responses):
-        length = len(response.tokens)
-        ids[i, :length] = torch.tensor(response.tokens)
-        mask[i, :length] = True
-        logprobs[i, :length] = torch.tensor(response.logprobs)
-        end = width + length
-        routes[i, end - len(response.routes) : end] = response.routes
-    device = policy.device
+    device, width = policy.device, prompt_ids.shape[1]
+    ids = pad_sequence(
+        [torch.tensor(r.tokens) for r in responses], batch_first=True, padding_value=policy.pad_id
+    )
+    logprobs = pad_sequence([torch.tensor(r.logprobs) for r in responses], batch_first=True)
+    lengths = torch.tensor([len(r.tokens) for r in responses])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    shape = len(responses), width + ids.shape[1], *responses[0].routes.shape[1:]
+    routes = torch.full(shape, NO_RECORD, dtype=torch.int16)
+    for row, response in zip(routes, responses, strict=True):
+        end = width + len(response.tokens)
+        row[end - len(response.routes) : end] = response.routes
     return RolloutBatch(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
@@ -154,5 +147,5 @@ def _batch_responses(
         rollout_logprobs=logprobs.to(device),
         routed_experts=routes.to(device),
         router_logits=None,
-        truncated=torch.tensor([response.truncated for response in responses]).to(device),
+        truncated=torch.tensor([response.truncated for response in responses], device=device),
     )
