@@ -1,8 +1,7 @@
 """`moe-rl check-replay`: do record and replay hold on a model, a family or a recorded trace?"""
 
-import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,8 +13,6 @@ from moe_rl.config import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from moe_rl.replay_check.claims import LawResult
 
 MARKS = {True: "pass", False: "FAIL", None: "-"}
 NAME_WIDTH = 22
@@ -64,7 +61,7 @@ class CheckReplay(TraceLayout, Command):
         if self.target in FAMILIES or f"{self.target}_text" in FAMILIES:
             return self._check_families([self.target])
         if self.target in REFUSED_FAMILIES or self.target in REFUSED_UNBUILT:
-            raise ConfigError(dict(_refusals())[self.target])
+            raise ConfigError(_refusals()[self.target])
         near = difflib.get_close_matches(self.target, family_names(), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
@@ -72,46 +69,52 @@ class CheckReplay(TraceLayout, Command):
             f"transformers{hint} (--all lists the families)"
         )
 
-    def _check_families(self, names: Sequence[str]) -> int:
+    def _check_families(self, names: list[str]) -> int:
         import torch
 
         from moe_rl.replay_check.families import build_family
 
         torch.set_num_threads(1)  # at this size threads only wait for each other
-        _print_header("family")
-        failures = sum(self._check(name, build_family(name, seed=self.seed)) for name in names)
-        return _print_total(failures, len(names), "families")
+        built = ((name, build_family(name, seed=self.seed)) for name in names)
+        return self._check_models(built, "family", "families")
 
     def _check_model(self, folder: Path) -> int:
         from moe_rl.policy.folder import load_model
 
         model = load_model(folder, str(folder), tokenizer=False, attn_implementation="eager")
-        _print_header("model")
-        return _print_total(self._check(model.config.model_type, model), 1, "model")
+        return self._check_models([(model.config.model_type, model)], "model", "model")
 
-    def _check(self, name: str, model: "PreTrainedModel") -> bool:
-        """Check one model, print its row and reasons; returns whether a law failed."""
-        from moe_rl.replay_check.check import check_replay
+    def _check_models(
+        self, models: Iterable[tuple[str, "PreTrainedModel"]], kind: str, total: str
+    ) -> int:
+        """Check models, and print a row of marks for each with the reasons below it."""
+        import transformers
+
+        from moe_rl.replay_check.check import LAWS, check_replay
         from moe_rl.replay_check.families import formula_of
 
-        findings = check_replay(model, formula=formula_of(name), seed=self.seed)
-        _print_row(name, [MARKS[finding.passed] for finding in findings])
-        for finding in findings:
-            if finding.reason:
-                print(f"{'':<{NAME_WIDTH}} {finding.check}: {finding.reason}")
-        return any(finding.passed is False for finding in findings)
+        _print_row(kind, dict.fromkeys(LAWS))
+        failed = []
+        for name, model in models:
+            findings = check_replay(model, formula=formula_of(name), seed=self.seed)
+            _print_row(name, {finding.check: MARKS[finding.passed] for finding in findings})
+            for finding in findings:
+                if finding.reason:
+                    print(f"{'':<{NAME_WIDTH}} {finding.check}: {finding.reason}")
+            failed.append(any(finding.passed is False for finding in findings))
+        passed = f"{failed.count(False)} of {len(failed)} {total} pass"
+        print(f"{passed} on transformers {transformers.__version__}")
+        return int(any(failed))
 
     def _check_trace(self, path: Path) -> int:
         from moe_rl.replay_check.check_trace import check_trace
-        from moe_rl.traces.files import read_trace
 
-        layout = {f.name: getattr(self, f.name) for f in dataclasses.fields(TraceLayout)}
-        trace = read_trace(path, **layout)
+        trace = self.read(path)
         routes = trace.routed_experts
         shape = " x ".join(str(size) for size in routes.shape)
         known = float((routes >= 0).all(dim=-1).float().mean())
         print(f"{path}: {trace.source}, [B, S, L, K] = {shape}, {known:.1%} with a record")
-        findings: list[LawResult] = check_trace(routes, num_experts=self.num_experts)
+        findings = check_trace(routes, num_experts=self.num_experts)
         for finding in findings:
             line = f"{finding.check:<{NAME_WIDTH}} {MARKS[finding.passed]:<5} {finding.reason}"
             print(line.rstrip())
@@ -120,44 +123,27 @@ class CheckReplay(TraceLayout, Command):
 
 def _check_refusals() -> int:
     """Make sure that families without a top-k are refused, and print the reasons."""
-    silent = 0
-    for name, reason in _refusals():
+    refusals = _refusals()
+    for name, reason in refusals.items():
         print(f"{name:<{NAME_WIDTH}} {reason or 'FAIL: not refused'}")
-        silent += not reason
-    return int(silent > 0)
+    return int(not all(refusals.values()))
 
 
-def _refusals() -> Iterator[tuple[str, str]]:
-    """(family, why it is refused), "" where it is not."""
+def _refusals() -> dict[str, str]:
+    """Why each family without a top-k is refused, "" where it is not."""
     from moe_rl.replay_check.families import REFUSED_FAMILIES, REFUSED_UNBUILT, build_family
     from moe_rl.routing import find_routers
 
+    refusals = dict.fromkeys(REFUSED_FAMILIES, "")
     for name in REFUSED_FAMILIES:
         try:
             find_routers(build_family(name))
         except ValueError as error:
-            yield name, f"refused: {str(error).partition('replayed: ')[2]}"
-        else:
-            yield name, ""
-    for name, reason in REFUSED_UNBUILT.items():
-        yield name, f"refused: {reason}"
+            refusals[name] = f"refused: {str(error).partition('replayed: ')[2]}"
+    return refusals | {name: f"refused: {reason}" for name, reason in REFUSED_UNBUILT.items()}
 
 
-def _print_header(kind: str) -> None:
-    from moe_rl.replay_check.check import LAWS
-
-    _print_row(kind, list(LAWS))
-
-
-def _print_row(name: str, cells: list[str]) -> None:
-    from moe_rl.replay_check.check import LAWS
-
-    padded = (f"{cell:<{max(len(law), 4)}}" for cell, law in zip(cells, LAWS, strict=True))
+def _print_row(name: str, cells: Mapping[str, str | None]) -> None:
+    """Print a cell below the name of each law; None: the name itself."""
+    padded = (f"{cell or law:<{max(len(law), 4)}}" for law, cell in cells.items())
     print(f"{name:<{NAME_WIDTH}} {' '.join(padded)}".rstrip())
-
-
-def _print_total(failures: int, total: int, what: str) -> int:
-    import transformers
-
-    print(f"{total - failures} of {total} {what} pass on transformers {transformers.__version__}")
-    return int(failures > 0)

@@ -1,6 +1,5 @@
 """`moe-rl churn TRACE_A TRACE_B`: how two routings of the same tokens differ."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,17 +26,13 @@ class Churn(TraceLayout, Command):
     def run(self) -> int:
         """Print the tables; draw the figure."""
         if self.plot is not None and self.plot.suffix not in _FIGURES:
-            raise ConfigError(
-                f"plot={str(self.plot)!r}: use a name ending in {', '.join(_FIGURES)}"
-            )
+            kinds = ", ".join(_FIGURES)
+            raise ConfigError(f"plot={str(self.plot)!r}: use a name ending in {kinds}")
         from moe_rl.replay_check.compare import compare, describe, usable
-        from moe_rl.traces.files import read_trace, same_tokens
+        from moe_rl.traces.files import same_tokens
 
-        layout = {f.name: getattr(self, f.name) for f in dataclasses.fields(TraceLayout)}
-        traces = [
-            usable(read_trace(path, **layout).routed_experts, path)
-            for path in (self.trace_a, self.trace_b)
-        ]
+        paths = self.trace_a, self.trace_b
+        traces = [usable(self.read(path).routed_experts, path) for path in paths]
         result = compare(*same_tokens(*(routes for routes, _ in traces)))
         for _, note in traces:
             if note:

@@ -42,10 +42,7 @@ class Doctor(Command):
             *((f"{name} (optional)", _version(name)) for name in _OPTIONAL),
             ("cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"),
             ("cuda", f"{', '.join(gpus)}, CUDA {torch.version.cuda}" if cuda else "not available"),
-            (
-                "device auto",
-                f"{device.type}: {'CUDA is' if cuda else 'no CUDA device is'} available",
-            ),
+            ("device auto", f"{device.type}: {'CUDA' if cuda else 'no CUDA device'} is available"),
             ("experts auto", ": ".join(choose_experts(device, "auto"))),
             ("layers, fp32", ": ".join(FastPath.choose(device, torch.float32))),
             ("megablocks", megablocks_package.describe(device)),

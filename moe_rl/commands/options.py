@@ -5,11 +5,14 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
 from moe_rl.config import PresetName, RunConfig, load_config, preset
+
+if TYPE_CHECKING:
+    from moe_rl.traces.files import Trace
 
 COLD_STARTS = Path("runs/cold_start")
 
@@ -69,3 +72,12 @@ class TraceLayout:
     """For an SGLang response: number of experts per token."""
     batch_size: int = 1
     """For a Megatron-LM trace: sequences per micro-batch."""
+
+    def read(self, path: Path) -> "Trace":
+        """The trace in a file or folder."""
+        from moe_rl.traces.files import read_trace
+
+        layout = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(TraceLayout)
+        }
+        return read_trace(path, **layout)

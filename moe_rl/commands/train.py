@@ -4,14 +4,14 @@ import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
 from moe_rl.commands.messages import complain, is_main_rank, say
 from moe_rl.commands.options import COLD_STARTS, BaseSettings, Command
 from moe_rl.config import RunConfig
-from moe_rl.run_folder.trackers import Tracker, TrackerName, make_trackers
+from moe_rl.run_folder.trackers import TrackerName, make_trackers
 from moe_rl.runtime.stopping import Stopped
 
 
@@ -39,8 +39,9 @@ class Train(BaseSettings, Command):
 
     def run(self) -> int:
         """Check, train, and print where the results are."""
+        from moe_rl.commands.progress import print_cold_start, run_progress
         from moe_rl.run_folder.log import is_complete, run_name
-        from moe_rl.training.run import resolve
+        from moe_rl.training.run import resolve, train
 
         config = resolve(self.settings)
         if self.dry_run:
@@ -49,7 +50,21 @@ class Train(BaseSettings, Command):
         folder = self.out or Path("runs") / run_name(config)
         complete = is_complete(folder)  # training such a run changes nothing
         try:
-            summary = self._train(config, folder, make_trackers(self.tracker))
+            trackers = make_trackers(self.tracker)
+            with contextlib.ExitStack() as stack:
+                # Of several processes one talks to the user.
+                on_step = stack.enter_context(run_progress(config)) if is_main_rank() else None
+                summary = train(
+                    config,
+                    folder,
+                    cold_start_cache=self.cold_start_cache,
+                    resume=self.resume,
+                    parallelism=self.parallelism,
+                    trackers=trackers,
+                    on_step=on_step,
+                    on_cold_start=print_cold_start,
+                    on_damage=complain if is_main_rank() else lambda _: None,
+                )
         except Stopped as stopped:
             complain(f"{stopped}; the same command with --resume continues from it")
             return 128 + stopped.number
@@ -58,21 +73,3 @@ class Train(BaseSettings, Command):
             return 0
         say(f"final reward {summary['final_reward']:.3f} in {summary['seconds']:.0f} s: {folder}")
         return 0
-
-    def _train(self, config: RunConfig, folder: Path, trackers: list[Tracker]) -> dict[str, Any]:
-        from moe_rl.commands.progress import print_cold_start, run_progress
-        from moe_rl.training.run import train
-
-        with contextlib.ExitStack() as stack:
-            on_step = stack.enter_context(run_progress(config)) if is_main_rank() else None
-            return train(
-                config,
-                folder,
-                cold_start_cache=self.cold_start_cache,
-                resume=self.resume,
-                parallelism=self.parallelism,
-                trackers=trackers,
-                on_step=on_step,
-                on_cold_start=print_cold_start,
-                on_damage=complain if is_main_rank() else lambda _: None,
-            )

@@ -76,8 +76,7 @@ def resolve_clip(
 
     Args:
         algorithm: grpo, gspo or gspo_token.
-        low: a ratio's lower bound is 1 - low; from 0 to 1; None: the paper's.
-        high: a ratio's upper bound is 1 + high; at least 0; None: the paper's.
+        low, high: a ratio is clipped to [1 - low, 1 + high]; low from 0 to 1, high at least 0.
         allow_any_scale: skip the comparison of scales (not that of bounds).
 
     Raises:

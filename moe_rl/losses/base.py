@@ -62,7 +62,7 @@ class LossInputs(NamedTuple):
     """Checked inputs, in the form that every loss starts from."""
 
     log_ratio: Tensor
-    """log w [B, T], 0 in padding; see `masked_log_ratio`."""
+    """log w = logprobs - old_logprobs, 0 in padding: [B, T], float32 or wider."""
     advantages: Tensor
     """[B] or [B, T], without gradient, in the dtype of log_ratio."""
     mask: Tensor
@@ -92,40 +92,29 @@ def prepare_inputs(
     """
     shape = logprobs.shape
     per_sequence = advantages.shape == shape[:1]
+    per_token = token_advantages and advantages.shape == shape
+    one_each = f"one per sequence, {list(shape[:1])} (gspo_token also takes one per token)"
     for name, value, fits, expected in (
         ("logprobs", logprobs, logprobs.ndim == 2, "[B, T]"),
         ("old_logprobs", old_logprobs, old_logprobs.shape == shape, f"{list(shape)}"),
         ("mask", mask, mask.shape == shape, f"{list(shape)}, response positions only"),
-        (
-            "advantages",
-            advantages,
-            per_sequence or (token_advantages and advantages.shape == shape),
-            f"one per sequence, {list(shape[:1])} (gspo_token also takes one per token)",
-        ),
+        ("advantages", advantages, per_sequence or per_token, one_each),
     ):
         if not fits:
             raise ValueError(f"{name}.shape={list(value.shape)}: expected {expected}; reshape it")
     if mask.dtype != torch.bool:
         raise ValueError(f"mask.dtype={mask.dtype}: expected torch.bool; pass mask.bool()")
-    log_ratio = masked_log_ratio(logprobs, old_logprobs, mask)
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)
+    # A select, not a product: NaN * 0 is NaN, and padding may hold anything. The gradient that
+    # reaches padded positions is exactly 0, and none reaches `old_logprobs`.
+    log_ratio = (logprobs.to(dtype) - old_logprobs.detach().to(dtype)).masked_fill(~mask, 0.0)
     return LossInputs(
         log_ratio=log_ratio,
-        advantages=advantages.detach().to(log_ratio.dtype),
+        advantages=advantages.detach().to(dtype),
         mask=mask,
         lengths=mask.sum(1).clamp(min=1),
         num_sequences=shape[0] if num_sequences is None else num_sequences,
     )
-
-
-def masked_log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log w = logprobs - old_logprobs under the mask, 0 in padding; [B, T], float32 or wider.
-
-    A select, not a product: NaN * 0 is NaN, and padding may hold anything. The gradient that
-    reaches padded positions is exactly 0, and none reaches `old_logprobs`.
-    """
-    dtype = torch.promote_types(logprobs.dtype, torch.float32)
-    log_ratio = logprobs.to(dtype) - old_logprobs.detach().to(dtype)
-    return log_ratio.masked_fill(~mask, 0.0)
 
 
 def check_clip_bounds(clip_low: float, clip_high: float) -> None:
@@ -170,10 +159,8 @@ def clipped_token_loss(
 ) -> LossOutput:
     """-1/N sum_i 1/|y_i| sum_t min(w_it A_it, clip(w_it, 1 - low, 1 + high) A_it).
 
-    Args:
-        log_ratio: log w_it [B, T], which need not be the token's own ratio.
-        inputs: advantages (one per sequence is repeated over its tokens), mask and divisors.
-        clip_low, clip_high: see `LossFunction`.
+    `log_ratio` is log w_it [B, T], which need not be the token's own ratio. An advantage per
+    sequence is repeated over its tokens.
     """
     advantages = inputs.advantages
     if advantages.ndim == 1:

@@ -28,23 +28,16 @@ from moe_rl.routing import statistics
 
 Tables = Mapping[str, Tensor]
 Gather = Callable[[Tables], dict[str, Tensor]]
-
-
-def gather_nothing(tables: Tables) -> dict[str, Tensor]:
-    """The `gather` of a process that trains alone: its own rows."""
-    return dict(tables)
+"""`dict`, the default, is that of a process that trains alone."""
 
 
 @torch.no_grad()
 def rollout_metrics(
-    batch: RolloutBatch, old: ForwardOutput, *, gather: Gather = gather_nothing
+    batch: RolloutBatch, old: ForwardOutput, *, gather: Gather = dict
 ) -> dict[str, Any]:
     """The old policy's routing on a rollout: margin, confidence, entropy and load.
 
-    Args:
-        batch: the rollout.
-        old: the old policy's pass over it, with router logits; token entropy where it has it.
-        gather: joins the rows of all processes.
+    `old` is its pass over the batch, with router logits; token entropy where it has it.
     """
     assert old.routed_experts is not None and old.router_logits is not None
     mask, logits = batch.response_mask, old.router_logits
@@ -55,12 +48,9 @@ def rollout_metrics(
         own["token_entropy"] = old.entropy
     rows = gather(own)
     load = statistics.load(rows["routes"], logits.shape[-1], rows["mask"])
-    layers = {
-        **{f"routing/{name}": statistics.per_layer(rows[name]) for name in router},
-        "routing/load_cv": statistics.load_cv(load),
-        "routing/max_vio": statistics.max_vio(load),
-        "routing/dead_experts": statistics.dead_experts(load),
-    }
+    layers = {f"routing/{name}": statistics.per_layer(rows[name]) for name in router}
+    for statistic in (statistics.load_cv, statistics.max_vio, statistics.dead_experts):
+        layers[f"routing/{statistic.__name__}"] = statistic(load)
     metrics = _by_layer(layers)
     if old.entropy is not None:
         metrics["entropy"] = rows["token_entropy"][rows["mask"]].mean().item()
@@ -69,7 +59,7 @@ def rollout_metrics(
 
 @torch.no_grad()
 def mismatch_metrics(
-    batch: RolloutBatch, old: ForwardOutput, *, gather: Gather = gather_nothing
+    batch: RolloutBatch, old: ForwardOutput, *, gather: Gather = dict
 ) -> dict[str, Any]:
     """How far the rollout engine and the trainer differ on equal weights."""
     assert old.routed_experts is not None and batch.routed_experts is not None
@@ -86,7 +76,7 @@ def mismatch_metrics(
     )
     return {
         **mismatch_statistics(rows["logprobs"], rows["rollout_logprobs"], rows["mask"]),
-        **_prefixed("mismatch", _disagreement(rows["churn"])),
+        **_disagreement("mismatch", rows["churn"]),
     }
 
 
@@ -104,7 +94,7 @@ def update_metrics(
     other_logprobs: Tensor | None = None,
     replayed: bool = False,
     per_position: bool = False,
-    gather: Gather = gather_nothing,
+    gather: Gather = dict,
 ) -> dict[str, Any]:
     """Every metric of one optimiser update, from its forward pass, before the weights move.
 
@@ -144,7 +134,7 @@ def update_metrics(
     metrics: dict[str, Any] = {
         **clip_shares(rows["clipped_low"], rows["clipped_high"], rows["mask"]),
         **ratio_statistics(rows["logprobs"], rows["old_logprobs"], rows["mask"]),
-        **_prefixed("routing", _disagreement(rows["churn"])),
+        **_disagreement("routing", rows["churn"]),
     }
     if "margin" in rows:
         metrics |= _by_layer({"routing/margin": statistics.per_layer(rows["margin"])})
@@ -187,14 +177,16 @@ def _one_pass(logits: Tensor) -> bool:
     return logits.is_cuda
 
 
-def _disagreement(churn: Tensor) -> dict[str, Any]:
+def _disagreement(prefix: str, churn: Tensor) -> dict[str, Any]:
     """Shares of expert slots (GSPO's 10%), of routers (R3's 10%) and of tokens that differ."""
     layers = {
-        "churn": statistics.per_layer(churn),
-        "router_disagreement": statistics.per_layer(statistics.router_disagreement(churn)),
+        f"{prefix}/churn": statistics.per_layer(churn),
+        f"{prefix}/router_disagreement": statistics.per_layer(
+            statistics.router_disagreement(churn)
+        ),
     }
     tokens = statistics.token_disagreement(churn).nanmean().item()
-    return {**_by_layer(layers), "token_disagreement": tokens}
+    return _by_layer(layers) | {f"{prefix}/token_disagreement": tokens}
 
 
 def _by_layer(layers: dict[str, Tensor]) -> dict[str, Any]:
@@ -205,7 +197,3 @@ def _by_layer(layers: dict[str, Tensor]) -> dict[str, Any]:
         metrics[name] = sum(values) / len(values)
         metrics[f"{name}_per_layer"] = values
     return metrics
-
-
-def _prefixed(prefix: str, metrics: dict[str, Any]) -> dict[str, Any]:
-    return {f"{prefix}/{name}": value for name, value in metrics.items()}

@@ -42,12 +42,6 @@ def ratio_statistics(
 
     Quantiles interpolate linearly between order statistics. KL estimators: Schulman 2020,
     "Approximating KL Divergence". An infinite log ratio makes `_log_var` NaN.
-
-    Args:
-        logprobs: [B, T], nats, of the policy being trained.
-        old_logprobs: [B, T], nats, of the policy that sampled.
-        mask: bool [B, T].
-        taus: thresholds > 1.
     """
     _check_shapes(mask, logprobs=logprobs, old_logprobs=old_logprobs)
     log_ratio = _masked_difference(logprobs, old_logprobs, mask)
@@ -101,8 +95,8 @@ def split_log_ratio(live: Tensor, replayed: Tensor, old: Tensor, mask: Tensor) -
 
     Args:
         live: [B, T], log-probs of the new weights under their own routing, nats.
-        replayed: [B, T], of the new weights under the old policy's routing.
-        old: [B, T], of the old weights under the old routing.
+        replayed: those of the new weights under the old policy's routing.
+        old: those of the old weights under the old routing.
         mask: bool [B, T].
     """
     _check_shapes(mask, live=live, replayed=replayed, old=old)
@@ -202,6 +196,5 @@ def _check_shapes(mask: Tensor, **tensors: Tensor) -> None:
 def _read(values: dict[str, Tensor], mask: Tensor) -> dict[str, float]:
     """One transfer for all values; NaN for all if the mask is empty."""
     numbers = torch.stack([*values.values(), mask.any().double()]).tolist()
-    if not numbers.pop():
-        return dict.fromkeys(values, math.nan)
-    return dict(zip(values, numbers, strict=True))
+    filled = numbers.pop()
+    return dict(zip(values, numbers, strict=True)) if filled else dict.fromkeys(values, math.nan)

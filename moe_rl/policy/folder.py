@@ -77,16 +77,6 @@ def load_model(folder: Path, name: str, *, tokenizer: bool, **options: Any) -> A
     return model
 
 
-def load_tokenizer(folder: Path, name: str) -> Any:
-    """The tokenizer in `folder`.
-
-    Raises:
-        ConfigError: there is none, or it cannot be read.
-    """
-    with loading(name):
-        return import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
 def import_transformers() -> Any:
     """transformers without its progress bars, which would break our one line per step."""
     import transformers

@@ -56,17 +56,19 @@ class ForwardOutput(NamedTuple):
     router_logits: Tensor | None
     """float32 [B, T, L, E] where each response token is predicted."""
 
-    @classmethod
-    def concatenate(cls, outputs: list["ForwardOutput"]) -> "ForwardOutput":
+    @staticmethod
+    def concatenate(outputs: list["ForwardOutput"]) -> "ForwardOutput":
         """The outputs of consecutive parts of a batch as one."""
         if len(outputs) == 1:
             return outputs[0]
         fields = zip(*outputs, strict=True)
-        return cls._make(None if parts[0] is None else torch.cat(parts) for parts in fields)
+        joined = (None if values[0] is None else torch.cat(values) for values in fields)
+        return ForwardOutput(*joined)  # type: ignore[arg-type]
 
     def select_sequences(self, sequences: slice) -> "ForwardOutput":
         """The output for some of the sequences."""
-        return self._make(None if value is None else value[sequences] for value in self)
+        parts = (None if value is None else value[sequences] for value in self)
+        return ForwardOutput(*parts)  # type: ignore[arg-type]
 
 
 def response_pass(
@@ -128,11 +130,8 @@ def routing_contexts(
             yield None
 
 
-class _Read(NamedTuple):
-    hidden: Tensor
-    """[B, T, H] where each response token is predicted."""
-    routes: Tensor | None
-    router_logits: Tensor | None
+# Hidden states [B, T, H] where each response token is predicted, routes, router logits.
+_Read = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def _one_pass(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Read:
@@ -154,7 +153,7 @@ def _one_pass(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _
         routes = full_record(*_split_rows(_live(seen), batch), group)
     if options.router_logits:
         logits = predictions(*_split_rows(seen.router_logits, batch), group)
-    return _Read(predictions(prompt_hidden, response_hidden, group), routes, logits)
+    return predictions(prompt_hidden, response_hidden, group), routes, logits
 
 
 def _split_rows(rows: Tensor, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
@@ -188,7 +187,7 @@ def _cached(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Re
         routes = full_record(_live(seen_prompts), seen and _live(seen), group)
     if options.router_logits:
         logits = predictions(seen_prompts.router_logits, seen and seen.router_logits, group)
-    return _Read(predictions(prompt_hidden, rest, group), routes, logits)
+    return predictions(prompt_hidden, rest, group), routes, logits
 
 
 def _whole(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Read:
@@ -214,7 +213,7 @@ def _whole(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Rea
         routes = torch.cat([live, torch.full_like(live[:, :1], -1)], dim=1)
     if options.router_logits:
         logits = seen.router_logits[:, prompt_length - 1 :]
-    return _Read(hidden[:, prompt_length - 1 :], routes, logits)
+    return hidden[:, prompt_length - 1 :], routes, logits
 
 
 _LAYOUTS = {"one_pass": _one_pass, "cached": _cached, "whole": _whole}

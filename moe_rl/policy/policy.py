@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Cache, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedTokenizerBase
 
 from moe_rl.config import ConfigError, ModelConfig
 from moe_rl.cpu import FastPath
 from moe_rl.experts import choose_experts
 from moe_rl.kernels.patch import FinalLogits, final_logits
 from moe_rl.policy.families import family_config
-from moe_rl.policy.folder import import_transformers, load_model, load_tokenizer, loading
+from moe_rl.policy.folder import import_transformers, load_model, loading
 from moe_rl.policy.tokenizer import character_tokenizer
 from moe_rl.routing import find_routers
 
@@ -89,28 +89,26 @@ class Policy:
     def read_prompts(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Cache]:
         """Hidden states [P, Sp, H] and the key-value cache of the prompts."""
         cache = FastPath(self.model).new_cache()
-        mask = positions = None
-        if not bool(prompt_mask.all()):
-            mask = prompt_mask.long()
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-        return self._read(prompt_ids, mask, positions, cache), cache
+        mask = None if bool(prompt_mask.all()) else prompt_mask
+        return self._read(prompt_ids, mask, cache), cache
 
     def continue_responses(
         self, ids: Tensor, cache: Cache, prompt_mask: Tensor, group_size: int
     ) -> Tensor:
         """Hidden states [B, s, H] of the next s tokens of every response, which join the cache."""
-        mask = positions = None
+        mask = None
         if not bool(prompt_mask.all()):
-            start = cache.get_seq_length() - prompt_mask.shape[1]
-            steps = torch.arange(start, start + ids.shape[1], device=ids.device)
-            rows = prompt_mask.repeat_interleave(group_size, dim=0)
-            positions = rows.sum(1, keepdim=True) + steps
-            mask = torch.nn.functional.pad(rows.long(), (0, start + ids.shape[1]), value=1)
-        return self._read(ids, mask, positions, cache)
+            mask = prompt_mask.repeat_interleave(group_size, dim=0)
+            read = cache.get_seq_length() + ids.shape[1] - mask.shape[1]
+            mask = torch.nn.functional.pad(mask, (0, read), value=True)
+        return self._read(ids, mask, cache)
 
-    def _read(
-        self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache
-    ) -> Tensor:
+    def _read(self, ids: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
+        """Hidden states of `ids`; `mask` also covers the cache, None: nothing is padded."""
+        positions = None
+        if mask is not None:
+            mask = mask.long()
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         return self.model.base_model(
             input_ids=ids,
             attention_mask=mask,
@@ -191,7 +189,8 @@ def resolve_device(name: str) -> torch.device:
 def _load(folder: str, alphabet: str) -> tuple[Any, PreTrainedTokenizerBase]:
     path, name = Path(folder), f"checkpoint={folder!r}"
     model = load_model(path, name, tokenizer=True)
-    tokenizer = load_tokenizer(path, name)
+    with loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     try:
         find_routers(model)
     except ValueError as error:

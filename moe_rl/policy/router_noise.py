@@ -49,17 +49,15 @@ class RouterNoise:
 
     def for_sequences(self, prompt_length: int) -> NoiseDraw:
         """Draws for whole sequences: the values of `for_prompts` and `for_responses`, joined."""
-        prompts, responses = self.for_prompts(), self.for_responses()
+        rows = self.for_rows(prompt_length)
 
         def draw(layer: int, logits: Tensor) -> Tensor:
-            rows, experts = len(self.prompts) * self.group_size, logits.shape[-1]
-            whole = logits.reshape(rows, -1, experts)
-            head = prompts(layer, whole[:: self.group_size, :prompt_length].reshape(-1, experts))
-            head = head.reshape(len(self.prompts), prompt_length, experts)
-            tail = responses(layer, whole[:, prompt_length:].reshape(-1, experts))
-            tail = tail.reshape(rows, -1, experts)
-            parts = [head.repeat_interleave(self.group_size, dim=0), tail]
-            return torch.cat(parts, dim=1).reshape(logits.shape)
+            whole = logits.reshape(len(self.prompts) * self.group_size, -1, logits.shape[-1])
+            head, tail = whole[:: self.group_size, :prompt_length], whole[:, prompt_length:]
+            noise = rows(layer, torch.cat([head.flatten(0, 1), tail.flatten(0, 1)]))
+            split = head.shape[:2].numel()
+            shared = noise[:split].view(head.shape).repeat_interleave(self.group_size, dim=0)
+            return torch.cat([shared, noise[split:].view(tail.shape)], dim=1).view(logits.shape)
 
         return draw
 

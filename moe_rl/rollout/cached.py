@@ -60,9 +60,7 @@ def generate(
     group = sequences // len(prompts)
     draws = draws.to(policy.device)
     options = ForwardOptions(router_logits=router_logits)
-    tokens: list[Tensor] = []
-    logprobs: list[Tensor] = []
-    masks: list[Tensor] = []
+    tokens, logprobs, masks = list[Tensor](), list[Tensor](), list[Tensor]()
     finished = torch.zeros(sequences, dtype=torch.bool, device=policy.device)
     of_prompts = noise.for_prompts() if noise else None
     of_responses = noise.for_responses() if noise else None

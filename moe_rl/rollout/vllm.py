@@ -2,12 +2,9 @@
 
 Weights are handed over as vLLM documents it for reinforcement learning, the same in every release
 since 0.11: safetensors in the folder the engine was built from, `reload_weights` on its workers,
-and an emptied prefix cache, whose keys and values belong to the old weights. The folder costs a
-write and a read per rollout, and needs no process group that both sides share.
+and an emptied prefix cache, whose keys and values belong to the old weights.
 
-Sampling: each prompt has a seed, made from its address (run seed, purpose, step, prompt); vLLM
-gives sample g of a prompt the seed + g. Which tokens follow depends on vLLM's version and kernels.
-
+Which tokens follow a seed depends on vLLM's version and kernels.
 Only the contract of the fields is tested here, against a stand-in; no real vLLM has been run.
 """
 

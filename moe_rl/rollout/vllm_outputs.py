@@ -77,14 +77,9 @@ def read_outputs(
                     f"{max_tokens} tokens: expected the end of sequence, or the last token; vLLM's "
                     "max_model_len must hold prompt and response"
                 )
-            responses.append(
-                _Response(
-                    tokens=tokens,
-                    logprobs=_read_logprobs(completion.logprobs, tokens, where),
-                    truncated=truncated,
-                    routes=_read_routes(output, completion, policy, where),
-                )
-            )
+            logprobs = _read_logprobs(completion.logprobs, tokens, where)
+            routes = _read_routes(output, completion, policy, where)
+            responses.append(_Response(tokens, logprobs, truncated, routes))
     return _batch_responses(responses, policy, prompt_ids, prompt_mask)
 
 

@@ -93,13 +93,12 @@ def check_run_folder(folder: Path, config: RunConfig) -> None:
                     f"out={str(folder)!r}: holds a run with {key}={theirs[key]!r}, "
                     f"this one has {value!r}; give another folder"
                 )
-    elif folder.exists() and any(not _is_ours(file.name) for file in folder.iterdir()):
+        return
+    # What a run that stopped before its config was whole can have left.
+    ours = (LOCK, OUTPUT, STEPS, UPDATES)
+    names = [file.name for file in folder.iterdir()] if folder.exists() else []
+    if any(name not in ours and not name.endswith(_PARTIAL) for name in names):
         raise ConfigError(f"out={str(folder)!r}: holds files that are no run; give a new folder")
-
-
-def _is_ours(name: str) -> bool:
-    """Whether a run that stopped before its config was whole can have left such a file."""
-    return name in (LOCK, OUTPUT, STEPS, UPDATES) or name.endswith(_PARTIAL)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -133,14 +132,8 @@ def lock_run_folder(folder: Path) -> BaseFileLock:
 class RunLog:
     """Writes one run folder.
 
-    Opening it starts the run anew: lines of an earlier attempt are removed. Each line goes to
-    `trackers` too; one that fails is dropped with a warning.
-
-    Args:
-        folder: made if need be.
-        config: the run.
-        trackers: not started yet.
-        done_steps: rollout steps whose lines are kept, of a run that is resumed behind them.
+    Opening it removes the lines of an earlier attempt behind `done_steps` rollout steps. Each line
+    goes to `trackers` too, which are not started yet; one that fails is dropped with a warning.
 
     Raises:
         ConfigError: a log lacks lines of these steps.
@@ -173,12 +166,12 @@ class RunLog:
     def step(self, values: Mapping[str, Any]) -> None:
         """Append one line to steps.jsonl."""
         _append(self._steps, values)
-        self._trackers.log_step(values)
+        self._trackers.log("step", values)
 
     def update(self, values: Mapping[str, Any]) -> None:
         """Append one line to updates.jsonl."""
         _append(self._updates, values)
-        self._trackers.log_update(values)
+        self._trackers.log("update", values)
 
     def flush(self) -> None:
         """Have all lines on the disk: a checkpoint must not survive the lines before it."""
@@ -187,18 +180,14 @@ class RunLog:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, which marks the run as complete."""
-        self._close_files()
         write_json(self.folder / "summary.json", {"schema": SCHEMA, "complete": True, **summary})
-        self._trackers.finish()
+        self.close()
 
     def close(self) -> None:
         """Close the files; the run stays incomplete unless `finish` was called."""
-        self._close_files()
-        self._trackers.finish()
-
-    def _close_files(self) -> None:
         self._steps.close()
         self._updates.close()
+        self._trackers.finish()
 
 
 class NoLog:
@@ -207,31 +196,17 @@ class NoLog:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def step(self, values: Mapping[str, Any]) -> None:
-        """Nothing."""
+    def step(self, *values: Any) -> None:
+        """Write nothing."""
 
-    def update(self, values: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def flush(self) -> None:
-        """Nothing."""
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-def _lines(log: Path) -> list[bytes]:
-    """The lines of a log that end, as a torn last one does not."""
-    content = log.read_bytes() if log.is_file() else b""
-    return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+    update = flush = finish = close = step
 
 
 def _open_behind(log: Path, count: int) -> IO[bytes]:
     """Open a log to write behind its first `count` lines; the others are cut off."""
-    lines = _lines(log)[:count]
+    content = log.read_bytes() if log.is_file() else b""
+    # Without a torn last line.
+    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)[:count]
     if len(lines) < count:
         raise ConfigError(
             f"{log}: {len(lines)} lines, the checkpoint has {count}: lines are lost; give another "

@@ -83,14 +83,15 @@ class Trackers:
             with self._dropped_on_error(tracker):
                 self._active[tracker] = tracker(run)
 
-    def log_step(self, line: Mapping[str, Any]) -> None:
-        """Show a line of steps.jsonl."""
-        self._log("step", line["step"], line_numbers(line))
-
-    def log_update(self, line: Mapping[str, Any]) -> None:
-        """Show a line of updates.jsonl."""
-        x = line["step"] * self._updates_per_rollout + line["update"]
-        self._log("update", x, line_numbers(line, "update/"))
+    def log(self, axis: str, line: Mapping[str, Any]) -> None:
+        """Show a line of steps.jsonl ("step") or updates.jsonl ("update")."""
+        x, prefix = line["step"], ""
+        if axis == "update":
+            x, prefix = x * self._updates_per_rollout + line["update"], "update/"
+        values = line_numbers(line, prefix)
+        for tracker, (log, _) in tuple(self._active.items()):
+            with self._dropped_on_error(tracker):
+                log(axis, x, values)
 
     def finish(self) -> None:
         """End all of them. A second call does nothing."""
@@ -98,11 +99,6 @@ class Trackers:
             with self._dropped_on_error(tracker):
                 finish()
         self._active.clear()
-
-    def _log(self, axis: str, x: int, values: Mapping[str, float]) -> None:
-        for tracker, (log, _) in tuple(self._active.items()):
-            with self._dropped_on_error(tracker):
-                log(axis, x, values)
 
     @contextlib.contextmanager
     def _dropped_on_error(self, tracker: Tracker) -> Iterator[None]:

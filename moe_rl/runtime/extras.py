@@ -7,15 +7,10 @@ from moe_rl.config import ConfigError
 
 
 def import_extra(module: str, *, extra: str, option: str) -> ModuleType:
-    """Import a module of an optional package.
-
-    Args:
-        module: dotted name.
-        extra: extra of this project that installs it.
-        option: what the user asked for, as in `tracker='wandb'`.
+    """Import a module of an optional package, which an extra of this project installs.
 
     Raises:
-        ConfigError: the import failed; names the extra.
+        ConfigError: the import failed; begins with the user's `option`, as in `tracker='wandb'`.
     """
     try:
         return importlib.import_module(module)

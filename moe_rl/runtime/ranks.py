@@ -37,11 +37,8 @@ class Ranks:
     def gather(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rows of all ranks, one rank's after the other's; a rank may have any number of them.
 
-        The time of a small exchange hardly depends on its size, so tables that are needed together
-        are sent together: one exchange of sizes, one of all bytes.
-
-        Args:
-            tables: [n, ...] each, with equal names, dtypes and trailing shapes on all ranks.
+        The tables, [n, ...] each, have equal names, dtypes and trailing shapes on all ranks. They
+        are sent together, as the time of a small exchange hardly depends on its size.
         """
         if self.size == 1:
             return dict(tables)
@@ -87,7 +84,8 @@ class Ranks:
 
     def _numbers(self, value: float, dtype: torch.dtype) -> list[Any]:
         """One number of each rank."""
-        own = torch.tensor([value], dtype=dtype, device=_device())
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        own = torch.tensor([value], dtype=dtype, device=device)
         return torch.cat(self._exchange(own)).tolist()
 
     def _exchange(self, own: Tensor) -> list[Tensor]:
@@ -95,10 +93,6 @@ class Ranks:
         found = [torch.empty_like(own) for _ in range(self.size)]
         distributed.all_gather(found, own)
         return found
-
-
-def _device() -> torch.device:
-    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
 
 
 @contextlib.contextmanager

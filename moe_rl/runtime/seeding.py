@@ -17,12 +17,9 @@ _ENGINE_SEEDS = 2**62
 def generator(
     seed: int, purpose: str, *, step: int = 0, prompt: int = 0, sample: int = 0
 ) -> np.random.Generator:
-    """The generator at one address.
+    """The generator at one address, of numbers >= 0.
 
-    Args:
-        seed: run seed, >= 0.
-        purpose: what the draw is for ("sample", "prompts", ...); purposes never share draws.
-        step, prompt, sample: the address, each >= 0.
+    `purpose` is what the draw is for ("sample", "prompts", ...); purposes never share draws.
     """
     key = np.array([seed % _COUNTER_BLOCK, zlib.crc32(purpose.encode())], dtype=np.uint64)
     counter = np.array([0, sample, prompt, step], dtype=np.uint64)

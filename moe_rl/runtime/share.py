@@ -4,38 +4,24 @@ Prompt n goes to rank n modulo the number of ranks. The consecutive prompts of a
 spread evenly over all ranks, and those that one rank holds are consecutive in its own batch.
 """
 
-from dataclasses import dataclass
-
 from moe_rl.config import ConfigError, RunConfig
 
 
-@dataclass(frozen=True, kw_only=True)
 class Share:
-    """One rank's prompts of a rollout, which is cut into consecutive updates of equal size."""
+    """One rank's prompts of a rollout, which is cut into consecutive updates of equal size.
 
-    rank: int
-    size: int
-    num_prompts: int
-    updates: int
+    Raises:
+        ConfigError: there are more ranks than prompts.
+    """
 
-    @classmethod
-    def of(cls, config: RunConfig, rank: int, size: int) -> "Share":
-        """The share of one rank of a run.
-
-        Raises:
-            ConfigError: there are more ranks than prompts.
-        """
-        if config.prompts_per_rollout < size:
+    def __init__(self, config: RunConfig, rank: int, size: int) -> None:
+        self.rank, self.size, self.num_prompts = rank, size, config.prompts_per_rollout
+        self.per_update = self.num_prompts // config.updates_per_rollout
+        if self.num_prompts < size:
             raise ConfigError(
-                f"prompts_per_rollout={config.prompts_per_rollout} on {size} processes: each needs "
-                f"a prompt; use at most {config.prompts_per_rollout} processes"
+                f"prompts_per_rollout={self.num_prompts} on {size} processes: each needs a prompt; "
+                f"use at most {self.num_prompts} processes"
             )
-        return cls(
-            rank=rank,
-            size=size,
-            num_prompts=config.prompts_per_rollout,
-            updates=config.updates_per_rollout,
-        )
 
     @property
     def prompts(self) -> range:
@@ -44,17 +30,14 @@ class Share:
 
     def of_update(self, update: int) -> slice:
         """The rank's own prompts of an update, as a slice of its batch; may be empty."""
-        each = self.num_prompts // self.updates
-        return slice(self._before(update * each), self._before((update + 1) * each))
-
-    def _before(self, prompt: int) -> int:
-        """How many of the rank's prompts have a lower number."""
-        return len(range(self.rank, prompt, self.size))
+        each = self.per_update
+        # The number of the rank's prompts below the first of this update and of the next.
+        first, end = (len(range(self.rank, i * each, self.size)) for i in (update, update + 1))
+        return slice(first, end)
 
     def most_of_update(self, update: int) -> int:
         """Number of prompts of an update on the rank that holds the most."""
-        each = self.num_prompts // self.updates
-        return -(-each // self.size)
+        return -(-self.per_update // self.size)
 
     def order(self) -> list[int]:
         """Index of each prompt of the rollout in the joined batches of all ranks."""

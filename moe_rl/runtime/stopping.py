@@ -19,12 +19,7 @@ _SECOND_AFTER = 1.0
 
 
 class Stopped(Exception):
-    """A signal has ended a run between two rollout steps, and it can be resumed there.
-
-    Args:
-        number: of the signal.
-        checkpoint: folder that it can be resumed from.
-    """
+    """The signal `number` has ended a run, which can be resumed from the folder `checkpoint`."""
 
     def __init__(self, number: int, checkpoint: Path) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; checkpoint: {checkpoint}")
@@ -60,10 +55,8 @@ class StopRequest:
 def listen() -> Iterator[StopRequest]:
     """Catch SIGTERM and SIGINT for the length of a block; only a main thread can."""
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if main else ()
     previous = {number: signal.signal(number, request.receive) for number in numbers}
     try:
         yield request

@@ -9,11 +9,7 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the seconds that named blocks take.
-
-    Args:
-        device: its queued work counts for the block that queued it.
-    """
+    """Adds up the seconds that named blocks take; work counts for the block that queued it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -33,12 +33,9 @@ class _Inside(nn.Module):
 
 
 class Wrapped:
-    """Runs a model's passes so that gradients are averaged over the ranks.
+    """Runs a model's passes so that gradients are averaged over the ranks; one wraps nothing.
 
-    Args:
-        model: sharded in place by `fsdp`, a copy on each rank otherwise.
-        ranks: a single rank wraps nothing.
-        parallelism: ddp keeps the whole model on each rank, fsdp a shard of every layer.
+    `ddp` keeps the whole model on each rank, `fsdp` a shard of every layer, made in place.
     """
 
     def __init__(self, model: Any, ranks: Ranks, parallelism: Parallelism) -> None:
@@ -61,14 +58,11 @@ class Wrapped:
         result: T = self._inside(function, *args)
         return result
 
-    @contextlib.contextmanager
-    def backward(self, *, last: bool) -> Iterator[None]:
+    def backward(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around a forward and backward pass; gradients are exchanged in an update's last one."""
         if isinstance(self._inside, DistributedDataParallel) and not last:
-            with self._inside.no_sync():
-                yield
-        else:
-            yield
+            return self._inside.no_sync()
+        return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:

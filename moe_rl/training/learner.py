@@ -89,7 +89,7 @@ class Learner:
         parallelism: Parallelism = "ddp",
     ) -> None:
         self.config, self.policy, self.clock, self.ranks = config, policy, clock, ranks
-        self.share = Share.of(config, ranks.rank, ranks.size)
+        self.share = Share(config, ranks.rank, ranks.size)
         self.clip = clip_range(config)
         self.plan = ReplayPlan(config.routing_replay)
         self.loss = loss_function(config.algorithm)

@@ -159,7 +159,7 @@ def _check_processes(config: RunConfig, folder: Path, ranks: Ranks) -> None:
     with ranks.together():
         if ranks.main and folder.exists():  # a folder made now would stay if the run cannot start
             lock_run_folder(folder).release()
-    Share.of(config, ranks.rank, ranks.size)
+    Share(config, ranks.rank, ranks.size)
     device = config.model.device
     if ranks.size > 1 and ":" in device:
         raise ConfigError(

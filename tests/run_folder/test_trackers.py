@@ -51,8 +51,10 @@ def tracked(folder: Path, *, resumed: bool = False) -> TrackedRun:
 def log_steps(trackers: Trackers, steps: range, value: float) -> None:
     for step in steps:
         for update in range(2):
-            trackers.log_update({"step": step, "update": update, "loss": value})
-        trackers.log_step({"step": step, "reward": value, "routing/churn_per_layer": [0.5, value]})
+            trackers.log("update", {"step": step, "update": update, "loss": value})
+        trackers.log(
+            "step", {"step": step, "reward": value, "routing/churn_per_layer": [0.5, value]}
+        )
 
 
 # What reaches a tracker.
@@ -199,8 +201,8 @@ def test_a_tracker_shows_what_the_files_hold_nan_and_inf_included(
 ) -> None:
     trackers = Trackers(make_trackers([backend, backend]), tracked(tmp_path))
     log_steps(trackers, range(2), 0.25)
-    trackers.log_update({"step": 2, "update": 0, "loss": math.inf})
-    trackers.log_update({"step": 2, "update": 1, "loss": math.nan})
+    trackers.log("update", {"step": 2, "update": 0, "loss": math.inf})
+    trackers.log("update", {"step": 2, "update": 1, "loss": math.nan})
     trackers.finish()
     shown = read(tmp_path)
     assert shown["reward"] == shown["routing/churn/layer_1"] == [(0, 0.25), (1, 0.25)]

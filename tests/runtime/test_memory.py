@@ -4,7 +4,7 @@ import resource
 
 import torch
 
-from moe_rl.runtime.memory import keep_freed_memory
+from moe_rl.runtime.process import keep_freed_memory
 
 
 def test_memory_freed_once_is_had_again_without_page_faults() -> None:

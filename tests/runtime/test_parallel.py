@@ -22,7 +22,7 @@ from moe_rl.training.run import train
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_shares_cover_every_update_evenly(prompts: int, updates: int, size: int) -> None:
     config = workers.tiny(prompts_per_rollout=prompts, updates_per_rollout=updates)
-    shares = [Share.of(config, rank, size) for rank in range(size)]
+    shares = [Share(config, rank, size) for rank in range(size)]
     joined = [prompt for share in shares for prompt in share.prompts]
     assert [joined[place] for place in shares[0].order()] == list(range(prompts))
     each = prompts // updates
@@ -42,7 +42,7 @@ def test_shares_cover_every_update_evenly(prompts: int, updates: int, size: int)
 def test_more_ranks_than_prompts_are_refused() -> None:
     config = workers.tiny(prompts_per_rollout=2, updates_per_rollout=2)
     with pytest.raises(ConfigError, match="prompts_per_rollout=2 on 3 processes"):
-        Share.of(config, 0, 3)
+        Share(config, 0, 3)
 
 
 @pytest.mark.distributed
