@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,9 @@ def load_study(path: str | Path) -> StudyRuns:
         raise AnalysisError(f"{root}: no such folder; {_HOW}")
     notes: list[str] = []
     study = _read_json(root / "study.json") if (root / "study.json").is_file() else {}
-    folders = sorted(_run_folders(root, is_study=bool(study)))
+    # Checkpoints have a config.json too, of the model: in a study only runs/SETTING/ARM/SEED count.
+    files = root.glob("runs/*/*/*/config.json") if study else root.rglob("steps.jsonl")
+    folders = sorted(file.parent for file in files)
     if not folders:
         missing = "run folders under runs/" if study else "study.json and any run folder"
         raise AnalysisError(f"{root}: found no {missing} (config.json + steps.jsonl); {_HOW}")
@@ -140,14 +141,6 @@ def load_study(path: str | Path) -> StudyRuns:
         configs=configs,
         notes=notes,
     )
-
-
-def _run_folders(root: Path, is_study: bool) -> Iterator[Path]:
-    # Checkpoints have a config.json too, of the model: of a study only runs/SETTING/ARM/SEED count.
-    if is_study:
-        yield from (file.parent for file in (root / "runs").glob("*/*/*/config.json"))
-    else:
-        yield from (file.parent for file in root.rglob("steps.jsonl"))
 
 
 def _read_json(file: Path) -> dict[str, Any]:

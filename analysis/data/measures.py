@@ -62,61 +62,42 @@ def run_measures(study: StudyRuns) -> pd.DataFrame:
             }
         )
     measures = pd.DataFrame(rows)
-    links = _chain(before_collapse(study.updates, measures))
-    links["churn_early"] = _early_churn(study.updates, measures)
-    links["skipped"] = _skipped(study.updates)
-    return measures.join(links, on=KEYS)
+    return measures.join(_links(study.updates, measures), on=KEYS)
 
 
-def _early_churn(updates: pd.DataFrame, measures: pd.DataFrame) -> pd.Series:
-    """Churn over the same steps of every run: windows that end at a collapse cannot be compared."""
-    if "routing/churn" not in updates:
-        return pd.Series(dtype=float)
-    steps = measures.set_index(KEYS)["steps"]
-    own = steps.reindex(pd.MultiIndex.from_frame(updates[KEYS])).to_numpy(float)
-    early = updates[updates["step"].to_numpy(float) < np.maximum(1, own // EARLY_FRACTION)]
-    last = early["update"] == early.groupby(KEYS)["update"].transform("max")
-    return _grouped(early[last], "routing/churn", KEYS).mean()
-
-
-def _skipped(updates: pd.DataFrame) -> pd.Series:
-    """Updates that were not made because their gradient was not finite."""
-    if "skipped" not in updates:
-        return pd.Series(dtype=float)
-    return _grouped(updates, "skipped", KEYS).sum()
-
-
-def before_collapse(updates: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `updates` before the `collapse_step` of their run; all where that is NaN."""
-    collapse = measures.set_index(KEYS)["collapse_step"]
-    own = collapse.reindex(pd.MultiIndex.from_frame(updates[KEYS])).to_numpy()
-    return updates[~(updates["step"].to_numpy(float) >= own)]
-
-
-def _chain(updates: pd.DataFrame) -> pd.DataFrame:
-    """The links of the chain, one row a run; NaN where a run did not record one."""
-    runs = updates[KEYS].drop_duplicates()
-    table = pd.DataFrame(index=pd.MultiIndex.from_frame(runs), columns=CHAIN, dtype=float)
-    last = updates["update"] == updates.groupby(KEYS)["update"].transform("max")
-    at_last, second = updates[last], updates[updates["update"] == 1]
-    for name, frame, column in (
-        ("churn_one", second, "routing/churn"),
-        ("churn_last", at_last, "routing/churn"),
-        ("router_disagreement", at_last, "routing/router_disagreement"),
-        ("token_disagreement", at_last, "routing/token_disagreement"),
-        ("token_ess", updates, "ratio/token_ess"),
-        ("clip_share", updates, "clip_ratio/region"),
+def _links(updates: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:
+    """The links of the chain and `skipped`, one row a run; NaN where a run did not record one."""
+    runs = pd.MultiIndex.from_frame(updates[KEYS])
+    own = measures.set_index(KEYS)[["steps", "collapse_step"]].reindex(runs).to_numpy(float)
+    step = updates["step"].to_numpy(float)
+    before = updates[~(step >= own[:, 1])]  # all where collapse_step is NaN
+    # The same steps of every run: windows that end at a collapse cannot be compared.
+    early = updates[step < np.maximum(1, own[:, 0] // EARLY_FRACTION)]
+    table = pd.DataFrame(index=runs.unique(), columns=[*CHAIN, "skipped"], dtype=float)
+    at_last = _last_updates(before)
+    for name, frame, column, statistic in (
+        ("churn_one", before[before["update"] == 1], "routing/churn", "mean"),
+        ("churn_last", at_last, "routing/churn", "mean"),
+        ("churn_early", _last_updates(early), "routing/churn", "mean"),
+        ("router_disagreement", at_last, "routing/router_disagreement", "mean"),
+        ("token_disagreement", at_last, "routing/token_disagreement", "mean"),
+        ("token_ess", before, "ratio/token_ess", "mean"),
+        ("clip_share", before, "clip_ratio/region", "mean"),
+        ("grad_norm", before, "grad_norm", "median"),
+        ("skipped", updates, "skipped", "sum"),
     ):
         if column in frame:
-            table[name] = _grouped(frame, column, KEYS).mean()
-    if "grad_norm" in updates:
-        table["grad_norm"] = _grouped(updates, "grad_norm", KEYS).median()
+            table[name] = _grouped(frame, column, KEYS).agg(statistic)
     for kind in ("token", "sequence"):
-        if f"ratio/{kind}_var" in updates:
-            per_step = _grouped(updates, f"ratio/{kind}_var", [*KEYS, "step"]).mean()
+        if f"ratio/{kind}_var" in before:
+            per_step = _grouped(before, f"ratio/{kind}_var", [*KEYS, "step"]).mean()
             table[f"{kind}_var"] = per_step.groupby(level=KEYS).median()
-    table["routing_share"] = shares_by_run(updates).set_index(KEYS)["routing_share"]
+    table["routing_share"] = shares_by_run(before).set_index(KEYS)["routing_share"]
     return table
+
+
+def _last_updates(updates: pd.DataFrame) -> pd.DataFrame:
+    return updates[updates["update"] == updates.groupby(KEYS)["update"].transform("max")]
 
 
 def _grouped(frame: pd.DataFrame, column: str, keys: list[str]) -> SeriesGroupBy[Any, Any]:
@@ -151,8 +132,8 @@ def _arm_row(group: pd.DataFrame) -> dict[str, Any]:
     k = int(done["collapsed"].sum())
     collapsed = wilson_interval(k, len(done))
 
-    def median(name: str) -> float:
-        return float(done[name].astype(float).median())
+    def medians(*names: str) -> dict[str, float]:
+        return {name: float(done[name].astype(float).median()) for name in names}
 
     return {
         "runs": len(done),
@@ -160,19 +141,18 @@ def _arm_row(group: pd.DataFrame) -> dict[str, Any]:
         "final": final.value,
         "final_low": final.low,
         "final_high": final.high,
-        "peak": median("peak"),
-        "drawdown": median("drawdown"),
-        "deepest_fall": median("deepest_fall"),
+        **medians("peak", "drawdown", "deepest_fall"),
         "collapsed": k,
         "collapsed_low": collapsed.low,
         "collapsed_high": collapsed.high,
-        "collapse_step": median("collapse_step"),
+        **medians("collapse_step"),
         "unstable": int(done["unstable"].sum()),
         "skipped": int(done["skipped"].fillna(0).sum()),
-        **{name: median(name) for name in CHAIN},
-        "instruments_share": float(done["instruments_share"].astype(float).mean()),
-        "seconds_per_step": float(done["seconds_per_step"].astype(float).mean()),
-        "seconds": float(done["seconds"].astype(float).mean()),
+        **medians(*CHAIN),
+        **{
+            name: float(done[name].astype(float).mean())
+            for name in ("instruments_share", "seconds_per_step", "seconds")
+        },
     }
 
 

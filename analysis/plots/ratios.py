@@ -7,15 +7,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moe_rl.analysis.data.stats import bootstrap_interval
 from moe_rl.analysis.plots import style
 from moe_rl.analysis.plots.routing import is_dense
-from moe_rl.analysis.verdicts.attribution import (
-    ROUTING,
-    WEIGHT,
-    sampled_updates,
-    shares_by_arm,
-    shares_by_run,
-)
+from moe_rl.analysis.verdicts.attribution import ROUTING, WEIGHT, sampled_updates, shares_by_run
 from moe_rl.experiments.arms import arm_label
 
 
@@ -91,7 +86,7 @@ def _same_log_range(panels: list[Axes]) -> None:
 
 def _shares(axes: Axes, sampled: pd.DataFrame, arms: list[str]) -> None:
     """Routing share of Var(log w): seeds as dots, IQM with its interval as a bar."""
-    by_run, by_arm = shares_by_run(sampled), shares_by_arm(sampled)
+    by_run = shares_by_run(sampled)
     axes.set_title("routing share of Var(log w)")
     if by_run.empty:
         style.say(axes, "not measured")
@@ -99,15 +94,15 @@ def _shares(axes: Axes, sampled: pd.DataFrame, arms: list[str]) -> None:
     shown = [arm for arm in arms if (by_run["arm"] == arm).any()]
     for row, arm in enumerate(shown):
         seeds = by_run.loc[by_run["arm"] == arm, "routing_share"]
-        total = by_arm[by_arm["arm"] == arm].iloc[0]
+        total = bootstrap_interval(seeds)
         axes.plot(
             seeds, np.full(len(seeds), row), "o", markersize=3, alpha=0.5, color=style.colour(arm)
         )
         axes.plot(
-            [total["routing_low"], total["routing_high"]], [row, row], color=style.colour(arm),
+            [total.low, total.high], [row, row], color=style.colour(arm),
             linewidth=3, alpha=0.6, solid_capstyle="butt",
         )  # fmt: skip
-        axes.plot([total["routing_share"]], [row], "|", markersize=10, color=style.INK)
+        axes.plot([total.value], [row], "|", markersize=10, color=style.INK)
     axes.axvline(0.5, color=style.MUTED, linewidth=0.7, linestyle=":")
     axes.set_yticks(range(len(shown)), [arm_label(arm) for arm in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)

@@ -45,8 +45,8 @@ def churn_by_layer(updates: pd.DataFrame) -> Figure:
         if is_dense(updates[updates["arm"] == arm]):
             style.say(axes, DENSE_TEXT)
             continue
-        if not top:
-            style.say(axes, style.zero_text(updates))
+        if not top or not picture.size:
+            style.say(axes, style.zero_text(updates) if picture.size else "not measured")
             continue
         steps = last.loc[last["arm"] == arm, "step"]
         extent = (steps.min() - 0.5, steps.max() + 0.5, 0.5, len(picture) + 0.5)
@@ -64,20 +64,18 @@ def churn_by_layer(updates: pd.DataFrame) -> Figure:
 
 
 def _layer_by_step(last: pd.DataFrame) -> NDArray[np.float64]:
-    """Median over seeds of the per-layer lists: [layers, steps]."""
-    columns = []
-    for _, rows in last.groupby("step"):
-        lists = [np.asarray(value, dtype=float) for value in rows[PER_LAYER] if _is_list(value)]
-        columns.append(np.median(lists, axis=0) if lists else np.array([np.nan]))
-    if not columns:
-        return np.full((1, 1), np.nan)
-    height = max(len(column) for column in columns)
-    whole = [c if len(c) == height else np.full(height, np.nan) for c in columns]
-    return np.array(whole).T
+    """Median over seeds of the per-layer lists: [layers, steps]; empty where there is none."""
+    rows = _entries(last, PER_LAYER, "layer")
+    medians = rows.groupby(["layer", "step"])[PER_LAYER].median().unstack()
+    return medians.reindex(columns=sorted(last["step"].unique())).to_numpy()
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0
+def _entries(updates: pd.DataFrame, column: str, number: str) -> pd.DataFrame:
+    """The lists of `column`, one row an entry, numbered from 1 in the column `number`."""
+    lists = updates[[isinstance(value, list) for value in updates[column]]]
+    rows = lists[["arm", "seed", "step", column]].explode(column).astype({column: float})
+    rows[number] = rows.groupby(level=0).cumcount() + 1
+    return rows
 
 
 def _layer_ticks(layers: int) -> list[int]:
@@ -100,30 +98,12 @@ def churn_by_update(updates: pd.DataFrame) -> Figure:
 @style.styled
 def churn_by_position(updates: pd.DataFrame) -> Figure:
     """Churn against the position of the response token, mean over sampled last updates."""
-    rows = updates[[_is_list(value) for value in updates[PER_POSITION]]]
-    exploded = [
-        pd.DataFrame(
-            {"arm": arm, "seed": seed, "position": np.arange(1, len(curve) + 1), "y": curve}
-        )
-        for (arm, seed), curve in _mean_lists(rows)
-    ]
-    frame = pd.concat(exploded, ignore_index=True).rename(columns={"y": "routing/churn"})
+    rows = _entries(updates, PER_POSITION, "position")
+    rows = rows.replace([np.inf, -np.inf], np.nan)
+    keys = ["arm", "seed", "position"]
+    frame = rows.groupby(keys, as_index=False)[PER_POSITION].mean()
+    frame = frame.rename(columns={PER_POSITION: "routing/churn"})
     return _churn_lines(updates, frame, "position", "position in the response (tokens)")
-
-
-def _mean_lists(rows: pd.DataFrame) -> list[tuple[tuple[str, int], NDArray[np.float64]]]:
-    """Mean per-position curve of every run, over the positions all its lists have or NaN-padded."""
-    means = []
-    for key, own in rows.groupby(["arm", "seed"]):
-        lists = [np.asarray(value, dtype=float) for value in own[PER_POSITION]]
-        padded = np.full((len(lists), max(map(len, lists))), np.nan)
-        for row, values in enumerate(lists):
-            padded[row, : len(values)] = values
-        counts = np.isfinite(padded).sum(axis=0)
-        total = np.where(np.isfinite(padded), padded, 0.0).sum(axis=0)
-        curve = np.where(counts > 0, total / np.maximum(counts, 1), np.nan)
-        means.append(((str(key[0]), int(key[1])), curve))
-    return means
 
 
 def _churn_lines(updates: pd.DataFrame, frame: pd.DataFrame, x: str, text: str) -> Figure:

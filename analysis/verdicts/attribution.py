@@ -19,8 +19,6 @@ from __future__ import annotations
 import pandas as pd
 
 from moe_rl.analysis.data.load import KEYS
-from moe_rl.analysis.data.stats import bootstrap_interval
-from moe_rl.experiments.arms import arm_key
 
 ROUTING = "ratio/routing_part"
 WEIGHT = "ratio/weight_part"
@@ -38,51 +36,20 @@ def sampled_updates(updates: pd.DataFrame) -> pd.DataFrame:
 
 
 def shares_by_run(updates: pd.DataFrame) -> pd.DataFrame:
-    """One row a run: `routing_share`, `weight_share`, `covariance_share`, `log_var`, `updates`.
+    """One row a run: setting, arm, seed, `routing_share`, `weight_share`, `covariance_share`.
 
-    `log_var` is the mean of the sum of the three terms over the sampled updates. Runs whose sum
-    is not positive (on-policy throughout: every ratio is 1) are left out.
+    Runs whose Var(log w) is not positive (on-policy throughout: every ratio is 1) are left out.
     """
     sampled = sampled_updates(updates)
-    shares = ["routing_share", "weight_share", "covariance_share"]
-    columns = [*KEYS, *shares, "log_var", "updates"]
     if sampled.empty:
-        return pd.DataFrame(columns=columns)
-    groups = sampled.groupby(KEYS, sort=False)
-    sums, counts = groups[PARTS].sum().astype(float), groups.size()
+        return pd.DataFrame(columns=[*KEYS, "routing_share", "weight_share", "covariance_share"])
+    sums = sampled.groupby(KEYS, sort=False)[PARTS].sum().astype(float)
     total = sums[ROUTING] + sums[WEIGHT] + 2 * sums[COVARIANCE]
-    table = pd.DataFrame(
+    shares = pd.DataFrame(
         {
             "routing_share": sums[ROUTING] / total,
             "weight_share": sums[WEIGHT] / total,
             "covariance_share": 2 * sums[COVARIANCE] / total,
-            "log_var": total / counts,
-            "updates": counts,
         }
     )
-    return table[total > 0].reset_index()[columns]
-
-
-def shares_by_arm(updates: pd.DataFrame) -> pd.DataFrame:
-    """IQM over seeds of each share with its bootstrap interval, one row a (setting, arm).
-
-    Columns setting, arm, n, and for each of routing, weight, covariance: `<part>_share`,
-    `<part>_low`, `<part>_high`. IQMs of shares need not add up to exactly 1.
-    """
-    rows = []
-    for (setting, arm), group in shares_by_run(updates).groupby(["setting", "arm"], sort=False):
-        row: dict[str, object] = {"setting": setting, "arm": arm, "n": len(group)}
-        for part in ("routing", "weight", "covariance"):
-            interval = bootstrap_interval(group[f"{part}_share"])
-            row |= {
-                f"{part}_share": interval.value,
-                f"{part}_low": interval.low,
-                f"{part}_high": interval.high,
-            }
-        rows.append(row)
-    frame = pd.DataFrame(rows)
-    if frame.empty:
-        return frame
-    return frame.sort_values("arm", key=lambda arms: arms.map(arm_key), kind="stable").reset_index(
-        drop=True
-    )
+    return shares[total > 0].reset_index()

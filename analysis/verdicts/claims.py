@@ -23,12 +23,16 @@ from moe_rl.analysis.verdicts.verdicts import Judgement
 class Claim:
     """One row of the claims table before it meets data."""
 
-    key: str
     text: str
     source: str
     paper: str
     judge: Callable[[pd.DataFrame], Judgement]
     study_wide: bool = False
+
+    @property
+    def key(self) -> str:
+        """The name of `judge`."""
+        return self.judge.__name__
 
     @property
     def rule(self) -> str:
@@ -40,56 +44,48 @@ _PAPER = "GSPO paper"  # arXiv 2507.18071
 PAPER_CLIP_GSPO, PAPER_CLIP_GRPO = 0.15, 0.0013  # its figure 2
 CLAIMS = [
     Claim(
-        key="grpo_collapses",
         text="GRPO without Routing Replay collapses",
         source=f"{_PAPER}, 5.3 and figure 3",
         paper="one curve, fails to converge",
         judge=rules.grpo_collapses,
     ),
     Claim(
-        key="replay_restores",
         text="Routing Replay restores GRPO",
         source=f"{_PAPER}, 5.3 and figure 3",
         paper="one curve, converges",
         judge=rules.replay_restores,
     ),
     Claim(
-        key="gspo_needs_none",
         text="GSPO needs no Routing Replay",
         source=f"{_PAPER}, 5.3 and figure 1",
         paper="one curve, stable, above GRPO with replay",
         judge=rules.gspo_needs_none,
     ),
     Claim(
-        key="churn_after_one_update",
         text="About 10% of activated experts change after each gradient update",
         source=f"{_PAPER}, 5.3 (48 layers)",
         paper=f"roughly {rules.PAPER_CHURN:.0%}",
         judge=rules.churn_after_one_update,
     ),
     Claim(
-        key="churn_over_rollout",
         text="The same, between old and new policy over a whole rollout",
         source=f"{_PAPER}, 5.3 (48 layers)",
         paper=f"roughly {rules.PAPER_CHURN:.0%}",
         judge=rules.churn_over_rollout,
     ),
     Claim(
-        key="routing_drives_ratio",
         text="The routing change is what makes token ratios fluctuate",
         source=f"{_PAPER}, 5.3",
         paper="stated, no number",
         judge=rules.routing_drives_ratio,
     ),
     Claim(
-        key="gspo_clips_more",
         text="GSPO clips two orders of magnitude more tokens",
         source=f"{_PAPER}, figure 2",
         paper=f"{PAPER_CLIP_GSPO:g} against {PAPER_CLIP_GRPO:g}",
         judge=rules.gspo_clips_more,
     ),
     Claim(
-        key="deeper_is_worse",
         text="The volatility is worse in deeper models",
         source=f"{_PAPER}, 5.3",
         paper="stated, no number",
@@ -97,21 +93,18 @@ CLAIMS = [
         study_wide=True,
     ),
     Claim(
-        key="collapse_is_irreversible",
         text="The collapse is irreversible, even from an earlier checkpoint",
         source=f"{_PAPER}, 5.3",
         paper="stated, no number",
         judge=rules.collapse_is_irreversible,
     ),
     Claim(
-        key="dense_is_stable",
         text="Control: a dense model stays stable in the same setting",
         source="our control",
         paper="not run",
         judge=rules.dense_is_stable,
     ),
     Claim(
-        key="frozen_router_is_stable",
         text="Control: with a frozen router the failure goes away",
         source="our control",
         paper="not run",
@@ -122,11 +115,8 @@ CLAIMS = [
 
 def _alike_but_for_depth(measures: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
     """The grpo runs of all settings that differ from those of one setting in depth at most."""
-    same = list(rules.ALIKE)
-    alike = measures[measures["arm"] == "grpo"]
-    kinds = set(own[own["arm"] == "grpo"][same].itertuples(index=False, name=None))
-    mask = [kind in kinds for kind in alike[same].itertuples(index=False, name=None)]
-    return alike[pd.Series(mask, index=alike.index, dtype=bool)]
+    kinds = own.loc[own["arm"] == "grpo", list(rules.ALIKE)].drop_duplicates()
+    return measures[measures["arm"] == "grpo"].merge(kinds)
 
 
 def claims_table(study: StudyRuns, measures: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -153,10 +143,7 @@ def claims_table(study: StudyRuns, measures: pd.DataFrame | None = None) -> pd.D
                     "source": claim.source,
                     "paper": claim.paper,
                     "ours": finding.ours,
-                    "value": finding.interval.value,
-                    "low": finding.interval.low,
-                    "high": finding.interval.high,
-                    "n": finding.interval.n,
+                    **vars(finding.interval),
                     "verdict": finding.verdict,
                     "reason": finding.reason,
                     "rule": claim.rule,

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from moe_rl.analysis.data.stats import Interval, student_interval
+from moe_rl.analysis.data.stats import student_interval
 from moe_rl.analysis.verdicts.verdicts import (
     INCONCLUSIVE,
     NOT_REPRODUCED,
@@ -45,12 +45,11 @@ def replay_restores(runs: pd.DataFrame) -> Judgement:
     is above 0.05 and most grpo+replay seeds do not collapse. Where grpo itself ends within 20% of
     its peak in most seeds, there is nothing to restore: inconclusive.
     """
-    gain = judge_interval(_paired(runs, "grpo", "grpo+replay", "final"), low=MIN_EFFECT)
-    verdict, reason = both(gain, _collapse_share(runs, "grpo+replay", majority=False))
-    if gain.interval.n and _arm(runs, "grpo")["unstable"].mean() <= 0.5:
-        verdict, reason = INCONCLUSIVE, "GRPO is stable here: there is nothing to restore"
-    ours = _difference_text("grpo", "grpo+replay", gain.interval)
-    return Judgement(verdict=verdict, reason=reason, ours=ours, interval=gain.interval)
+    finding = _reward_gain(runs, "grpo", "grpo+replay", low=MIN_EFFECT)
+    if finding.interval.n and _arm(runs, "grpo")["unstable"].mean() <= 0.5:
+        reason = "GRPO is stable here: there is nothing to restore"
+        return replace(finding, verdict=INCONCLUSIVE, reason=reason)
+    return finding
 
 
 def gspo_needs_none(runs: pd.DataFrame) -> Judgement:
@@ -60,13 +59,11 @@ def gspo_needs_none(runs: pd.DataFrame) -> Judgement:
     by nobody: inconclusive.
     """
     other = "gspo+replay" if len(_arm(runs, "gspo+replay")) else "grpo+replay"
-    loss = judge_interval(_paired(runs, other, "gspo", "final"), low=-MIN_EFFECT)
-    verdict, reason = both(loss, _collapse_share(runs, "gspo", majority=False))
-    grpo = _arm(runs, "grpo")["unstable"]
-    if verdict == REPRODUCED and len(grpo) and grpo.mean() <= 0.5:
-        verdict, reason = INCONCLUSIVE, "GRPO is stable here: no arm needs replay"
-    ours = _difference_text(other, "gspo", loss.interval)
-    return Judgement(verdict=verdict, reason=reason, ours=ours, interval=loss.interval)
+    finding = _reward_gain(runs, other, "gspo", low=-MIN_EFFECT)
+    if finding.verdict == REPRODUCED and _arm(runs, "grpo")["unstable"].mean() <= 0.5:
+        reason = "GRPO is stable here: no arm needs replay"
+        return replace(finding, verdict=INCONCLUSIVE, reason=reason)
+    return finding
 
 
 def churn_after_one_update(runs: pd.DataFrame) -> Judgement:
@@ -184,9 +181,13 @@ def _pairs(runs: pd.DataFrame, a: str, b: str, column: str) -> pd.DataFrame:
     return table.reindex(columns=[a, b]).astype(float).dropna()
 
 
-def _paired(runs: pd.DataFrame, a: str, b: str, column: str) -> Interval:
-    pairs = _pairs(runs, a, b, column)
-    return student_interval(pairs[b] - pairs[a])
+def _reward_gain(runs: pd.DataFrame, baseline: str, arm: str, *, low: float) -> Judgement:
+    """Final reward above the baseline's by more than `low`, and most seeds do not collapse."""
+    pairs = _pairs(runs, baseline, arm, "final")
+    gain = judge_interval(student_interval(pairs[arm] - pairs[baseline]), low=low)
+    verdict, reason = both(gain, _collapse_share(runs, arm, majority=False))
+    ours = f"{arm_label(arm)} minus {arm_label(baseline)}: {gain.interval.value:+.2f}"
+    return _with_ours(replace(gain, verdict=verdict, reason=reason), ours)
 
 
 def _collapse_share(runs: pd.DataFrame, arm: str, *, majority: bool) -> Judgement:
@@ -207,8 +208,7 @@ def _unless_noise(finding: Judgement, runs: pd.DataFrame) -> Judgement:
     """What the noise itself makes says nothing about training."""
     if finding.interval.n == 0 or not (_arm(runs, "grpo")["router_noise"].astype(float) > 0).any():
         return finding
-    reason = "not judged: router noise makes it here"
-    return replace(finding, verdict=INCONCLUSIVE, reason=reason)
+    return replace(finding, verdict=INCONCLUSIVE, reason="not judged: router noise makes it here")
 
 
 def _control(runs: pd.DataFrame, arm: str) -> Judgement:
@@ -233,15 +233,7 @@ def _control(runs: pd.DataFrame, arm: str) -> Judgement:
     return Judgement(verdict=verdict, reason=reason, ours=ours, interval=stable.interval)
 
 
-def _difference_text(a: str, b: str, interval: Interval) -> str:
-    if interval.n == 0:
-        return "not measured"
-    return f"{arm_label(b)} minus {arm_label(a)}: {interval.value:+.2f}"
-
-
 def _with_ours(finding: Judgement, ours: str) -> Judgement:
     if math.isnan(finding.interval.value):
         ours = "not measured"
-    return Judgement(
-        verdict=finding.verdict, reason=finding.reason, ours=ours, interval=finding.interval
-    )
+    return replace(finding, ours=ours)

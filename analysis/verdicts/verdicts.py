@@ -43,18 +43,19 @@ def judge_interval(interval: Interval, low: float = -math.inf, high: float = mat
     """Verdict on "the quantity lies in [low, high]" from an interval over seeds."""
     region = _region(low, high)
     if interval.n == 0:
-        return Judgement(verdict=INCONCLUSIVE, reason="not measured")
-    if interval.n < MIN_SEEDS:
+        verdict, reason = INCONCLUSIVE, "not measured"
+    elif interval.n < MIN_SEEDS:
+        verdict = INCONCLUSIVE
         reason = f"{_seeds(interval.n)}; an interval over seeds needs {MIN_SEEDS}"
-        return Judgement(verdict=INCONCLUSIVE, reason=reason, interval=interval)
-    if low <= interval.low and interval.high <= high:
-        return Judgement(verdict=REPRODUCED, reason=f"interval {region}", interval=interval)
-    if interval.high < low or interval.low > high:
-        return Judgement(verdict=NOT_REPRODUCED, reason=f"interval not {region}", interval=interval)
-    needed = _seeds_to_clear(interval, low, high)
-    more = f"; about {needed} seeds would clear it at this spread" if needed else ""
-    reason = f"interval straddles the rule ({region}){more}"
-    return Judgement(verdict=INCONCLUSIVE, reason=reason, interval=interval)
+    elif low <= interval.low and interval.high <= high:
+        verdict, reason = REPRODUCED, f"interval {region}"
+    elif interval.high < low or interval.low > high:
+        verdict, reason = NOT_REPRODUCED, f"interval not {region}"
+    else:
+        needed = _seeds_to_clear(interval, low, high)
+        more = f"; about {needed} seeds would clear it at this spread" if needed else ""
+        verdict, reason = INCONCLUSIVE, f"interval straddles the rule ({region}){more}"
+    return Judgement(verdict=verdict, reason=reason, interval=interval)
 
 
 def judge_fraction(k: int, n: int, *, majority: bool, what: str) -> Judgement:
@@ -66,17 +67,17 @@ def judge_fraction(k: int, n: int, *, majority: bool, what: str) -> Judgement:
     interval = wilson_interval(k, n)
     counted = f"{what} in {k} of {_seeds(n)}"
     if n == 0:
-        return Judgement(verdict=INCONCLUSIVE, reason="not measured")
-    if n < MIN_SEEDS:
-        reason = f"{counted}; a share of seeds needs {MIN_SEEDS}"
-        return Judgement(verdict=INCONCLUSIVE, reason=reason, ours=f"{k}/{n}", interval=interval)
-    if interval.low > MAJORITY or interval.high < MAJORITY:
+        verdict, reason = INCONCLUSIVE, "not measured"
+    elif n < MIN_SEEDS:
+        verdict, reason = INCONCLUSIVE, f"{counted}; a share of seeds needs {MIN_SEEDS}"
+    elif interval.low > MAJORITY or interval.high < MAJORITY:
         verdict = REPRODUCED if (interval.low > MAJORITY) == majority else NOT_REPRODUCED
-        return Judgement(verdict=verdict, reason=counted, ours=f"{k}/{n}", interval=interval)
-    needed = seeds_to_settle_fraction(k / n)
-    more = f"; {needed} seeds at this share would settle it" if needed else ""
-    reason = f"{counted}, Wilson interval straddles one half{more}"
-    return Judgement(verdict=INCONCLUSIVE, reason=reason, ours=f"{k}/{n}", interval=interval)
+        reason = counted
+    else:
+        needed = seeds_to_settle_fraction(k / n)
+        more = f"; {needed} seeds at this share would settle it" if needed else ""
+        verdict, reason = INCONCLUSIVE, f"{counted}, Wilson interval straddles one half{more}"
+    return Judgement(verdict=verdict, reason=reason, interval=interval)
 
 
 def both(first: Judgement, second: Judgement) -> tuple[str, str]:

@@ -8,13 +8,7 @@ import synthetic
 
 from moe_rl.analysis.data.load import load_study
 from moe_rl.analysis.data.measures import CHAIN, run_measures, summarize
-from moe_rl.analysis.verdicts.attribution import (
-    COVARIANCE,
-    ROUTING,
-    WEIGHT,
-    shares_by_arm,
-    shares_by_run,
-)
+from moe_rl.analysis.verdicts.attribution import COVARIANCE, ROUTING, WEIGHT, shares_by_run
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +87,6 @@ def test_shares_add_up_to_one_and_weigh_updates_by_their_variance():
     assert shares["routing_share"] == pytest.approx(3 / 6)
     assert shares["weight_share"] == pytest.approx(2 / 6)
     assert shares["covariance_share"] == pytest.approx(1 / 6)
-    assert shares["log_var"] == pytest.approx(3.0)
 
 
 def test_parts_that_oppose_each_other_give_shares_beyond_one():
@@ -107,11 +100,3 @@ def test_updates_without_a_split_and_on_policy_runs_are_left_out():
     frame = _updates([(1, nan, nan, nan), (2, 0.0, 0.0, 0.0), (3, 1.0, 1.0, 0.0)])
     assert shares_by_run(frame)["seed"].tolist() == [3]
     assert shares_by_run(frame.drop(columns=[ROUTING])).empty
-    assert shares_by_arm(frame.iloc[:0]).empty
-
-
-def test_the_interval_of_an_arm_lies_within_its_seeds():
-    frame = _updates([(1, 1.0, 1.0, 0.0), (2, 3.0, 1.0, 0.0), (3, 9.0, 1.0, 0.0)])
-    row = shares_by_arm(frame).iloc[0]
-    assert row["n"] == 3
-    assert 0.5 <= row["routing_low"] <= row["routing_share"] <= row["routing_high"] <= 0.9
