@@ -122,7 +122,7 @@ MAIN_ARMS = ("grpo", "grpo+replay", "gspo")
 # Light and dark colours of arms that are not in the table.
 SPARE_COLOURS = (("#7570b3", "#a9a4e0"), ("#4d4d00", "#b3b34d"), ("#1b6f6f", "#63c2c2"))
 # Before the collapse: in no setting of the study has GRPO fallen by then.
-_RESTART_STEP = 5
+RESTART_STEP = 5
 
 
 def find_arm(name: str) -> Arm:
@@ -144,22 +144,15 @@ def arm_key(name: str) -> tuple[int, str]:
 
 
 def arm_config(name: str, base: RunConfig, *, replay: RoutingReplay, seed: int) -> RunConfig:
-    """The config of one run of an arm that begins at the cold start.
+    """The config of one run of an arm of `FRESH_ARMS` in the setting `base`, from the cold start.
 
     Args:
-        name: one of `FRESH_ARMS`.
-        base: the setting.
         replay: R2 where staleness is studied, R3 where two engines differ.
         seed: paired over arms: equal seeds see equal prompts and sampling numbers.
     """
     changed = ARMS[name].change(base, replay)
     # A study that loses its worst runs would flatter the arm that made them.
     return changed.replace(arm=name, seed=seed, on_nonfinite="skip")
-
-
-def saving_for_restart(original: RunConfig) -> RunConfig:
-    """The run with a checkpoint saved on the way, from which `restart_config` starts."""
-    return original.replace(save_every=_RESTART_STEP)
 
 
 def restart_config(name: str, original: RunConfig, folder: Path) -> RunConfig:
@@ -170,7 +163,7 @@ def restart_config(name: str, original: RunConfig, folder: Path) -> RunConfig:
 
     Args:
         name: one of `RESTARTS`.
-        original: the run that collapses, as `saving_for_restart` returns it.
+        original: the run that collapses; saves its policy every RESTART_STEP steps.
         folder: its run folder.
     """
     return (
@@ -178,8 +171,8 @@ def restart_config(name: str, original: RunConfig, folder: Path) -> RunConfig:
         .change(original, original.routing_replay)
         .replace(
             arm=name,
-            checkpoint=str(folder / f"policy_{_RESTART_STEP:05d}"),
-            steps=original.steps - _RESTART_STEP,
+            checkpoint=str(folder / f"policy_{RESTART_STEP:05d}"),
+            steps=original.steps - RESTART_STEP,
             save_every=0,
         )
     )

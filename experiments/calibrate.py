@@ -71,9 +71,7 @@ def calibrate_noise(
     """Noise at which two passes disagree, on one rollout of the cold-started policy.
 
     Args:
-        config: the run.
-        cold_start_cache: folder of cold starts.
-        of: whose disagreement is asked for.
+        of: what disagrees, pairs of (token, layer) or tokens.
         share: how much of it, in (0, 1); None: R3's figure.
 
     Raises:

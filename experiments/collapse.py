@@ -13,10 +13,10 @@ from moe_rl.config import ConfigError, Family, RoutingReplay, RunConfig, preset
 from moe_rl.experiments.arms import (
     FRESH_ARMS,
     MAIN_ARMS,
+    RESTART_STEP,
     RESTARTS,
     arm_config,
     restart_config,
-    saving_for_restart,
 )
 from moe_rl.experiments.runner import run_folder
 from moe_rl.experiments.study import StudyPlan
@@ -76,8 +76,7 @@ def family_settings(families: Sequence[Family]) -> dict[str, Setting]:
 def quick(families: Sequence[Family] = ()) -> StudyPlan:
     """The three main arms under engine noise, on the full study's first two seeds.
 
-    Args:
-        families: model families, a setting each; none: the setting `engine-noise` of the study.
+    One setting for each of `families`; without any, the setting `engine-noise` of the full study.
     """
     chosen = family_settings(families) or {"engine-noise": settings()["engine-noise"]}
     configs = [
@@ -136,7 +135,7 @@ def _of_seed(setting: Setting, seed: int, root: Path) -> list[RunConfig]:
     configs = dict(zip(arms, _arm_configs(setting, arms, seed), strict=True))
     restarts = [arm for arm in setting.arms if arm in RESTARTS]
     if restarts:
-        original = configs["grpo"] = saving_for_restart(configs["grpo"])
+        original = configs["grpo"] = configs["grpo"].replace(save_every=RESTART_STEP)
         folder = run_folder(root, original)
         configs |= {arm: restart_config(arm, original, folder) for arm in restarts}
     return list(configs.values())

@@ -15,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -77,23 +77,29 @@ def run_all(
                 while len(running) < jobs and (ready := _first_ready(waiting)) is not None:
                     waiting.remove(ready)
                     running.append(_Process(ready, root, cold_start_cache))
-                    display.start(running[-1])
+                    display.show_start(running[-1])
                 if waiting and not running:
-                    failures += [_orphan(config, root) for config in waiting]
+                    failures += [
+                        Failure(
+                            folder=run_folder(root, config),
+                            reason=f"its checkpoint {config.model.checkpoint} was never saved",
+                        )
+                        for config in waiting
+                    ]
                     break
                 time.sleep(_POLL_SECONDS)
                 for process in list(running):
-                    display.show(process)
-                    if process.poll() is None:
+                    display.show_step(process)
+                    if process.popen.poll() is None:
                         continue
                     running.remove(process)
                     failure = process.failure()
                     if failure is not None:
                         failures.append(failure)
-                    display.end(process, failure)
+                    display.show_end(process, failure)
         finally:
             for process in running:
-                process.terminate()
+                process.popen.terminate()
             for process in running:
                 process.wait()
     return failures
@@ -106,11 +112,6 @@ def _first_ready(waiting: Iterable[RunConfig]) -> RunConfig | None:
         if checkpoint is None or Path(checkpoint, "config.json").is_file():
             return config
     return None
-
-
-def _orphan(config: RunConfig, root: Path) -> Failure:
-    reason = f"its checkpoint {config.model.checkpoint} was never saved"
-    return Failure(folder=run_folder(root, config), reason=reason)
 
 
 def check_study(configs: Sequence[RunConfig], root: Path, *, jobs: int) -> None:
@@ -135,8 +136,11 @@ def check_study(configs: Sequence[RunConfig], root: Path, *, jobs: int) -> None:
 class _Process:
     """One run in a process of its own."""
 
+    bar: TaskID
+
     def __init__(self, config: RunConfig, root: Path, cold_start_cache: Path) -> None:
-        self.config = config
+        self.title = f"{config.setting} {config.arm} seed {config.seed}"
+        self.steps = config.steps
         self.folder = run_folder(root, config)
         self.started = time.monotonic()
         check_run_folder(self.folder, config)
@@ -147,7 +151,7 @@ class _Process:
         threads = str(config.num_threads)
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         # A session of its own: Ctrl-C reaches this process alone, which then stops the runs.
-        self._process = subprocess.Popen(
+        self.popen = subprocess.Popen(
             [sys.executable, *train_words(file, self.folder, cold_start_cache)],
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -156,23 +160,17 @@ class _Process:
             start_new_session=True,
         )
 
-    def poll(self) -> int | None:
-        return self._process.poll()
-
-    def terminate(self) -> None:
-        self._process.terminate()
-
     def wait(self) -> None:
         try:
-            self._process.wait(timeout=10)
+            self.popen.wait(timeout=10)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.popen.kill()
+            self.popen.wait()
         self._log.close()
 
     def failure(self) -> Failure | None:
         self._log.close()
-        code = self._process.returncode
+        code = self.popen.returncode
         if code == 0 and is_complete(self.folder):
             return None
         lines = (self.folder / OUTPUT).read_text(encoding="utf-8").strip().splitlines()
@@ -183,21 +181,12 @@ class _Process:
         return Failure(folder=self.folder, reason=reason)
 
     def last_step(self) -> dict[str, float] | None:
-        """The newest whole line of steps.jsonl."""
+        """The newest whole line of steps.jsonl, None before the first."""
         try:
-            with (self.folder / "steps.jsonl").open("rb") as file:
-                file.seek(0, os.SEEK_END)
-                file.seek(max(0, file.tell() - 2**18))
-                lines = file.read().split(b"\n")[:-1]
+            lines = (self.folder / "steps.jsonl").read_bytes().split(b"\n")[:-1]
         except FileNotFoundError:
             return None
-        if not lines:
-            return None
-        try:
-            values: dict[str, float] = json.loads(lines[-1])
-        except json.JSONDecodeError:
-            return None  # The window began inside a line longer than itself.
-        return values
+        return json.loads(lines[-1]) if lines else None
 
 
 @contextlib.contextmanager
@@ -215,60 +204,40 @@ def _terminate_as_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@dataclass
-class _Display:
+class _Display(Progress):
     """Bars on a terminal, one a running run and one for all; elsewhere one line a finished run."""
 
-    total: int
-    done: int
-    _bars: dict[int, TaskID] = field(default_factory=dict)
-
-    def __enter__(self) -> "_Display":
-        self._console = Console()
-        self._progress = Progress(
+    def __init__(self, runs: int, done: int) -> None:
+        console = Console()
+        super().__init__(
             TextColumn("{task.description:<34}"),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:>4.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[note]:<14}"),
             TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
+            console=console,
+            disable=not console.is_terminal,
         )
-        self._progress.start()
-        self._study = self._progress.add_task(
-            "runs", total=self.total, completed=self.done, note=""
-        )
-        return self
+        self._runs, self._done = runs, done
+        self._study = self.add_task("runs", total=runs, completed=done, note="")
 
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+    def show_start(self, process: _Process) -> None:
+        process.bar = self.add_task(process.title, total=process.steps, note="starting")
 
-    def start(self, process: _Process) -> None:
-        self._bars[id(process)] = self._progress.add_task(
-            _title(process.config), total=process.config.steps, note="starting"
-        )
-
-    def show(self, process: _Process) -> None:
+    def show_step(self, process: _Process) -> None:
         step = process.last_step()
         if step is not None:
-            self._progress.update(
-                self._bars[id(process)],
-                completed=step["step"] + 1,
-                note=f"reward {step['reward']:.3f}",
-            )
+            note = f"reward {step['reward']:.3f}"
+            self.update(process.bar, completed=step["step"] + 1, note=note)
 
-    def end(self, process: _Process, failure: Failure | None) -> None:
-        self._progress.remove_task(self._bars.pop(id(process)))
-        self.done += 1
-        self._progress.update(self._study, completed=self.done)
+    def show_end(self, process: _Process, failure: Failure | None) -> None:
+        self.remove_task(process.bar)
+        self._done += 1
+        self.update(self._study, completed=self._done)
         step = process.last_step()
         reward = f"reward {step['reward']:.3f}" if step else "no step"
         seconds = time.monotonic() - process.started
         outcome = f"FAILED, {failure.reason}" if failure else f"{reward}  {seconds:5.0f} s"
         width = shutil.get_terminal_size().columns
-        line = f"{self.done:>4}/{self.total}  {_title(process.config):<34} {outcome}"
-        self._progress.console.print(line[: max(width, 120)], highlight=False, markup=False)
-
-
-def _title(config: RunConfig) -> str:
-    return f"{config.setting} {config.arm} seed {config.seed}"
+        line = f"{self._done:>4}/{self._runs}  {process.title:<34} {outcome}"
+        self.console.print(line[: max(width, 120)], highlight=False, markup=False)

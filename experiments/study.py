@@ -3,7 +3,6 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moe_rl.config import SCHEMA, ConfigError, RunConfig
 from moe_rl.run_folder.log import write_json
@@ -19,11 +18,7 @@ class StudyPlan:
     configs: tuple[RunConfig, ...]
 
     def write(self, root: Path, command: str) -> None:
-        """Write study.json into a study folder, made if need be.
-
-        Args:
-            root: the study folder.
-            command: how to make it again.
+        """Write study.json into the study folder `root`; `command` says how to make it again.
 
         Raises:
             ConfigError: the folder holds another study, or files that are no study.
@@ -33,7 +28,16 @@ class StudyPlan:
             raise ConfigError(
                 f"out={str(root)!r}: holds files that are no study; give a new folder"
             )
-        plan = self._plan()
+        runs = [[config.setting, config.arm, config.seed] for config in self.configs]
+        settings, arms, seeds = (list(dict.fromkeys(column)) for column in zip(*runs, strict=True))
+        plan = {
+            "name": self.name,
+            "mode": self.mode,
+            "settings": settings,
+            "arms": arms,
+            "seeds": seeds,
+            "runs": runs,
+        }
         theirs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else plan
         for key, ours in plan.items():
             if theirs.get(key) != ours:
@@ -43,15 +47,3 @@ class StudyPlan:
                 )
         root.mkdir(parents=True, exist_ok=True)
         write_json(file, {"schema": SCHEMA} | plan | {"command": command})
-
-    def _plan(self) -> dict[str, Any]:
-        runs = [[config.setting, config.arm, config.seed] for config in self.configs]
-        settings, arms, seeds = (list(dict.fromkeys(column)) for column in zip(*runs, strict=True))
-        return {
-            "name": self.name,
-            "mode": self.mode,
-            "settings": settings,
-            "arms": arms,
-            "seeds": seeds,
-            "runs": runs,
-        }
