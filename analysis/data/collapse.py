@@ -16,8 +16,6 @@ A non-finite reward counts as 0: a policy whose reward cannot be computed earns 
 taken as non-negative (exact match): half of a negative peak has no meaning.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ or any folder with run folders below it, is read too: then the settings, arms an
 found. Nothing is written and nothing is guessed: what is missing is named.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -67,7 +65,7 @@ class StudyRuns:
     configs: dict[RunKey, dict[str, Any]]
     notes: list[str] = field(default_factory=list)
 
-    def setting(self, name: str) -> StudyRuns:
+    def setting(self, name: str) -> "StudyRuns":
         """The same study with only the runs of one setting."""
         return dataclasses.replace(
             self,

@@ -5,8 +5,6 @@ steps BEFORE the time of collapse, over the whole run where it does not collapse
 policy repeats itself, and its numbers would describe the wreck instead of the way there.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -100,7 +98,7 @@ def _last_updates(updates: pd.DataFrame) -> pd.DataFrame:
     return updates[updates["update"] == updates.groupby(KEYS)["update"].transform("max")]
 
 
-def _grouped(frame: pd.DataFrame, column: str, keys: list[str]) -> SeriesGroupBy[Any, Any]:
+def _grouped(frame: pd.DataFrame, column: str, keys: list[str]) -> "SeriesGroupBy[Any, Any]":
     return pd.to_numeric(frame[column], errors="coerce").groupby([frame[key] for key in keys])
 
 

@@ -4,8 +4,6 @@ A run is one draw, the seed is the unit: nothing here treats steps or tokens as 
 samples. Everything is deterministic: resampling uses a generator with a fixed seed.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,6 @@
 """Analysis room, figures of the map: where each arm is stable, and how far it can be pushed."""
 
-from __future__ import annotations
-
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -78,12 +77,9 @@ def _map_panel(axes: Axes, cells: pd.DataFrame, rates: list[float], updates: lis
     for cell in cells.to_dict("records"):
         x, y = rates.index(cell["learning_rate"]), updates.index(cell["updates_per_rollout"])
         ink = _ink_on(cell["final"])
-        axes.text(
-            x, y + 0.13, f"{cell['final']:.2f}", ha="center", va="center", color=ink, fontsize=7
-        )
-        axes.text(
-            x, y - 0.28, f"n={cell['seeds']}", ha="center", va="center", color=ink, fontsize=5
-        )
+        write = partial(axes.text, ha="center", va="center", color=ink)
+        write(x, y + 0.13, f"{cell['final']:.2f}", fontsize=7)
+        write(x, y - 0.28, f"n={cell['seeds']}", fontsize=5)
         if cell["unstable"]:
             axes.plot([x - 0.38], [y + 0.27], marker="x", markersize=3.4, color=ink, mew=1.1)
     for x in range(1, len(rates)):
@@ -131,13 +127,10 @@ def frontier(measures: pd.DataFrame) -> Figure:
         axes.set_xlabel("updates per rollout")
     figure.supylabel("largest stable learning rate", fontsize=8)
     style.legend(figure, arms)
+    mark = partial(Line2D, [], [], color=style.MUTED, linestyle="")
     handles = [
-        Line2D(
-            [], [], color=style.MUTED, marker="^", linestyle="", label="stable at the highest tried"
-        ),
-        Line2D(
-            [], [], color=style.MUTED, marker="o", mfc="none", linestyle="", label="stable nowhere"
-        ),
+        mark(marker="^", label="stable at the highest tried"),
+        mark(marker="o", mfc="none", label="stable nowhere"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=7)
     return figure

@@ -1,7 +1,5 @@
 """Analysis room, figure of the map: what more and more router noise does, everything else equal."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes

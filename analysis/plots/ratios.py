@@ -1,7 +1,5 @@
 """Analysis room, figures of the importance ratios: their variance and what causes it."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes

@@ -1,7 +1,5 @@
 """Analysis room, figures of routing: churn by layer, update and position; engine mismatch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -57,7 +55,7 @@ def churn_by_layer(updates: pd.DataFrame) -> Figure:
         axes.set_yticks(_layer_ticks(layers))
     style.whole_numbers(panels[0])
     if image is not None:
-        style.colour_bar(figure, image, panels, "churn", _percent)
+        style.colour_bar(figure, image, panels, "churn", style.percent)
     figure.supxlabel("rollout step", fontsize=8)
     figure.supylabel("MoE layer", fontsize=8)
     return figure
@@ -82,10 +80,6 @@ def _layer_ticks(layers: int) -> list[int]:
     return list(range(1, layers + 1)) if layers <= 6 else [1, (layers + 1) // 2, layers]
 
 
-def _percent(value: float, _position: int | None = None) -> str:
-    return f"{100 * value:.3g}%"
-
-
 @style.styled
 def churn_by_update(updates: pd.DataFrame) -> Figure:
     """Churn against the number of optimiser steps since the old policy, mean over rollouts."""
@@ -107,34 +101,24 @@ def churn_by_position(updates: pd.DataFrame) -> Figure:
 
 
 def _churn_lines(updates: pd.DataFrame, frame: pd.DataFrame, x: str, text: str) -> Figure:
+    figure, axes, _ = style.line_figure(frame, x, "routing/churn", "routing churn", text)
     arms = style.arms_in(frame)
-    figure, axes = style.single()
-    for arm in arms:
-        style.draw_arm(axes, frame, arm, x, "routing/churn")
     dense = [arm_label(arm) for arm in arms if is_dense(updates[updates["arm"] == arm])]
     if dense:
         axes.set_title(f"{', '.join(dense)}: 0 by construction", fontsize=7, loc="right")
     axes.set_ylim(bottom=0)
     style.percent_axis(axes)
-    axes.set_ylabel("routing churn")
-    style.step_axis(axes, text)
-    style.legend(figure, arms)
     return figure
 
 
 @style.styled
 def router_margin(steps: pd.DataFrame) -> Figure:
     """Gap between the K-th and the (K+1)-th router logit of the old policy, mean over layers."""
-    arms = style.arms_in(steps)
-    figure, axes = style.single()
-    drawn = [arm for arm in arms if style.draw_arm(axes, steps, arm, "step", "routing/margin")]
-    absent = [arm_label(arm) for arm in arms if arm not in drawn]
+    label = "router margin (logits)"
+    figure, axes, absent = style.line_figure(steps, "step", "routing/margin", label)
     if absent:
         axes.set_title(f"{', '.join(absent)}: no choice, no margin", fontsize=7, loc="right")
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("router margin (logits)")
-    style.step_axis(axes)
-    style.legend(figure, arms)
     return figure
 
 

@@ -7,8 +7,6 @@ median over seeds a thick one. COLUMN and WIDE are the column widths of a two-co
 inches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
@@ -22,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from moe_rl.experiments.arms import ARMS, SPARE_COLOURS, arm_key, find_arm
+from moe_rl.experiments.arms import ARMS, SPARE_COLOURS, arm_key, arm_label, find_arm
 
 COLUMN = 3.4
 WIDE = 7.0
@@ -41,8 +39,6 @@ RC = {
     "font.family": "DejaVu Sans",  # ships with matplotlib, so figures agree between machines
     "font.size": 8,
     "axes.titlesize": 8,
-    "axes.titleweight": "normal",
-    "axes.labelsize": 8,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "legend.fontsize": 7.5,
@@ -68,7 +64,6 @@ RC = {
     "savefig.facecolor": PAPER,
     "svg.fonttype": "none",
     "svg.hashsalt": "moe-rl",  # ids in the SVG become a function of the drawing
-    "axes.unicode_minus": True,
 }
 
 Draw = TypeVar("Draw", bound=Callable[..., Figure])
@@ -135,12 +130,6 @@ def grid(
     return figure, axes[:panels]
 
 
-def single() -> tuple[Figure, Axes]:
-    """A figure of one panel, as wide as a column."""
-    figure = Figure(figsize=(COLUMN, 2.3), layout="constrained")
-    return figure, figure.add_subplot()
-
-
 def per_step(updates: pd.DataFrame, column: str) -> pd.DataFrame:
     """Mean of `column` over the updates of every rollout: columns arm, seed, step, `column`."""
     values = updates[["arm", "seed", "step", column]].astype({column: float})
@@ -177,6 +166,26 @@ def draw_arm(
             axes.plot(table.index, table[seed], linewidth=0.6, alpha=0.45, color=colour(arm))
     axes.plot(table.index, median, solid_capstyle="round", **line_style(arm))
     return True
+
+
+def line_figure(
+    frame: pd.DataFrame, x: str, y: str, label: str, x_label: str = "rollout step",
+    *, log: bool = False,
+) -> tuple[Figure, Axes, list[str]]:  # fmt: skip
+    """One panel, as wide as a column, of every arm's `y` against `x`.
+
+    The last value holds the labels of the arms that have nothing to draw.
+    """
+    arms = arms_in(frame)
+    figure = Figure(figsize=(COLUMN, 2.3), layout="constrained")
+    axes = figure.add_subplot()
+    drawn = [arm for arm in arms if draw_arm(axes, frame, arm, x, y, positive=log)]
+    if log and drawn:
+        log_axis(axes)
+    axes.set_ylabel(label)
+    step_axis(axes, x_label)
+    legend(figure, arms)
+    return figure, axes, [arm_label(arm) for arm in arms if arm not in drawn]
 
 
 def legend(figure: Figure, arms: list[str]) -> None:
@@ -246,9 +255,14 @@ def zero_text(updates: pd.DataFrame) -> str:
     return "0 throughout"
 
 
+def percent(value: float, _position: int | None = None) -> str:
+    """A share as a percentage of three digits."""
+    return f"{100 * value:.3g}%"
+
+
 def percent_axis(axes: Axes) -> None:
     """Shares on y as percentages."""
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+    axes.yaxis.set_major_formatter(FuncFormatter(percent))
 
 
 def say(axes: Axes, text: str) -> None:

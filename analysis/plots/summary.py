@@ -1,7 +1,5 @@
 """Analysis room: one figure that says what happened in a setting; the README shows one."""
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib.figure import Figure
 

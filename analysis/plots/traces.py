@@ -1,7 +1,5 @@
 """Analysis room, figure of two traces: churn and disagreement by layer and by position."""
 
-from __future__ import annotations
-
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator

@@ -1,9 +1,5 @@
 """Analysis room, figures of training itself: reward, gradient norm, clipping, the joined chain."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -65,22 +61,12 @@ def effective_sample_size(updates: pd.DataFrame) -> Figure:
     return figure
 
 
-@dataclass(frozen=True)
-class Link:
-    """One panel of the joined chain."""
-
-    column: str
-    text: str
-    log: bool = False
-    percent: bool = False
-    last: bool = False
-
-
+# Column, label, and whether on a log scale and a mean over updates; else a share at the last one.
 CHAIN = [
-    Link("routing/churn", "routing churn\n(last update)", percent=True, last=True),
-    Link("ratio/token_var", "Var of token\nratio", log=True),
-    Link("clip_ratio/region", "clipped share\nof tokens", log=True),
-    Link("grad_norm", "gradient\nnorm", log=True),
+    ("routing/churn", "routing churn\n(last update)", False),
+    ("ratio/token_var", "Var of token\nratio", True),
+    ("clip_ratio/region", "clipped share\nof tokens", True),
+    ("grad_norm", "gradient\nnorm", True),
 ]
 
 
@@ -88,12 +74,12 @@ CHAIN = [
 def chain(steps: pd.DataFrame, updates: pd.DataFrame) -> Figure:
     """The causal chain on one time axis: churn, ratio variance, clipping, gradient norm, reward."""
     arms = style.arms_in(steps)
-    links = [link for link in CHAIN if style.has(updates, link.column)]
+    links = [link for link in CHAIN if style.has(updates, link[0])]
     figure = Figure(figsize=(style.WIDE, 1.15 * (len(links) + 1) + 0.6), layout="constrained")
     made = figure.subplots(len(links) + 1, 1, sharex=True, squeeze=False)
     panels: list[Axes] = list(made.flat)
     for axes, link in zip(panels[:-1], links, strict=True):
-        _chain_panel(axes, updates, link, arms)
+        _chain_panel(axes, updates, arms, *link)
     for arm in arms:
         style.draw_arm(panels[-1], steps, arm, "step", "reward")
     _mark_collapses(panels[-1], steps, arms)
@@ -109,35 +95,27 @@ def chain(steps: pd.DataFrame, updates: pd.DataFrame) -> Figure:
     return figure
 
 
-def _chain_panel(axes: Axes, updates: pd.DataFrame, link: Link, arms: list[str]) -> None:
-    frame = style.last_updates(updates) if link.last else style.per_step(updates, link.column)
-    drawn = [
-        style.draw_arm(axes, frame, arm, "step", link.column, positive=link.log) for arm in arms
-    ]
-    if link.log and any(drawn):
-        style.log_axis(axes)
-    if link.percent:
+def _chain_panel(
+    axes: Axes, updates: pd.DataFrame, arms: list[str], column: str, text: str, log: bool
+) -> None:
+    frame = style.per_step(updates, column) if log else style.last_updates(updates)
+    drawn = [style.draw_arm(axes, frame, arm, "step", column, positive=log) for arm in arms]
+    if not log:
         style.percent_axis(axes)
         axes.set_ylim(bottom=0)
+    elif any(drawn):
+        style.log_axis(axes)
     if not any(drawn):
-        style.say(axes, "0 throughout" if link.column == "grad_norm" else style.zero_text(updates))
-    axes.set_ylabel(link.text)
+        style.say(axes, "0 throughout" if column == "grad_norm" else style.zero_text(updates))
+    axes.set_ylabel(text)
 
 
 def _lines(frame: pd.DataFrame, column: str, text: str, *, log: bool) -> Figure:
-    arms = style.arms_in(frame)
-    figure, axes = style.single()
-    drawn = [arm for arm in arms if style.draw_arm(axes, frame, arm, "step", column, positive=log)]
-    if log and drawn:
-        style.log_axis(axes)
-    zero = [arm_label(arm) for arm in arms if arm not in drawn]
-    if zero and drawn:
+    figure, axes, zero = style.line_figure(frame, "step", column, text, log=log)
+    if zero and axes.lines:
         style.footnote(axes, f"0 throughout, not on a log axis: {', '.join(zero)}")
     elif zero:
         style.say(axes, "0 throughout in every arm")
-    axes.set_ylabel(text)
-    style.step_axis(axes)
-    style.legend(figure, arms)
     return figure
 
 

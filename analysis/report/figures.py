@@ -4,8 +4,6 @@ A caption says how to read the figure. A figure whose columns no run has recorde
 named in the report.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,8 +23,8 @@ class FigureSpec:
     title: str
     caption: str
     draw: Callable[[StudyRuns, pd.DataFrame], Figure]
-    needs_steps: tuple[str, ...] = ()
-    needs_updates: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    """Columns of steps.jsonl or updates.jsonl."""
     needs_noises: int = 0
     """Router noises with complete runs at one learning rate and number of updates."""
     half_width: bool = False
@@ -34,16 +32,12 @@ class FigureSpec:
 
     def missing(self, study: StudyRuns) -> list[str]:
         """What it needs that no run of the study has."""
-        missing = _absent(study.steps, self.needs_steps)
-        missing += _absent(study.updates, self.needs_updates)
+        recorded = (study.steps, study.updates)
+        missing = [name for name in self.needs if not any(has(frame, name) for frame in recorded)]
         noises = _most(study, ["learning_rate", "updates_per_rollout"], "router_noise")
         if noises < self.needs_noises:
             missing.append(f"{self.needs_noises} router noises at one learning rate")
         return missing
-
-
-def _absent(frame: pd.DataFrame, names: tuple[str, ...]) -> list[str]:
-    return [name for name in names if not has(frame, name)]
 
 
 SEEDS = "Thin lines are seeds, thick lines the median over seeds."
@@ -55,7 +49,7 @@ SETTING_FIGURES = [
         caption="Reward; churn between the old policy and the policy at the rollout's last update; "
         f"variance of the token ratio inside an update, mean over the rollout's updates. {SEEDS}",
         draw=lambda study, _: summary.summary(study.steps, study.updates),
-        needs_steps=("reward",),
+        needs=("reward",),
     ),
     FigureSpec(
         key="reward",
@@ -63,7 +57,7 @@ SETTING_FIGURES = [
         caption=f"Mean reward of each rollout. {SEEDS} In an arm's panel the grey lines are the "
         "other arms' medians, and a triangle marks the step at which a seed collapses.",
         draw=lambda study, _: training.reward_by_arm(study.steps),
-        needs_steps=("reward",),
+        needs=("reward",),
     ),
     FigureSpec(
         key="chain",
@@ -73,8 +67,7 @@ SETTING_FIGURES = [
         f"falls last. {SEEDS} Triangles and dotted lines mark collapses; variance, clipped share "
         "and gradient norm are on log scales.",
         draw=lambda study, _: training.chain(study.steps, study.updates),
-        needs_steps=("reward",),
-        needs_updates=("grad_norm",),
+        needs=("reward", "grad_norm"),
     ),
     FigureSpec(
         key="churn-by-layer",
@@ -83,7 +76,7 @@ SETTING_FIGURES = [
         "the rollout's last update; median over seeds. One colour scale for all panels; layer 1 "
         "is next to the embedding.",
         draw=lambda study, _: routing.churn_by_layer(study.updates),
-        needs_updates=("routing/churn_per_layer",),
+        needs=("routing/churn_per_layer",),
     ),
     FigureSpec(
         key="ratio-variance",
@@ -92,7 +85,7 @@ SETTING_FIGURES = [
         "ratio exp(mean log w) inside an update, mean over the rollout's updates, before any "
         f"clamp. Log scale, shared. {SEEDS}",
         draw=lambda study, _: ratios.ratio_variance(study.updates),
-        needs_updates=("ratio/token_var", "ratio/sequence_var"),
+        needs=("ratio/token_var", "ratio/sequence_var"),
     ),
     FigureSpec(
         key="routing-against-weights",
@@ -102,7 +95,7 @@ SETTING_FIGURES = [
         "95% interval. Right of the dotted line routing dominates. Under replay the loss sees "
         "only the weight part; the routing part is what replay hides.",
         draw=lambda study, _: ratios.routing_against_weights(study.updates),
-        needs_updates=("ratio/routing_part", "ratio/weight_part", "ratio/part_covariance"),
+        needs=("ratio/routing_part", "ratio/weight_part", "ratio/part_covariance"),
     ),
     FigureSpec(
         key="churn-by-update",
@@ -110,7 +103,7 @@ SETTING_FIGURES = [
         caption="Churn against the number of optimiser steps since the old policy was recorded, "
         f"mean over all rollouts. {SEEDS}",
         draw=lambda study, _: routing.churn_by_update(study.updates),
-        needs_updates=("routing/churn",),
+        needs=("routing/churn",),
         half_width=True,
     ),
     FigureSpec(
@@ -119,7 +112,7 @@ SETTING_FIGURES = [
         caption="Churn of the routing that predicts each response token, mean over sampled last "
         f"updates. {SEEDS}",
         draw=lambda study, _: routing.churn_by_position(study.updates),
-        needs_updates=("routing/churn_per_position",),
+        needs=("routing/churn_per_position",),
         half_width=True,
     ),
     FigureSpec(
@@ -128,7 +121,7 @@ SETTING_FIGURES = [
         caption="Share of tokens whose gradient the clip removes (for GSPO: tokens of clipped "
         f"responses), mean over the rollout's updates. Log scale. {SEEDS}",
         draw=lambda study, _: training.clip_share(study.updates),
-        needs_updates=("clip_ratio/region",),
+        needs=("clip_ratio/region",),
         half_width=True,
     ),
     FigureSpec(
@@ -136,7 +129,7 @@ SETTING_FIGURES = [
         title="Gradient norm",
         caption=f"Before clipping, mean over the rollout's updates. Log scale. {SEEDS}",
         draw=lambda study, _: training.gradient_norm(study.updates),
-        needs_updates=("grad_norm",),
+        needs=("grad_norm",),
         half_width=True,
     ),
     FigureSpec(
@@ -145,7 +138,7 @@ SETTING_FIGURES = [
         caption="ESS/N = 1/(1 + CV\u00b2) of the token ratios at the rollout's last update: 1 is "
         f"on-policy, near 0 a few tokens carry all the weight. {SEEDS}",
         draw=lambda study, _: training.effective_sample_size(study.updates),
-        needs_updates=("ratio/token_ess",),
+        needs=("ratio/token_ess",),
         half_width=True,
     ),
     FigureSpec(
@@ -154,7 +147,7 @@ SETTING_FIGURES = [
         caption="Logit gap between the last chosen expert and the first one not chosen, mean over "
         f"response tokens and layers of the old policy: how near a flip is. {SEEDS}",
         draw=lambda study, _: routing.router_margin(study.steps),
-        needs_steps=("routing/margin",),
+        needs=("routing/margin",),
         half_width=True,
     ),
     FigureSpec(
@@ -163,7 +156,7 @@ SETTING_FIGURES = [
         caption="The same tokens and weights, scored by the rollout engine and by the trainer: "
         f"what differs here is numerics and router noise, not learning. {SEEDS}",
         draw=lambda study, _: routing.engine_mismatch(study.steps),
-        needs_steps=("mismatch/kl_k3",),
+        needs=("mismatch/kl_k3",),
     ),
 ]
 
@@ -175,7 +168,7 @@ MAP_FIGURES = [
         "median drawdown (fall of the final reward from the peak) exceeds 20%. n is the number of "
         "complete seeds; empty cells were not run.",
         draw=lambda _, measures: frontier.collapse_map(measures),
-        needs_steps=("reward",),
+        needs=("reward",),
     ),
     FigureSpec(
         key="frontier",
@@ -185,7 +178,7 @@ MAP_FIGURES = [
         "range of the single seeds. A triangle is a lower bound: stable at the highest rate "
         "tried. An open circle: not stable at the lowest.",
         draw=lambda _, measures: frontier.frontier(measures),
-        needs_steps=("reward",),
+        needs=("reward",),
     ),
     FigureSpec(
         key="noise-response",

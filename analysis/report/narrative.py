@@ -1,7 +1,5 @@
 """Analysis room: sentences of the report that are computed from the data, none fixed in advance."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -113,16 +111,13 @@ def map_headline(study: StudyRuns, measures: pd.DataFrame) -> str:
 
 
 def _frontier_rates(own: pd.DataFrame, updates: list[float]) -> str:
-    by_updates = own.set_index("updates_per_rollout")
-    return " / ".join(
-        _frontier_words(by_updates.loc[m]) if m in by_updates.index else NONE for m in updates
-    )
-
-
-def _frontier_words(row: pd.Series) -> str:
-    if math.isnan(row["frontier"]):
-        return f"<{_plain(row['lowest'])}"
-    return ("\u2265" if row["censored"] else "") + _plain(row["frontier"])
+    rates = {}
+    for row in own.to_dict("records"):
+        nowhere = math.isnan(row["frontier"])
+        sign = "<" if nowhere else "\u2265" if row["censored"] else ""
+        rate = _plain(row["lowest"] if nowhere else row["frontier"])
+        rates[row["updates_per_rollout"]] = sign + rate
+    return " / ".join(rates.get(m, NONE) for m in updates)
 
 
 def pooled_fields(runs: pd.DataFrame) -> list[str]:

@@ -4,8 +4,6 @@ One file, no script, no network: the style sheet is `report.css` pasted in, figu
 The templates escape everything that comes from a file.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

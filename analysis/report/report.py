@@ -1,7 +1,5 @@
 """Analysis room: one self-contained HTML report of a study, redrawn from its files alone."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -50,13 +48,17 @@ def write_report(run_dir: str | Path, study: StudyRuns | None = None) -> Path:
     names = [] if mapped and many else study.settings
     verdicts = tables["claims"].groupby("setting", sort=False)["verdict"].apply(list)
     headlines = [map_headline(study, measures)] if mapped else []
+    map_chapter = mapped and {
+        "figures": _figures(study, measures, MAP_FIGURES, "map", out),
+        "pooled": pooled_fields(study.runs),
+    }
     headlines += [headline(name, *_rows_of(name, tables)[:3]) for name in names]
     context = {
         "study": study,
         "complete": int(study.runs["complete"].sum()),
         "planned": len(study.runs) + len(sections.absent_runs(study)),
         "headlines": headlines,
-        "map": _map_chapter(study, measures, out) if mapped else None,
+        "map": map_chapter,
         "many_settings": many,
         "matrix": list(verdicts.items()),
         "chapters": [_chapter(study.setting(name), tables, out) for name in names],
@@ -87,12 +89,6 @@ def _remove_last_report(out: Path) -> None:
 def _rows_of(setting: str, tables: dict[str, pd.DataFrame]) -> list[pd.DataFrame]:
     """The rows of one setting of every table."""
     return [table[table["setting"] == setting] for table in tables.values()]
-
-
-def _map_chapter(study: StudyRuns, measures: pd.DataFrame, out: Path) -> dict[str, Any]:
-    """The map's figures, and the fields in which the runs of a cell differ."""
-    figures = _figures(study, measures, MAP_FIGURES, "map", out)
-    return {"figures": figures, "pooled": pooled_fields(study.runs)}
 
 
 def _chapter(study: StudyRuns, tables: dict[str, pd.DataFrame], out: Path) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Analysis room: what the sections of the report say, as plain data for its templates."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

@@ -5,8 +5,6 @@ of its own, and the figure's colours replaced by CSS variables, so that one draw
 light and the dark page. Both forms are functions of the drawing alone: no dates, no random ids.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from html import escape

@@ -14,8 +14,6 @@ Under routing replay the loss sees only the weight part; the routing part is the
 the live policy and the replayed one, which replay hides.
 """
 
-from __future__ import annotations
-
 import pandas as pd
 
 from moe_rl.analysis.data.load import KEYS

@@ -5,8 +5,6 @@ Every claim is judged in one setting at a time, on complete runs only, by its fu
 needs them.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ Each takes the rows of `run_measures` for the complete runs of one setting (of t
 rewards are compared between arms on the same seeds.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

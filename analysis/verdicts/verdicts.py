@@ -13,8 +13,6 @@ collapses; and a coin would clear Wilson's bound of 1/2 on one side with probabi
 and 3.5% at n = 8, where 2.5% is nominal. Verdicts are not corrected for their number.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
