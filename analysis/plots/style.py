@@ -7,10 +7,7 @@ median over seeds a thick one. COLUMN and WIDE are the column widths of a two-co
 inches.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 import matplotlib.style as mpl_style
 import numpy as np
@@ -66,23 +63,9 @@ RC = {
     "svg.hashsalt": "moe-rl",  # ids in the SVG become a function of the drawing
 }
 
-Draw = TypeVar("Draw", bound=Callable[..., Figure])
-
-
-def style_context() -> AbstractContextManager[None]:
-    """matplotlib's defaults overlaid with RC, whatever the user's matplotlibrc says."""
-    return mpl_style.context(RC, after_reset=True)
-
-
-def styled(draw: Draw) -> Draw:
-    """Run a drawing function under RC, leaving matplotlib's own settings as they were."""
-
-    @wraps(draw)
-    def wrapper(*args: Any, **kwargs: Any) -> Figure:
-        with style_context():
-            return draw(*args, **kwargs)
-
-    return wrapper  # type: ignore[return-value]
+# A decorator: matplotlib's defaults overlaid with RC while the function runs, whatever the user's
+# matplotlibrc says; matplotlib's own settings are the same afterwards.
+styled = mpl_style.context(RC, after_reset=True)
 
 
 def colour(arm: str) -> str:
@@ -124,9 +107,8 @@ def grid(
     axes: list[Axes] = list(made.flat)
     for index in range(panels, len(axes)):
         axes[index].remove()
-        above = axes[index - per_row] if index >= per_row else None
-        if above is not None:
-            above.tick_params(labelbottom=True)
+        if index >= per_row:
+            axes[index - per_row].tick_params(labelbottom=True)
     return figure, axes[:panels]
 
 

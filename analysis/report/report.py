@@ -97,7 +97,7 @@ def _chapter(study: StudyRuns, tables: dict[str, pd.DataFrame], out: Path) -> di
     measures, *others = _rows_of(setting, tables)
     arms, claims, tests = (table.to_dict("records") for table in others)
     labels, differences = sections.arm_differences(study)
-    slug = _slug(setting)
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", setting).strip("-").lower() or "setting"
     return {
         "setting": setting,
         "slug": slug,
@@ -145,7 +145,3 @@ def _write_data(folder: Path, study: StudyRuns, tables: dict[str, pd.DataFrame])
         more = {"steps": study.steps, "updates": study.updates}
     for name, frame in (tables | more).items():
         frame.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n", float_format="%.8g")
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() or "setting"

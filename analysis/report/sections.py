@@ -70,13 +70,8 @@ def first_config(study: StudyRuns) -> dict[str, Any]:
 
 def varying_fields(study: StudyRuns) -> list[tuple[str, list[str]]]:
     """Config fields with more than one value over the study, and those values."""
-    configs = [flatten(config) for config in study.configs.values()]
-    fields = []
-    for name in sorted({name for config in configs for name in config} - {"setting"}):
-        values = sorted({str(config.get(name, NONE)) for config in configs})
-        if len(values) > 1:
-            fields.append((name, [", ".join(values)]))
-    return fields
+    fields = _differing(list(study.configs.values()), {"setting"})
+    return [(name, [", ".join(sorted(set(values)))]) for name, values in fields]
 
 
 def arm_differences(study: StudyRuns) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -84,17 +79,20 @@ def arm_differences(study: StudyRuns) -> tuple[list[str], list[tuple[str, list[s
 
     Every arm is compared by its first run.
     """
-    arms = [arm for arm in study.arms if (study.runs["arm"] == arm).any()]
-    configs = [
-        flatten(next(config for key, config in study.configs.items() if key[1] == arm))
-        for arm in arms
-    ]
-    fields = []
-    for name in sorted({name for config in configs for name in config}):
-        values = [config.get(name, NONE) for config in configs]
-        if name not in ("arm", "seed", "setting") and any(v != values[0] for v in values):
-            fields.append((name, [str(value) for value in values]))
+    first: dict[str, dict[str, Any]] = {}
+    for (_, arm, _), config in study.configs.items():
+        first.setdefault(arm, config)
+    arms = [arm for arm in study.arms if arm in first]
+    fields = _differing([first[arm] for arm in arms], {"arm", "seed", "setting"})
     return [arm_label(arm) for arm in arms], fields
+
+
+def _differing(configs: list[dict[str, Any]], labels: set[str]) -> list[tuple[str, list[str]]]:
+    """Fields, `labels` apart, with more than one value, and the value in each config."""
+    flat = [flatten(config) for config in configs]
+    names = sorted({name for config in flat for name in config} - labels)
+    rows = [(name, [str(config.get(name, NONE)) for config in flat]) for name in names]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
 def environment(study: StudyRuns) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from moe_rl.analysis.plots.style import DARK_PARTNERS, style_context
+from moe_rl.analysis.plots.style import DARK_PARTNERS, styled
 
 PNG_DPI = 200
 
@@ -31,31 +31,31 @@ def css_variables(*, dark: bool) -> str:
     )
 
 
+@styled
 def settle(figure: Figure) -> Figure:
     """Compute the layout once and keep it, so that saving as PNG and SVG does not repeat it."""
     engine = figure.get_layout_engine()
     if engine is not None:
-        with style_context():
-            engine.execute(figure)
-            figure.set_layout_engine("none")
+        engine.execute(figure)
+        figure.set_layout_engine("none")
     return figure
 
 
 # The canvases' own print methods, because `savefig` draws every figure twice.
+@styled
 def to_svg(figure: Figure) -> str:
     """The figure as a standalone SVG document without a date."""
     buffer = io.StringIO()
-    with style_context():
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 
+@styled
 def to_png(figure: Figure) -> bytes:
     """The figure as PNG at 200 dots per inch, without software or date in it."""
     buffer = io.BytesIO()
-    with style_context():
-        figure.set_dpi(PNG_DPI)
-        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    figure.set_dpi(PNG_DPI)
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -214,14 +214,13 @@ def _control(runs: pd.DataFrame, arm: str) -> Judgement:
     k, k_moe = int(control["unstable"].sum()), int(moe["unstable"].sum())
     stable = judge_fraction(k, len(control), majority=False, what=f"{arm_label(arm)} unstable")
     fails = judge_fraction(k_moe, len(moe), majority=True, what="GRPO unstable")
-    ours = f"unstable: {arm_label(arm)} {k} of {len(control)}, GRPO {k_moe} of {len(moe)}"
-    if len(control):
-        falls = (runs["deepest_fall"].median() for runs in (control, moe))
-        ours += "; deepest fall {:.0%}, {:.0%}".format(*falls)
     if stable.interval.n == 0 or fails.interval.n == 0:
         missing = arm if stable.interval.n == 0 else "grpo"
         reason = f"not measured: no complete run of {arm_label(missing)}"
         return Judgement(verdict=INCONCLUSIVE, reason=reason)
+    ours = f"unstable: {arm_label(arm)} {k} of {len(control)}, GRPO {k_moe} of {len(moe)}"
+    falls = (runs["deepest_fall"].median() for runs in (control, moe))
+    ours += "; deepest fall {:.0%}, {:.0%}".format(*falls)
     if stable.verdict == NOT_REPRODUCED:
         verdict, reason = NOT_REPRODUCED, stable.reason
     elif fails.verdict == NOT_REPRODUCED:

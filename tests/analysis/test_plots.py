@@ -17,7 +17,7 @@ from moe_rl.analysis.plots.style import (
     colour,
     legend,
     plain_number,
-    style_context,
+    styled,
 )
 from moe_rl.analysis.report.svg import settle
 from moe_rl.experiments.arms import ARMS
@@ -136,11 +136,11 @@ def test_the_summary_shows_the_arms_that_tell_the_story(tmp_path):
 
 @pytest.mark.parametrize("width", [WIDE, COLUMN])
 @pytest.mark.parametrize("count", [2, 3, 4, 6, 7])
+@styled
 def test_a_legend_lies_inside_its_figure(width, count):
-    with style_context():
-        figure = mpl.figure.Figure(figsize=(width, 3), layout="constrained")
-        figure.subplots()
-        legend(figure, [*ARMS][:count])
-        figure.draw_without_rendering()
+    figure = mpl.figure.Figure(figsize=(width, 3), layout="constrained")
+    figure.subplots()
+    legend(figure, [*ARMS][:count])
+    figure.draw_without_rendering()
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
