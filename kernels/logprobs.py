@@ -56,12 +56,11 @@ def token_logprobs(
 
     Args:
         hidden: `[..., H]`, floating point; the last hidden states, after the final norm.
-        weight: `[V, H]`, floating point; the head's matrix. No gradient is computed for it if it
-            needs none.
+        weight: `[V, H]`, floating point; the head's matrix.
         targets: `[...]`, int64 in `[0, V)` or `ignore_index`. Other values are an IndexError on a
             CPU, and a device-side assert or NaN on a GPU: looking at the values would drain its
             queue, and break a compiled graph.
-        bias: `[V]`, floating point, or None. Without softcap an entry of -inf removes a word.
+        bias: `[V]` or None. Without softcap an entry of -inf removes a token.
         temperature: softmax temperature, positive and finite; a float, or one a token `[...]`.
         softcap: bound of the logits before the temperature (Gemma), positive; None: unbounded.
         ignore_index: tokens with this target get 0 for each output and give no gradient, whatever
@@ -77,7 +76,7 @@ def token_logprobs(
     Raises:
         ValueError: a shape, dtype, device or number that does not fit the above, a sharded
             weight, or a backend that cannot run here.
-        IndexError: on a CPU, a target that is neither in `[0, V)` nor `ignore_index`.
+        IndexError: on a CPU, a target outside `[0, V)` that is not `ignore_index`.
     """
     check_arguments(hidden, weight, targets, bias)
     inputs = HeadInputs(

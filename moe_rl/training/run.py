@@ -84,8 +84,7 @@ def train(
         trackers: show the lines of the logs, of the main rank; see moe_rl/run_folder/trackers.py.
         on_step: called with the metrics of each rollout step.
         on_cold_start: called with (supervised step, loss).
-        on_damage: told about each checkpoint that had to be passed over, and of a run that starts
-            anew for want of one.
+        on_damage: told about each damaged checkpoint, and of a run that starts anew without one.
 
     Raises:
         ConfigError: the folder is in use, holds another run, or checkpoints of this one without
@@ -127,16 +126,8 @@ def train(
                 done_steps = 0 if checkpoint is None else load_progress(checkpoint).step
                 log = RunLog(folder, config, trackers, done_steps=done_steps)
         with contextlib.closing(log), listen() as stop:
-            trainer = Trainer(
-                config,
-                policy,
-                task,
-                log,
-                checkpoints,
-                ranks=ranks,
-                parallelism=parallelism,
-                stop=stop,
-            )
+            together: dict[str, Any] = {"ranks": ranks, "parallelism": parallelism, "stop": stop}
+            trainer = Trainer(config, policy, task, log, checkpoints, **together)
             if checkpoint is not None:
                 trainer.resume_from(checkpoint)
             return trainer.run(on_step if ranks.main else None)
