@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from moe_rl.commands.options import cores
 from moe_rl.config import ConfigError, RunConfig, preset
 from moe_rl.experiments.bench.result import check_counts, cpu_name, in_turn, table, write_result
 from moe_rl.experiments.runner import train_words
@@ -64,8 +63,8 @@ def bench_ranks(*, repeats: int, out: Path | None) -> int:
         ConfigError: fewer than one repetition, or fewer than two cores.
     """
     check_counts(repeats=repeats)
-    if cores() < 2:
-        raise ConfigError(f"bench ranks: {cores()} core here; two processes need two")
+    if os.cpu_count() == 1:
+        raise ConfigError("bench ranks: one core here; two processes need two")
     # A learning rate that hardly moves the policy: responses keep their length.
     config = preset("staleness").replace(steps=_STEPS, learning_rate=1e-6, device="cpu")
     with tempfile.TemporaryDirectory() as scratch:

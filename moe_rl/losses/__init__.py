@@ -3,7 +3,6 @@
 loss_function("gspo")(logprobs, old_logprobs, advantages, mask).loss.backward()
 """
 
-import difflib
 from typing import NamedTuple
 
 from moe_rl.losses import grpo, gspo
@@ -45,11 +44,7 @@ ALGORITHMS: dict[str, _Algorithm] = {
 
 def _find_algorithm(algorithm: str) -> _Algorithm:
     if algorithm not in ALGORITHMS:
-        nearest = difflib.get_close_matches(algorithm, ALGORITHMS, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"algorithm={algorithm!r}: unknown; use one of {', '.join(ALGORITHMS)}, "
-            f"did you mean {nearest!r}?"
-        )
+        raise ValueError(f"algorithm={algorithm!r}: unknown; use one of {', '.join(ALGORITHMS)}")
     return ALGORITHMS[algorithm]
 
 
@@ -57,7 +52,7 @@ def loss_function(algorithm: str) -> LossFunction:
     """The loss of `algorithm`: grpo, gspo or gspo_token.
 
     Raises:
-        ValueError: for another name, with the nearest one.
+        ValueError: for another name.
     """
     return _find_algorithm(algorithm).loss
 

@@ -331,9 +331,9 @@ def test_token_advantages_are_refused_where_a_sequence_has_one(
 
 def test_algorithms_are_found_by_name_and_a_typo_gets_the_nearest() -> None:
     assert loss_function("grpo") is grpo_loss and loss_function("gspo_token") is gspo_token_loss
-    with pytest.raises(ValueError, match=r"algorithm='gspo-token'.*did you mean 'gspo_token'"):
+    with pytest.raises(ValueError, match="algorithm='gspo-token': unknown; use one of grpo"):
         loss_function("gspo-token")
-    with pytest.raises(ValueError, match="did you mean 'grpo'"):
+    with pytest.raises(ValueError, match="use one of grpo"):
         resolve_clip("grpox")
 
 
