@@ -1,8 +1,8 @@
 """Runs side by side: one process and one torch thread each, resumable, with one progress display.
 
 Every run is the command `moe-rl train --config FILE --out FOLDER`, so any run of a study can be
-made again alone. A run that is complete is skipped; one that was stopped goes on from its
-checkpoint; one that was killed starts anew; a run that fails does not stop the others.
+repeated alone. A complete run is skipped; one that was stopped resumes from its checkpoint; one
+that was killed starts anew; a run that fails does not stop the others.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def run_folder(root: Path, config: RunConfig) -> Path:
 
 
 def train_words(config: Path, folder: Path, cold_start_cache: Path) -> list[str]:
-    """Words behind `python` that begin a run, or go on with it."""
+    """Words behind `python` that start a run or resume it."""
     words = ["-m", "moe_rl", "train", "--config", str(config), "--out", str(folder)]
     return [*words, "--cold-start-cache", str(cold_start_cache), "--resume"]
 
@@ -59,7 +59,7 @@ def run_all(
     """Run every config that is not complete yet, `jobs` at a time; returns the failures.
 
     On Ctrl-C or SIGTERM the runs under way end their update and write a checkpoint, finished ones
-    are kept, and KeyboardInterrupt goes on to the caller.
+    are kept, and KeyboardInterrupt reaches the caller.
 
     Raises:
         ConfigError: a run folder holds a run of another config; found before anything starts.

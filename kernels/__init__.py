@@ -32,7 +32,7 @@ if __name__ == "kernels":
             spec.loader.exec_module(sys.modules["kernels"])
             return
         # transformers takes a module that has neither `__version__` nor `__file__` for a stray
-        # folder, and goes on as if nothing were installed.
+        # folder, and continues as if nothing were installed.
         del sys.modules["kernels"].__file__
         sys.modules["kernels"].__path__ = []
 

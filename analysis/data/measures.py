@@ -39,7 +39,7 @@ def run_measures(study: StudyRuns) -> pd.DataFrame:
     token_ess            mean ESS/N of the token ratios
     clip_share           mean share of tokens whose gradient the clip removes
     grad_norm            median norm before clipping
-    skipped              updates not made, as their gradient was not finite
+    skipped              updates skipped because their gradient was NaN or inf
     routing_share        share of Var(log w) due to routing, see attribution.py
     seconds, seconds_per_step, instruments_share     of summary.json
     """
@@ -112,7 +112,7 @@ def summarize(study: StudyRuns, measures: pd.DataFrame | None = None) -> pd.Data
     collapsed, runs                 k of n; `collapsed_low`, `collapsed_high` the Wilson interval
     collapse_step                   median time of collapse of the runs that collapsed
     unstable                        runs whose drawdown exceeds 20%
-    skipped                         updates not made: their gradient was not finite
+    skipped                         updates skipped because their gradient was NaN or inf
     incomplete                      runs that were interrupted: listed, not counted
     the links of the chain          medians over seeds (see `run_measures`)
     instruments_share, seconds_per_step, seconds    means over seeds

@@ -50,7 +50,7 @@ def _arm_sentence(row: dict[str, Any]) -> str:
     elif row["unstable"]:
         words += f", unstable in {row['unstable']} of {row['runs']}"
     if row["skipped"]:
-        words += f"; {row['skipped']} updates with a gradient that is not finite were skipped"
+        words += f"; {row['skipped']} updates with a NaN or inf gradient were skipped"
     return words + "."
 
 

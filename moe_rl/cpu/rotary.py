@@ -36,7 +36,7 @@ def rotary_forward(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, 
 
 
 def _table(rotary: Any, x: Tensor, longest: int) -> _Table:
-    """The module's table, made again when it is short or the frequencies have changed."""
+    """The module's table, rebuilt when it is too short or the frequencies have changed."""
     frequencies: Tensor = rotary.inv_freq
     table: _Table | None = vars(rotary).get(TABLE)
     current = (

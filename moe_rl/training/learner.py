@@ -174,8 +174,7 @@ class Learner:
     def update(self, experience: Experience, step: int, update: int) -> dict[str, Any]:
         """One optimiser update; returns its metrics, of all ranks.
 
-        A step along a gradient or a loss that is not finite is not taken: `skipped` is 1 then, and
-        the gradients are gone.
+        If the loss or its gradient is NaN or inf, the optimiser takes no step: `skipped` is then 1.
         """
         config = self.config
         with self.clock.timed("updates"), self._training_mode():

@@ -133,7 +133,7 @@ class Trainer:
         """Sample, score, and run the old policy over one rollout.
 
         Raises:
-            FloatingPointError: the policy's logits are not finite.
+            FloatingPointError: the policy's logits are NaN or inf.
         """
         config, gather = self.config, self.ranks.gather
         with self.clock.timed("rollout"):
