@@ -1,4 +1,4 @@
-"""Analysis room: run folders in; data frames, statistics, figures and one HTML report out.
+"""Run folders in; data frames, statistics, figures and one HTML report out.
 
 `load_study(path)` reads the files, `summarize(study)` is the table of arms, `claims_table(study)`
 the verdicts on the GSPO paper's claims, and `write_report(path)` draws everything again from files.

@@ -33,6 +33,8 @@ class Arm:
     """Where the arm is from."""
     change: Callable[[RunConfig, RoutingReplay], RunConfig] = lambda base, replay: base
     """The base config (for a restart: GRPO's) and the kind of replay in, the arm's config out."""
+    compare_with: tuple[str, ...] = ()
+    """Arms that its final reward is compared with on common seeds, in the paired table."""
     is_restart: bool = False
     """Starts from a checkpoint of the arm `grpo`, before its collapse, not from the cold start."""
 
@@ -48,6 +50,7 @@ _TABLE = (
     ),
     Arm(
         name="grpo+replay",
+        compare_with=("grpo",),
         label="GRPO + replay",
         colour="#0072b2",
         dark_colour="#4ba3e3",
@@ -56,6 +59,7 @@ _TABLE = (
     ),
     Arm(
         name="gspo",
+        compare_with=("grpo", "grpo+replay"),
         label="GSPO",
         colour="#009e73",
         dark_colour="#2fc79a",
@@ -64,6 +68,7 @@ _TABLE = (
     ),
     Arm(
         name="gspo+replay",
+        compare_with=("gspo",),
         label="GSPO + replay",
         colour="#3d9bd4",
         dark_colour="#8fd0f5",
@@ -73,6 +78,7 @@ _TABLE = (
     ),
     Arm(
         name="dense",
+        compare_with=("grpo",),
         label="dense control",
         colour="#6d6d6d",
         dark_colour="#b4b4b4",
@@ -85,6 +91,7 @@ _TABLE = (
     ),
     Arm(
         name="frozen-router",
+        compare_with=("grpo",),
         label="frozen router",
         colour="#b7589a",
         dark_colour="#e295c8",
@@ -118,6 +125,8 @@ ARMS = {arm.name: arm for arm in _TABLE}
 FRESH_ARMS = tuple(arm.name for arm in _TABLE if not arm.is_restart)
 RESTARTS = tuple(arm.name for arm in _TABLE if arm.is_restart)
 MAIN_ARMS = ("grpo", "grpo+replay", "gspo")
+STORY_ARMS = (*MAIN_ARMS, "dense")
+"""What maps, families and the first figure show: more lines would hide the story."""
 
 # Light and dark colours of arms that are not in the table.
 SPARE_COLOURS = (("#7570b3", "#a9a4e0"), ("#4d4d00", "#b3b34d"), ("#1b6f6f", "#63c2c2"))

@@ -15,6 +15,7 @@ from moe_rl.experiments.arms import (
     MAIN_ARMS,
     RESTART_STEP,
     RESTARTS,
+    STORY_ARMS,
     arm_config,
     restart_config,
 )
@@ -56,7 +57,7 @@ def settings() -> dict[str, Setting]:
         "staleness": Setting(base=staleness, arms=FRESH_ARMS, replay="R2"),
         "engine-noise": Setting(base=noise, arms=(*FRESH_ARMS, *RESTARTS), replay="R3"),
         # For the claim that churn grows with depth; the others tell whose failure grows too.
-        "deeper": Setting(base=deeper, arms=(*MAIN_ARMS, "dense"), replay="R2"),
+        "deeper": Setting(base=deeper, arms=STORY_ARMS, replay="R2"),
     }
 
 
@@ -66,7 +67,7 @@ def family_settings(families: Sequence[Family]) -> dict[str, Setting]:
     return {
         family: Setting(
             base=noise.replace(setting=family, family=family, router_noise=_FAMILY_NOISE[family]),
-            arms=(*MAIN_ARMS, "dense"),
+            arms=STORY_ARMS,
             replay="R3",
         )
         for family in families

@@ -42,13 +42,14 @@ def grid(
         for rate in learning_rates
     ]
     configs = [
-        arm_config(arm, base, replay="R3" if base.router_noise else "R2", seed=seed)
+        config
         # A whole seed of the map comes before the next seed.
         for seed in seeds
         for base in bases
         for arm in arms
+        for config in [arm_config(arm, base, replay="R3" if base.router_noise else "R2", seed=seed)]
         # Without a choice of experts there is nothing to perturb.
-        if not (arm == "dense" and base.router_noise)
+        if not (config.router_noise and config.model.num_experts == config.model.experts_per_token)
     ]
     if not configs:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 Every run is the command `moe-rl train --config FILE --out FOLDER`, so any run of a study can be
 repeated alone. A complete run is skipped; one that was stopped resumes from its checkpoint; one
-that was killed starts anew; a run that fails does not stop the others.
+that was killed before its first starts anew; a run that fails does not stop the others.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ from moe_rl.run_folder.log import (
 )
 
 _POLL_SECONDS = 0.5
+_STOP_SECONDS = 120  # a run told to stop ends its rollout step and writes a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def run_all(
 ) -> list[Failure]:
     """Run every config that is not complete yet, `jobs` at a time; returns the failures.
 
-    On Ctrl-C or SIGTERM the runs under way end their update and write a checkpoint, finished ones
+    On Ctrl-C or SIGTERM running runs end their rollout step and write a checkpoint, finished ones
     are kept, and KeyboardInterrupt reaches the caller.
 
     Raises:
@@ -162,7 +163,7 @@ class _Process:
 
     def wait(self) -> None:
         try:
-            self.popen.wait(timeout=10)
+            self.popen.wait(timeout=_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self.popen.kill()
             self.popen.wait()

@@ -38,7 +38,10 @@ class StudyPlan:
             "seeds": seeds,
             "runs": runs,
         }
-        theirs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else plan
+        try:
+            theirs = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else plan
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{file}: no study ({error}); give a new folder") from error
         for key, ours in plan.items():
             if theirs.get(key) != ours:
                 raise ConfigError(

@@ -204,7 +204,7 @@ class RunConfig(Settings):
     allow_any_clip_scale: bool = False
     """Accept a clip range of the other algorithm's scale, such as 0.2 for gspo."""
     instruments: bool = True
-    """Record the routing and ratio metrics; --no-instruments turns it off."""
+    """Routing and ratio metrics; recorded unless turned off."""
     attribution_every: CountOrZero = 1
     """Split the log-ratio variance into routing and weights every n rollouts; 0: never."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -321,7 +321,7 @@ def load_config(path: str) -> RunConfig:
             check_schema(values["schema"], "config")
             values = values["config"]
         return RunConfig.from_dict(values)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""Analysis room: when a training run has collapsed, and how far a setting can be pushed.
+"""When a training run has collapsed, and how far a setting can be pushed.
 
 Definitions, all on the reward of one run, one value a rollout step (t = 0..n-1):
 

@@ -1,4 +1,4 @@
-"""Analysis room: read the run folders of a study into pandas frames.
+"""Read the run folders of a study into pandas frames.
 
 A study folder holds `study.json` and `runs/<setting>/<arm>/seed<k>/` with `config.json`,
 `steps.jsonl`, `updates.jsonl` and, once the run is complete, `summary.json`. A single run folder,

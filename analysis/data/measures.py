@@ -1,4 +1,4 @@
-"""Analysis room: every run as one row of numbers, and every arm as one row of statistics.
+"""Every run as one row of numbers, and every arm as one row of statistics.
 
 The links of the causal chain (churn, ratio variance, clipping, gradient norm) are taken over the
 steps BEFORE the time of collapse, over the whole run where it does not collapse: a collapsed

@@ -1,4 +1,4 @@
-"""Analysis room: small-sample statistics over seeds, by `scipy.stats`.
+"""Small-sample statistics over seeds, by `scipy.stats`.
 
 A run is one draw, the seed is the unit: nothing here treats steps or tokens as independent
 samples. Everything is deterministic: resampling uses a generator with a fixed seed.

@@ -1,4 +1,4 @@
-"""Analysis room, figures of the map: where each arm is stable, and how far it can be pushed."""
+"""Where each arm is stable, and how far it can be pushed."""
 
 from functools import partial
 from typing import Any

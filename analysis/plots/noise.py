@@ -1,4 +1,4 @@
-"""Analysis room, figure of the map: what more and more router noise does, everything else equal."""
+"""What more and more router noise does, everything else equal."""
 
 import numpy as np
 import pandas as pd

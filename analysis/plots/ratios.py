@@ -1,4 +1,4 @@
-"""Analysis room, figures of the importance ratios: their variance and what causes it."""
+"""Their variance and what causes it."""
 
 import numpy as np
 import pandas as pd

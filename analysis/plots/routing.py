@@ -1,4 +1,4 @@
-"""Analysis room, figures of routing: churn by layer, update and position; engine mismatch."""
+"""Churn by layer, update and position; engine mismatch."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Analysis room, figures: the one look they share.
+"""The one look they share.
 
 Figures are built on `Figure` objects, never on pyplot: no backend is chosen and no global state
 is touched. Every arm has one colour and one dash everywhere (Okabe and Ito's colours, safe for the

@@ -1,22 +1,20 @@
-"""Analysis room: one figure that says what happened in a setting; the README shows one."""
+"""One figure that says what happened in a setting; the README shows one."""
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from moe_rl.analysis.plots import style
-
-ARMS = ("grpo", "grpo+replay", "gspo", "dense")
-"""Enough to tell the story: more lines hide it."""
+from moe_rl.experiments.arms import STORY_ARMS
 
 
 @style.styled
 def summary(steps: pd.DataFrame, updates: pd.DataFrame) -> Figure:
     """Reward, churn and token-ratio variance of one setting, side by side.
 
-    The arms of `ARMS` that were run; all arms where none of them was.
+    The arms of `STORY_ARMS` that were run; all arms where none of them was.
     """
     arms = style.arms_in(steps)
-    shown = [arm for arm in arms if arm in ARMS] or arms
+    shown = [arm for arm in arms if arm in STORY_ARMS] or arms
     figure, panels = style.grid(3, columns=3, height=2.05, sharey=False)
     reward, churn, variance = panels
     for arm in shown:

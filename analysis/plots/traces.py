@@ -1,4 +1,4 @@
-"""Analysis room, figure of two traces: churn and disagreement by layer and by position."""
+"""Churn and disagreement by layer and by position."""
 
 import numpy as np
 from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Analysis room, figures of training itself: reward, gradient norm, clipping, the joined chain."""
+"""Reward, gradient norm, clipping, the joined chain."""
 
 import pandas as pd
 from matplotlib.axes import Axes

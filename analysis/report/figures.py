@@ -1,4 +1,4 @@
-"""Analysis room: the list of figures of a report, each with its caption and what it needs.
+"""The list of figures of a report, each with its caption and what it needs.
 
 A caption says how to read the figure. A figure whose columns no run has recorded is left out and
 named in the report.

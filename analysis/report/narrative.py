@@ -1,4 +1,4 @@
-"""Analysis room: sentences of the report that are computed from the data, none fixed in advance."""
+"""Sentences of the report that are computed from the data, none fixed in advance."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from moe_rl.analysis.data.load import StudyRuns
 from moe_rl.analysis.plots.frontier import CELL_KEYS
 from moe_rl.analysis.report.page import NONE, bounds, number
 from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
-from moe_rl.experiments.arms import arm_label
+from moe_rl.experiments.arms import STORY_ARMS, arm_label
 
 CONTROL_SENTENCES = {
     REPRODUCED: "The dense control ends near its peak in the same setting: the failure belongs to "
@@ -58,7 +58,7 @@ def _order_sentence(measures: pd.DataFrame) -> str:
     """On how many common seeds the remedies ended above plain GRPO."""
     finals = measures[measures["complete"]].pivot_table(index="seed", columns="arm", values="final")
     parts = []
-    for arm in ("grpo+replay", "gspo", "dense"):
+    for arm in STORY_ARMS[1:]:
         if {"grpo", arm} <= set(finals.columns):
             both = finals[["grpo", arm]].dropna()
             wins = int((both[arm] > both["grpo"]).sum())

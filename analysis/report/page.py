@@ -1,4 +1,4 @@
-"""Analysis room: numbers as the report prints them, and the templates that make its page.
+"""Numbers as the report prints them, and the templates that make its page.
 
 One file, no script, no network: the style sheet is `report.css` pasted in, figures are inline SVG.
 The templates escape everything that comes from a file.

@@ -1,4 +1,4 @@
-"""Analysis room: one self-contained HTML report of a study, redrawn from its files alone."""
+"""One self-contained HTML report of a study, redrawn from its files alone."""
 
 import re
 from pathlib import Path

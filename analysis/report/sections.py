@@ -1,4 +1,4 @@
-"""Analysis room: what the sections of the report say, as plain data for its templates."""
+"""What the sections of the report say, as plain data for its templates."""
 
 import json
 import math
@@ -9,16 +9,9 @@ import pandas as pd
 from moe_rl.analysis.data.load import RunKey, StudyRuns, flatten
 from moe_rl.analysis.data.stats import paired_test
 from moe_rl.analysis.report.page import NONE, number
-from moe_rl.experiments.arms import arm_label
+from moe_rl.experiments.arms import ARMS, arm_label
 
-PAIRS = [
-    ("grpo", "grpo+replay"),
-    ("grpo", "gspo"),
-    ("grpo+replay", "gspo"),
-    ("gspo", "gspo+replay"),
-    ("grpo", "dense"),
-    ("grpo", "frozen-router"),
-]
+PAIRS = [(other, arm.name) for arm in ARMS.values() for other in arm.compare_with]
 PHASES = ["rollout", "old_logprobs", "updates", "instruments"]
 
 

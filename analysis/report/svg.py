@@ -1,4 +1,4 @@
-"""Analysis room: figures as files, and as SVG that lives inside the page and follows its theme.
+"""Figures as files, and as SVG that lives inside the page and follows its theme.
 
 `inline` turns a standalone SVG into a fragment: no XML head, no metadata, every id under a prefix
 of its own, and the figure's colours replaced by CSS variables, so that one drawing serves the

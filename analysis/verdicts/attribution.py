@@ -1,4 +1,4 @@
-"""Analysis room: how much of the variance of the log-ratio the routing change causes.
+"""How much of the variance of the log-ratio the routing change causes.
 
     log w_t = [log p_new(live) - log p_new(replayed)] + [log p_new(replayed) - log p_old]
             =            routing part                 +          weight part

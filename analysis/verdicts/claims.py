@@ -1,4 +1,4 @@
-"""Analysis room: the claims of the GSPO paper, each with our number and a verdict from the data.
+"""The claims of the GSPO paper, each with our number and a verdict from the data.
 
 Every claim is judged in one setting at a time, on complete runs only, by its function in
 `rules.py`. The last two rows are controls that the paper does not have: a verdict about routing

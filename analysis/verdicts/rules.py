@@ -1,4 +1,4 @@
-"""Analysis room: the rules by which the claims are judged, one function a claim.
+"""The rules by which the claims are judged, one function a claim.
 
 Each takes the rows of `run_measures` for the complete runs of one setting (of the whole study for
 `deeper_is_worse`) and returns a `Judgement`. The docstring IS the rule: the report prints it. Final

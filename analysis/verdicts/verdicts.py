@@ -1,4 +1,4 @@
-"""Analysis room: from an interval and a rule to a verdict.
+"""From an interval and a rule to a verdict.
 
 A rule is a region of the number line in which a claim holds. The verdict is
 

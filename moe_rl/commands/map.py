@@ -7,6 +7,7 @@ from typing import ClassVar
 from moe_rl.commands.options import Command, StudyOptions
 from moe_rl.commands.studies import INTERRUPTED, run_study
 from moe_rl.config import PresetName, preset
+from moe_rl.experiments.arms import STORY_ARMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Map(StudyOptions, Command):
     """Optimiser updates per rollout."""
     noises: tuple[float, ...] = (0.0, 0.135)
     """Router noises (logit units). Above 0, the replay arm replays the rollout engine's choices."""
-    arms: tuple[str, ...] = ("grpo", "grpo+replay", "gspo", "dense")
+    arms: tuple[str, ...] = STORY_ARMS
     """Arms to compare."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Random seeds; every arm runs with each."""

@@ -88,7 +88,7 @@ def resolve_clip(
             raise ValueError(
                 f"{name}={value:g}: on the scale of {scale} ratios, but {algorithm} clips "
                 f"{found.ratio} ratios; use about 0.2 and 0.27 for token ratios (grpo), 3e-4 and "
-                "4e-4 for sequence ratios (gspo, gspo_token), or pass allow_any_scale=True "
+                "4e-4 for sequence ratios (gspo, gspo_token), or set allow_any_clip_scale "
                 "(--allow-any-clip-scale)"
             )
     return low, high

@@ -1,4 +1,4 @@
-"""Routing room: record, replay and perturb the expert choices of transformers MoE models.
+"""Record, replay and perturb the expert choices of transformers MoE models.
 
 This room depends on torch and transformers only, so it can be lifted into any trainer.
 

@@ -1,4 +1,4 @@
-"""Routing room: noise on the router's choice, as a dial for how much routing changes."""
+"""Noise on the router's choice, as a dial for how much routing changes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

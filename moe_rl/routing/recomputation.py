@@ -1,4 +1,4 @@
-"""Routing room: gradient checkpointing recomputes routers, and must get the routes of the forward.
+"""Gradient checkpointing recomputes routers, and must get the routes of the forward.
 
 A router call outside a forward of the model is a recomputation. It is never recorded, and is
 answered with the ids that the forward being recomputed has used. A gradient hook on that forward's

@@ -1,4 +1,4 @@
-"""Routing room: record which experts a model chooses, and collect the logits of its routers."""
+"""Record which experts a model chooses, and collect the logits of its routers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Routing room: replay recorded experts instead of choosing them anew (routing replay).
+"""Replay recorded experts instead of choosing them anew (routing replay).
 
 R2 replays the choice of the old policy, R3 (arXiv 2510.11370) that of the rollout engine; both are
 `replay_routing` with another record. The replayed experts are weighted by the CURRENT router's

@@ -1,4 +1,4 @@
-"""Routing room: the record itself, `routed_experts [B, S, L, K]`, and where a forward lies in it.
+"""The record itself, `routed_experts [B, S, L, K]`, and where a forward lies in it.
 
 B sequences, S positions, L MoE layers, K experts per token. int16 expert ids; a negative id means
 "no record: use the live choice" for its token at its layer.

@@ -1,4 +1,4 @@
-"""Routing room: run one router and listen to, or answer, its choice of experts.
+"""Run one router and listen to, or answer, its choice of experts.
 
 The router's own `forward` runs under a TorchFunctionMode. Its final `topk` over the experts is
 either left alone and noted, or answered with `(x.gather(-1, ids), ids)` where x are the scores the

@@ -1,4 +1,4 @@
-"""Routing room: what is measured about routing, as pure functions of tensors.
+"""What is measured about routing, as pure functions of tensors.
 
 Shapes: `...` any token axes (usually `[B, T]`), L MoE layers, E experts, K experts per token.
 `router_logits` are raw, `[..., L, E]`; `routed_experts` are ids `[..., L, K]`, any integer dtype.

@@ -1,4 +1,4 @@
-"""Routing room: the taps on a model's routers while any routing context is open.
+"""The taps on a model's routers while any routing context is open.
 
 One Switchboard per model, shared by every context on it. It replaces the routers' `forward`,
 watches forwards of the model that contains them, and takes everything off again when the last

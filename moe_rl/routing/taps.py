@@ -1,4 +1,4 @@
-"""Routing room: find the routers of a Mixture-of-Experts model.
+"""Find the routers of a Mixture-of-Experts model.
 
 A router is the module whose `forward` makes the choice of experts. Three signs give it away, the
 innermost module winning where one contains another:

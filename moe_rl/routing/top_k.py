@@ -1,4 +1,4 @@
-"""Routing room: the k largest of a few scores, without branches that the data decides.
+"""The k largest of a few scores, without branches that the data decides.
 
 On router scores, `torch.topk` on a CPU takes four times as long: it branches on every number, and
 the branches cannot be predicted. Searching k times for a maximum reads a row as vectors instead.

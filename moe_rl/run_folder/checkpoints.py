@@ -66,7 +66,7 @@ class Checkpoints:
         Raises:
             ConfigError: there are checkpoints, and none is whole.
         """
-        paths = self._newest_first()
+        paths = self.newest_first()
         for path in paths:
             try:
                 read_sealed(path)
@@ -84,7 +84,7 @@ class Checkpoints:
         paths = (path for path in self.folder.glob("*") if path.name.isdigit())
         return sorted(paths, key=lambda path: int(path.name), reverse=True)
 
-    def _newest_first(self) -> list[Path]:
+    def newest_first(self) -> list[Path]:
         """From `latest` on: after falling back, the run has not reached those beyond it again."""
         paths = self._all()
         with contextlib.suppress(OSError, ValueError):
@@ -93,7 +93,7 @@ class Checkpoints:
         return paths
 
     def _prune(self) -> None:
-        paths = self._newest_first()
+        paths = self.newest_first()
         kept, rewards = set(paths[:_NEWEST_KEPT]), {}
         for path in paths:
             with contextlib.suppress(OSError, ValueError, KeyError):

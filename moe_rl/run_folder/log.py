@@ -56,8 +56,8 @@ def write_config(path: Path, config: RunConfig) -> None:
 def is_complete(folder: Path) -> bool:
     """Whether the run in `folder` has ended: its summary is there, whole, and says so."""
     try:
-        return json.loads((folder / "summary.json").read_text("utf-8")).get("complete") is True
-    except (OSError, ValueError):
+        return json.loads((folder / "summary.json").read_text("utf-8"))["complete"] is True
+    except (OSError, ValueError, LookupError, TypeError):  # absent, torn, or no summary
         return False
 
 

@@ -3,7 +3,7 @@
     manifest.json   size and sha256 of every other file, and what the writer says about the folder
     ...             what the writer fills in
 
-A process that dies at any moment leaves what was there before.
+A process that dies at any moment leaves no folder that is half written.
 """
 
 import hashlib

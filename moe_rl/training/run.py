@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from moe_rl.config import ConfigError, RunConfig
 from moe_rl.policy.folder import check_model_folder
@@ -168,16 +168,12 @@ def _find_checkpoint(
     checkpoints: Checkpoints, folder: Path, on_damage: Callable[[str], None] | None
 ) -> Path | None:
     """The checkpoint to resume from; a run that is not resumed (no `on_damage`) may have none."""
-    checkpoint = checkpoints.newest(on_damage or _refuse_to_start_over)
-    if on_damage is None and checkpoint is not None:
-        _refuse_to_start_over(str(checkpoint))
+    if on_damage is None and (found := checkpoints.newest_first()):
+        raise ConfigError(
+            f"{found[0]}: a checkpoint of this run; add --resume to continue from it, or give "
+            "another folder"
+        )
+    checkpoint = None if on_damage is None else checkpoints.newest(on_damage)
     if on_damage is not None and checkpoint is None and (folder / UPDATES).exists():
         on_damage(f"{folder}: no checkpoint to resume from; the run starts anew")
     return checkpoint
-
-
-def _refuse_to_start_over(found: str) -> NoReturn:
-    raise ConfigError(
-        f"{found}: a checkpoint of this run; add --resume to continue from it, or give another "
-        "folder"
-    )
