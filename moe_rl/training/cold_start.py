@@ -33,7 +33,7 @@ from moe_rl.runtime.seeding import generator
 from moe_rl.tasks import Dataset, Task, make_task
 
 # Part of the hash: raise it when a change here makes other weights from the same config.
-_VERSION = 2
+_VERSION = 3
 # Threads are part of what makes the weights (the order of sums), so they are fixed.
 _THREADS = 1
 _EVALUATION_PROMPTS = 512
