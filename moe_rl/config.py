@@ -19,9 +19,10 @@ from moe_rl.runtime.strict import Settings, from_plain, strict
 
 Algorithm = Literal["grpo", "gspo", "gspo_token"]
 RoutingReplay = Literal["disabled", "R2", "R3"]
+RouterNoisePasses = Literal["all", "rollout", "old", "update"]
 Family = Literal["qwen3_moe", "olmoe", "mixtral", "deepseek_v3", "gpt_oss"]
 EngineName = Literal["cached", "vllm"]
-PresetName = Literal["staleness", "engine-noise", "tiny"]
+PresetName = Literal["routing-noise", "stale", "staleness", "engine-noise", "tiny"]
 
 SCHEMA = 1
 """Version of the format of run folders and study folders."""
@@ -162,6 +163,8 @@ class RunConfig(Settings):
     """Rollout engine: the policy with a key-value cache, or vLLM (pip install 'moe-rl[vllm]')."""
     router_noise: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Standard deviation of Gaussian noise added to router logits (logit units), 0 to 1000."""
+    router_noise_passes: RouterNoisePasses = "all"
+    """Passes that draw it: rollout (sampling), old (old log-probs), update, or all of them."""
     freeze_router: bool = False
     """Do not train router weights."""
 
@@ -371,7 +374,23 @@ def engine_noise() -> RunConfig:
     return staleness().replace(setting="engine-noise", router_noise=0.135)
 
 
-PRESETS = {"tiny": tiny, "staleness": staleness, "engine-noise": engine_noise}
+def routing_noise() -> RunConfig:
+    """Every pass routes differently: a stress test of what two passes that disagree do."""
+    return staleness().replace(setting="routing-noise", router_noise=0.27, steps=25)
+
+
+def stale() -> RunConfig:
+    """Twice the updates on one rollout, and no noise."""
+    return staleness().replace(setting="stale", updates_per_rollout=16, steps=25)
+
+
+PRESETS = {
+    "tiny": tiny,
+    "routing-noise": routing_noise,
+    "stale": stale,
+    "staleness": staleness,
+    "engine-noise": engine_noise,
+}
 
 
 def preset(name: str) -> RunConfig:

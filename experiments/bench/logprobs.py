@@ -21,10 +21,11 @@ from torch import Tensor
 from moe_rl.config import ConfigError
 from moe_rl.experiments.bench.logprob_memory import peak_bytes
 from moe_rl.experiments.bench.logprob_peers import OURS, Contestant, contestants
-from moe_rl.experiments.bench.result import check_counts, cpu_name, table, write_result
+from moe_rl.experiments.bench.result import check_counts, table, write_result
 from moe_rl.kernels import choose_backend
 from moe_rl.kernels.product import product
 from moe_rl.policy.policy import resolve_device
+from moe_rl.runtime.process import cpu_name
 
 SMALL = "1088,96,13"  # a minibatch of the small study: 64 responses of 17 tokens
 CPU_SHAPES = (SMALL, "1024,1024,32768", "512,2048,151936")

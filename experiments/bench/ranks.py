@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from moe_rl.config import ConfigError, RunConfig, preset
-from moe_rl.experiments.bench.result import check_counts, cpu_name, in_turn, table, write_result
+from moe_rl.experiments.bench.result import check_counts, in_turn, table, write_result
 from moe_rl.experiments.runner import train_words
 from moe_rl.run_folder.log import write_config
+from moe_rl.runtime.process import cpu_name
 from moe_rl.training.cold_start import prepare_cold_starts
 
 _UPDATES = (8, 2, 1)  # of a rollout of 32 prompts; 8 are the study's

@@ -1,9 +1,11 @@
-"""Settings of the process that a run relies on: number of threads, reuse of freed memory."""
+"""The process that a run relies on: number of threads, reuse of freed memory, processor."""
 
 import contextlib
 import ctypes
+import platform
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -45,3 +47,12 @@ def keep_freed_memory() -> bool:
         return False
     taken = [mallopt(name, value) == 1 for name, value in _MALLOPT]
     return all(taken)
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "cpu"

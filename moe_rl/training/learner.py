@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -39,6 +39,9 @@ def clip_range(config: RunConfig) -> tuple[float, float]:
         config.clip_high,
         allow_any_scale=config.allow_any_clip_scale,
     )
+
+
+NoisyPass = Literal["rollout", "old", "update"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +159,7 @@ class Learner:
             rows = self._rows(forward.prompts)
             mask = experience.batch.response_mask[rows]
             with self.wrapped.backward(last=number == len(forwards)):
-                output = self._forward(experience, forward, step, f"update{update}")
+                output = self._forward(experience, forward, step, update)
                 loss = self.loss(
                     output.logprobs,
                     experience.old_logprobs[rows],
@@ -207,9 +210,9 @@ class Learner:
         other = None
         if attribute:
             flipped = [
-                self._forward(
-                    experience, part.forward, step, f"update{update}", flip=True
-                ).logprobs[part.forward.counted]
+                self._forward(experience, part.forward, step, update, flip=True).logprobs[
+                    part.forward.counted
+                ]
                 for part in passed
             ]
             other = torch.cat(flipped)
@@ -233,21 +236,27 @@ class Learner:
             gather=self.ranks.gather,
         )
 
-    def noise(self, step: int, purpose: str, prompts: slice) -> RouterNoise | None:
-        """The router noise of one pass over some of this rank's prompts."""
-        if self.config.router_noise == 0.0:
+    def noise(
+        self, step: int, kind: NoisyPass, prompts: slice, number: int | None = None
+    ) -> RouterNoise | None:
+        """The router noise of one pass over some of this rank's prompts; None: it draws none.
+
+        `number` tells passes of one kind within a rollout step apart.
+        """
+        config = self.config
+        if config.router_noise == 0.0 or config.router_noise_passes not in ("all", kind):
             return None
         return RouterNoise(
             std=self.config.router_noise,
             seed=self.config.seed,
             step=step,
-            purpose=purpose,
+            purpose=kind if number is None else f"{kind}{number}",
             prompts=self.share.prompts[prompts],
             group_size=self.config.group_size,
         )
 
     def _forward(
-        self, experience: Experience, forward: Forward, step: int, purpose: str, flip: bool = False
+        self, experience: Experience, forward: Forward, step: int, update: int, flip: bool = False
     ) -> ForwardOutput:
         """The current policy over some prompts; `flip` turns replay on where it is off."""
         rows = self._rows(forward.prompts)
@@ -256,7 +265,7 @@ class Learner:
             replay=experience.replay[rows] if replayed else None,
             record=self.config.instruments and not flip,
             router_logits=self.config.instruments and not flip,
-            noise=self.noise(step, purpose, forward.prompts),
+            noise=self.noise(step, "update", forward.prompts, update),
         )
         part = experience.batch.select_prompts(forward.prompts)
         return self.wrapped.run(response_pass, self.policy, part, options)

@@ -24,6 +24,7 @@ from moe_rl.rollout.rewards import score_responses
 from moe_rl.run_folder.checkpoints import Checkpoints
 from moe_rl.run_folder.disk import writes_to
 from moe_rl.run_folder.log import NoLog, RunLog
+from moe_rl.runtime.process import cpu_name
 from moe_rl.runtime.ranks import Ranks
 from moe_rl.runtime.seeding import generator
 from moe_rl.runtime.stopping import Stopped, StopRequest
@@ -270,6 +271,8 @@ class Trainer:
             "parameters": sum(p.numel() for p in self.policy.model.parameters()),
             "active_parameters": self.policy.active_parameters,
             "experts": self.policy.experts,
+            "processor": cpu_name(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "threads": torch.get_num_threads(),
