@@ -11,8 +11,18 @@ from typing import Any
 
 from moe_rl.config import RoutingReplay, RunConfig
 
-_GRPO = "DeepSeekMath (arXiv 2402.03300)"
+Change = Callable[[RunConfig, RoutingReplay], RunConfig]
+
 _GSPO = "GSPO paper (arXiv 2507.18071)"
+
+
+def _with(**changes: Any) -> Change:
+    """Changes that do not depend on the kind of replay."""
+    return lambda base, replay: base.replace(**changes)
+
+
+def _with_replay(**changes: Any) -> Change:
+    return lambda base, replay: base.replace(**changes, routing_replay=replay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +33,17 @@ class Arm:
     """As in run folders, tables of data and `--arms`."""
     label: str
     """As figures and tables print it."""
-    colour: str
+    colour: str = "#7570b3"
     """On a light page: contrast of at least 3 to it; safe for common kinds of colour blindness."""
-    dark_colour: str
+    dark_colour: str = "#a9a4e0"
     """Its partner on a dark page."""
     dash: Any = "-"
     """matplotlib line style, the second channel beside the colour."""
     paper: str
     """Where the arm is from."""
-    change: Callable[[RunConfig, RoutingReplay], RunConfig] = lambda base, replay: base
+    change: Change = _with()
     """The base config (for a restart: GRPO's) and the kind of replay in, the arm's config out."""
-    compare_with: tuple[str, ...] = ()
+    compare_with: tuple[str, ...] = ("grpo",)
     """Arms that its final reward is compared with on common seeds, in the paired table."""
     is_restart: bool = False
     """Starts from a checkpoint of the arm `grpo`, before its collapse, not from the cold start."""
@@ -45,40 +55,139 @@ _TABLE = (
         label="GRPO",
         colour="#d55e00",
         dark_colour="#ff8a3d",
-        paper=_GRPO,
-        change=lambda base, replay: base.replace(algorithm="grpo"),
+        paper=f"DeepSeekMath (arXiv 2402.03300), as in the {_GSPO}, eq. 2-3",
+        change=_with(algorithm="grpo"),
+        compare_with=(),
+    ),
+    Arm(
+        name="grpo+dual-clip",
+        label="GRPO + dual clip",
+        colour="#c49a00",
+        dark_colour="#f0c52e",
+        paper="dual-clip PPO (arXiv 1912.09729); on by default in verl",
+        change=_with(algorithm="dual_clip"),
+    ),
+    Arm(
+        name="grpo+rollout-old",
+        label="GRPO, engine's log-probs below",
+        colour="#6a51a3",
+        dark_colour="#a693d9",
+        paper="verl's bypass mode, slime's --use-rollout-logprobs",
+        change=_with(algorithm="grpo", old_logprobs="rollout"),
+    ),
+    Arm(
+        name="grpo+mean-old",
+        label="GRPO, mean of 8 old passes",
+        paper="KwaiPilot, mean of 8 recomputed log-probs",
+        change=_with(algorithm="grpo", old_passes=8),
     ),
     Arm(
         name="grpo+replay",
-        compare_with=("grpo",),
         label="GRPO + replay",
         colour="#0072b2",
         dark_colour="#4ba3e3",
         paper=f"Routing Replay: {_GSPO}, 5.3; R3: arXiv 2510.11370",
-        change=lambda base, replay: base.replace(algorithm="grpo", routing_replay=replay),
+        change=_with_replay(algorithm="grpo"),
+    ),
+    Arm(
+        name="dr-grpo",
+        label="Dr. GRPO",
+        paper="Dr. GRPO (arXiv 2503.20783)",
+        change=_with(algorithm="dr_grpo"),
+    ),
+    Arm(
+        name="dapo",
+        label="DAPO",
+        paper="DAPO (arXiv 2503.14476), 3.1 and 3.3",
+        change=_with(algorithm="dapo"),
+    ),
+    Arm(
+        name="cispo",
+        label="CISPO",
+        paper="MiniMax-M1 (arXiv 2506.13585), 3.1",
+        change=_with(algorithm="cispo"),
+    ),
+    Arm(
+        name="tis",
+        label="TIS",
+        paper="truncated importance sampling, Flash-RL (2025)",
+        change=_with(algorithm="tis"),
+    ),
+    Arm(
+        name="mis",
+        label="MIS",
+        paper="masked importance sampling, Liu and Li (2025)",
+        change=_with(algorithm="mis"),
+    ),
+    Arm(
+        name="icepop",
+        label="IcePop",
+        paper="Ring-1T (arXiv 2510.18855)",
+        change=_with(algorithm="icepop"),
+    ),
+    Arm(
+        name="dppo-tv",
+        label="DPPO-TV",
+        paper="DPPO (arXiv 2602.04879), 3",
+        change=_with(algorithm="dppo_tv", old_logprobs="rollout"),
+    ),
+    Arm(
+        name="gmpo",
+        label="GMPO",
+        paper="GMPO (arXiv 2507.20673)",
+        change=_with(algorithm="gmpo"),
+    ),
+    Arm(
+        name="sapo",
+        label="SAPO",
+        paper="SAPO (arXiv 2511.20347)",
+        change=_with(algorithm="sapo"),
+    ),
+    Arm(
+        name="rspo",
+        label="RSPO",
+        paper="RSPO (arXiv 2510.23027)",
+        change=_with(algorithm="rspo"),
     ),
     Arm(
         name="gspo",
-        compare_with=("grpo", "grpo+replay"),
         label="GSPO",
         colour="#009e73",
         dark_colour="#2fc79a",
         paper=_GSPO,
-        change=lambda base, replay: base.replace(algorithm="gspo"),
+        change=_with(algorithm="gspo"),
+        compare_with=("grpo", "grpo+replay"),
+    ),
+    Arm(
+        name="gspo-token",
+        label="GSPO-token",
+        paper=f"{_GSPO}, 4.3",
+        change=_with(algorithm="gspo_token"),
     ),
     Arm(
         name="gspo+replay",
-        compare_with=("gspo",),
         label="GSPO + replay",
         colour="#3d9bd4",
         dark_colour="#8fd0f5",
         dash=(0, (4, 1.5)),
         paper=f"{_GSPO}, with the Routing Replay that it says is not needed",
-        change=lambda base, replay: base.replace(algorithm="gspo", routing_replay=replay),
+        change=_with_replay(algorithm="gspo"),
+        compare_with=("gspo",),
+    ),
+    Arm(
+        name="policy-gradient",
+        label="policy gradient",
+        paper="our control: no ratio (Williams 1992)",
+        change=_with(algorithm="policy_gradient"),
+    ),
+    Arm(
+        name="positive-only",
+        label="positive advantages only",
+        paper="our control, after WAPO (arXiv 2606.16154)",
+        change=_with(algorithm="positive_only"),
     ),
     Arm(
         name="dense",
-        compare_with=("grpo",),
         label="dense control",
         colour="#6d6d6d",
         dark_colour="#b4b4b4",
@@ -91,13 +200,12 @@ _TABLE = (
     ),
     Arm(
         name="frozen-router",
-        compare_with=("grpo",),
         label="frozen router",
         colour="#b7589a",
         dark_colour="#e295c8",
         dash=(0, (5, 1, 1, 1)),
         paper="our control: GRPO, router weights stay at the cold start",
-        change=lambda base, replay: base.replace(algorithm="grpo", freeze_router=True),
+        change=_with(algorithm="grpo", freeze_router=True),
     ),
     # Half the learning rate, as a user would try to save the run; and all of it, which tells what
     # the fresh start alone does.
@@ -109,6 +217,7 @@ _TABLE = (
         dash=(0, (4, 1.5)),
         paper=f"{_GSPO}, 5.3: resuming from an earlier checkpoint does not help",
         change=lambda base, replay: base.replace(learning_rate=base.learning_rate * 0.5),
+        compare_with=(),
         is_restart=True,
     ),
     Arm(
@@ -118,6 +227,7 @@ _TABLE = (
         dark_colour="#e0814f",
         dash=(0, (1, 1)),
         paper="our control of grpo-restart",
+        compare_with=(),
         is_restart=True,
     ),
 )

@@ -17,7 +17,25 @@ from pydantic import Field
 from moe_rl.runtime.strict import ConfigError as ConfigError
 from moe_rl.runtime.strict import Settings, from_plain, strict
 
-Algorithm = Literal["grpo", "gspo", "gspo_token"]
+AlgorithmName = Literal[
+    "grpo",
+    "dual_clip",
+    "dr_grpo",
+    "dapo",
+    "cispo",
+    "tis",
+    "mis",
+    "icepop",
+    "dppo_tv",
+    "gmpo",
+    "sapo",
+    "rspo",
+    "gspo",
+    "gspo_token",
+    "policy_gradient",
+    "positive_only",
+]
+Aggregation = Literal["sequence_mean", "token_mean", "fixed_length"]
 RoutingReplay = Literal["disabled", "R2", "R3"]
 RouterNoisePasses = Literal["all", "rollout", "old", "update"]
 Family = Literal["qwen3_moe", "olmoe", "mixtral", "deepseek_v3", "gpt_oss"]
@@ -149,16 +167,23 @@ class RunConfig(Settings):
     task: TaskConfig = field(default_factory=TaskConfig)
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
 
-    algorithm: Algorithm = "grpo"
-    """grpo: token ratios. gspo: sequence ratios. gspo_token: sequence ratios, token gradients."""
+    algorithm: AlgorithmName = "grpo"
+    """The loss, by name; `moe-rl arms` explains each."""
     clip_low: PositiveFloat | None = None
-    """Lower clip range (> 0). Default (GSPO paper, 5.1): 0.2 for grpo, 3e-4 for gspo."""
+    """Lower clip range (> 0). Default: the algorithm's, 0.2 for grpo, 3e-4 for gspo."""
     clip_high: PositiveFloat | None = None
-    """Upper clip range (> 0). Default (GSPO paper, 5.1): 0.27 for grpo, 4e-4 for gspo."""
+    """Upper clip range (> 0). Default: the algorithm's, 0.27 for grpo, 4e-4 for gspo."""
+    loss_options: dict[str, float] = field(default_factory=dict)
+    """Other options of the algorithm, as in `--loss-options bound 4`. Default: the algorithm's."""
+    aggregation: Aggregation | None = None
+    """Mean over tokens. Default: the algorithm's, mostly sequence_mean. token_mean: over all tokens
+    of an update. fixed_length: over the token budget of all responses."""
     routing_replay: RoutingReplay = "disabled"
     """Expert choices that updates replay. R2: the old policy's; R3: the rollout engine's."""
     old_logprobs: Literal["trainer", "rollout"] = "trainer"
     """Source of old log-probs: a trainer pass before the updates, or the rollout engine."""
+    old_passes: Count = 1
+    """Trainer passes whose mean probability is the old one (>= 1); they differ under noise."""
     engine: EngineName = "cached"
     """Rollout engine: the policy with a key-value cache, or vLLM (pip install 'moe-rl[vllm]')."""
     router_noise: Annotated[float, Field(ge=0, le=1000)] = 0.0
@@ -205,7 +230,7 @@ class RunConfig(Settings):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass; a group's prompt is then read per response."""
     allow_any_clip_scale: bool = False
-    """Accept a clip range of the other algorithm's scale, such as 0.2 for gspo."""
+    """Accept a clip range of the other kind of ratio, such as 0.2 for gspo."""
     instruments: bool = True
     """Routing and ratio metrics; recorded unless turned off."""
     attribution_every: CountOrZero = 1
@@ -229,10 +254,10 @@ class RunConfig(Settings):
                 f"prompts_per_forward={self.prompts_per_forward}: does not divide the "
                 f"{prompts_per_update} prompts of an update; use a divisor"
             )
-        if self.routing_replay == "R2" and self.old_logprobs == "rollout":
+        if self.old_passes > 1 and self.old_logprobs == "rollout":
             yield (
-                "routing_replay=R2 with old_logprobs=rollout: R2 replays the trainer's own old "
-                "pass, and none is made; use R3, or old_logprobs=trainer"
+                f"old_passes={self.old_passes} with old_logprobs=rollout: no old log-probs are "
+                "computed; use old_logprobs=trainer, or old_passes=1"
             )
         if self.engine == "vllm" and self.router_noise > 0:
             yield (

@@ -19,7 +19,7 @@ import torch
 from moe_rl.batch import RolloutBatch
 from moe_rl.config import RunConfig, preset
 from moe_rl.experiments.bench.result import check_counts, in_turn, write_result
-from moe_rl.losses import loss_function
+from moe_rl.losses import aggregate, find_algorithm, make_inputs
 from moe_rl.policy.forward import ForwardOptions, response_pass
 from moe_rl.policy.policy import Policy, build_policy
 from moe_rl.rollout.cached import CachedEngine
@@ -27,7 +27,7 @@ from moe_rl.rollout.request import Request
 from moe_rl.runtime.process import prepare_process
 from moe_rl.runtime.seeding import generator
 from moe_rl.tasks import make_task
-from moe_rl.training.learner import clip_range
+from moe_rl.training.learner import loss_options
 
 _LAYERS = (None, 16)  # None: as many as the study's model
 _WARM_UP = 3
@@ -103,19 +103,15 @@ def _step(
     """One update along random advantages."""
     parameters = [*policy.model.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-8, fused=True)
-    loss, (clip_low, clip_high) = loss_function(config.algorithm), clip_range(config)
+    algorithm, chosen = find_algorithm(config.algorithm), loss_options(config)
     advantages = torch.randn(len(batch.response_ids), generator=torch.Generator().manual_seed(0))
 
     def step(options: ForwardOptions) -> None:
         output = response_pass(policy, batch, options)
-        loss(
-            output.logprobs,
-            batch.rollout_logprobs,
-            advantages,
-            batch.response_mask,
-            clip_low=clip_low,
-            clip_high=clip_high,
-        ).loss.backward()
+        inputs = make_inputs(
+            output.logprobs, batch.rollout_logprobs, advantages, batch.response_mask
+        )
+        aggregate(algorithm.loss(inputs, **chosen), inputs, algorithm.aggregation).backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,25 +1,46 @@
 """Losses: one algorithm per file, each a pure function of tensors; this file finds them by name.
 
-loss_function("gspo")(logprobs, old_logprobs, advantages, mask).loss.backward()
+inputs = make_inputs(logprobs, old_logprobs, advantages, mask)
+aggregate(gspo_loss(inputs), inputs, "sequence_mean").backward()
 """
 
-from typing import NamedTuple
+import inspect
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
-from moe_rl.losses import grpo, gspo
-from moe_rl.losses.base import LossFunction, LossOutput, check_clip_bounds
+from moe_rl.losses.base import (
+    Aggregation,
+    LossFunction,
+    LossInputs,
+    aggregate,
+    check_clip_bounds,
+    make_inputs,
+)
+from moe_rl.losses.cispo import cispo_loss
+from moe_rl.losses.dapo import dapo_loss
+from moe_rl.losses.dppo_tv import dppo_tv_loss
+from moe_rl.losses.dual_clip import dual_clip_loss
+from moe_rl.losses.gmpo import gmpo_loss
 from moe_rl.losses.grpo import grpo_loss
 from moe_rl.losses.gspo import gspo_loss
 from moe_rl.losses.gspo_token import gspo_token_loss
+from moe_rl.losses.icepop import icepop_loss
+from moe_rl.losses.mis import mis_loss
+from moe_rl.losses.policy_gradient import policy_gradient_loss
+from moe_rl.losses.positive_only import positive_only_loss
+from moe_rl.losses.rspo import rspo_loss
+from moe_rl.losses.sapo import sapo_loss
+from moe_rl.losses.tis import tis_loss
 
 __all__ = [
     "ALGORITHMS",
+    "Algorithm",
     "LossFunction",
-    "LossOutput",
-    "grpo_loss",
-    "gspo_loss",
-    "gspo_token_loss",
-    "loss_function",
-    "resolve_clip",
+    "LossInputs",
+    "aggregate",
+    "find_algorithm",
+    "make_inputs",
+    "resolve_options",
 ]
 
 # A token ratio moves by tens of percent, the geometric mean of a response's ratios by far less, so
@@ -28,67 +49,95 @@ __all__ = [
 SCALE_BOUNDARY = 1e-2
 
 
-class _Algorithm(NamedTuple):
+class Algorithm(NamedTuple):
+    """A loss and what goes with it."""
+
     loss: LossFunction
-    clip_low: float
-    clip_high: float
-    ratio: str  # "token" or "sequence"
+    ratio: Literal["token", "sequence"] = "token"
+    """What its clip range, if it has one, is a range of."""
+    aggregation: Aggregation = "sequence_mean"
+    scale_advantages: bool = True
+    """Divide group advantages by their standard deviation."""
+    reads_routers: bool = False
+    """Whether the loss reads `LossInputs.router_shift`."""
+
+    @property
+    def options(self) -> dict[str, float]:
+        """Names and defaults of the loss's options."""
+        parameters = inspect.signature(self.loss).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-ALGORITHMS: dict[str, _Algorithm] = {
-    "grpo": _Algorithm(grpo_loss, grpo.CLIP_LOW, grpo.CLIP_HIGH, "token"),
-    "gspo": _Algorithm(gspo_loss, gspo.CLIP_LOW, gspo.CLIP_HIGH, "sequence"),
-    "gspo_token": _Algorithm(gspo_token_loss, gspo.CLIP_LOW, gspo.CLIP_HIGH, "sequence"),
+ALGORITHMS: dict[str, Algorithm] = {
+    "grpo": Algorithm(grpo_loss),
+    "dual_clip": Algorithm(dual_clip_loss),
+    "dr_grpo": Algorithm(grpo_loss, aggregation="fixed_length", scale_advantages=False),
+    "dapo": Algorithm(dapo_loss, aggregation="token_mean"),
+    "cispo": Algorithm(cispo_loss, aggregation="token_mean"),
+    "tis": Algorithm(tis_loss),
+    "mis": Algorithm(mis_loss),
+    "icepop": Algorithm(icepop_loss),
+    "dppo_tv": Algorithm(dppo_tv_loss),
+    "gmpo": Algorithm(gmpo_loss),
+    "sapo": Algorithm(sapo_loss),
+    "rspo": Algorithm(rspo_loss, reads_routers=True),
+    "gspo": Algorithm(gspo_loss, ratio="sequence"),
+    "gspo_token": Algorithm(gspo_token_loss, ratio="sequence"),
+    "policy_gradient": Algorithm(policy_gradient_loss),
+    "positive_only": Algorithm(positive_only_loss),
 }
 
 
-def _find_algorithm(algorithm: str) -> _Algorithm:
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm={algorithm!r}: unknown; use one of {', '.join(ALGORITHMS)}")
-    return ALGORITHMS[algorithm]
-
-
-def loss_function(algorithm: str) -> LossFunction:
-    """The loss of `algorithm`: grpo, gspo or gspo_token.
+def find_algorithm(name: str) -> Algorithm:
+    """The algorithm of that name.
 
     Raises:
-        ValueError: for another name.
+        ValueError: there is none.
     """
-    return _find_algorithm(algorithm).loss
+    if name not in ALGORITHMS:
+        raise ValueError(f"algorithm={name!r}: unknown; use one of {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[name]
 
 
-def resolve_clip(
-    algorithm: str,
-    low: float | None = None,
-    high: float | None = None,
+def resolve_options(
+    name: str,
+    algorithm: Algorithm,
+    given: Mapping[str, float | None],
     *,
     allow_any_scale: bool = False,
-) -> tuple[float, float]:
-    """(clip_low, clip_high) of a run: what was given, else the GSPO paper's (2507.18071, 5.1).
+) -> dict[str, float]:
+    """The options of a run: what was given, else the loss's defaults, which are the papers'.
 
-    With the other algorithm's range a run would train without an error and mean little: GSPO at 0.2
+    With the other kind's clip range a run would train without an error and mean little: GSPO at 0.2
     clips nothing, GRPO at 3e-4 nearly everything. So that is refused.
 
     Args:
-        algorithm: grpo, gspo or gspo_token.
-        low, high: a ratio is clipped to [1 - low, 1 + high]; low from 0 to 1, high at least 0.
-        allow_any_scale: skip the comparison of scales (not that of bounds).
+        name: of the algorithm, for the messages.
+        algorithm: whose options they are.
+        given: values by name; None stands for the default.
+        allow_any_scale: skip the comparison of clip scales (not that of bounds).
 
     Raises:
-        ValueError: for an unknown algorithm, a range outside the bounds, or a scale on the other
-            side of SCALE_BOUNDARY.
+        ValueError: an option that the loss does not have, or a clip range out of bounds or on the
+            other side of SCALE_BOUNDARY.
     """
-    found = _find_algorithm(algorithm)
-    low = found.clip_low if low is None else low
-    high = found.clip_high if high is None else high
-    check_clip_bounds(low, high)
-    for name, value in (("clip_low", low), ("clip_high", high)):
+    chosen = {key: value for key, value in given.items() if value is not None}
+    options = algorithm.options
+    for key, value in chosen.items():
+        if key not in options:
+            has = ", ".join(options) or "none"
+            raise ValueError(f"{key}={value:g}: no option of {name}, which has {has}; leave it out")
+    options |= chosen
+    if "clip_low" in options and "clip_high" in options:
+        check_clip_bounds(options["clip_low"], options["clip_high"])
+    for key in ("clip_low", "clip_high"):
+        value = options.get(key, 0.0)
         scale = "token" if value >= SCALE_BOUNDARY else "sequence"
-        if scale != found.ratio and not allow_any_scale:
+        if key in chosen and scale != algorithm.ratio and not allow_any_scale:
             raise ValueError(
-                f"{name}={value:g}: on the scale of {scale} ratios, but {algorithm} clips "
-                f"{found.ratio} ratios; use about 0.2 and 0.27 for token ratios (grpo), 3e-4 and "
-                "4e-4 for sequence ratios (gspo, gspo_token), or set allow_any_clip_scale "
+                f"{key}={value:g}: on the scale of {scale} ratios, but {name} clips "
+                f"{algorithm.ratio} ratios; use about 0.2 and 0.27 for token ratios (grpo), 3e-4 "
+                "and 4e-4 for sequence ratios (gspo, gspo_token), or set allow_any_clip_scale "
                 "(--allow-any-clip-scale)"
             )
-    return low, high
+    return options

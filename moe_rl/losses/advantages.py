@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def group_advantages(rewards: Tensor) -> Tensor:
+def group_advantages(rewards: Tensor, *, scale: bool = True) -> Tensor:
     """A_pg = (r_pg - mean_g r_pg) / std_g r_pg; GSPO paper (arXiv 2507.18071) eq. 3.
 
     The paper leaves the kind of standard deviation open; this is the unbiased one (divisor G - 1),
@@ -14,10 +14,11 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
     Args:
         rewards: [P, G], P prompts by G samples, finite, any real dtype.
+        scale: divide by the standard deviation; False as in Dr. GRPO (arXiv 2503.20783).
 
     Returns:
-        [P, G] float32 (float64 for float64 rewards); each row has mean 0 and unbiased std 1, or is
-        all 0.
+        [P, G] float32 (float64 for float64 rewards); each row has mean 0 and, scaled, unbiased std
+        1, or is all 0.
 
     Raises:
         ValueError: rewards not [P, G], G below 2, or a reward that is NaN or inf.
@@ -35,6 +36,9 @@ def group_advantages(rewards: Tensor) -> Tensor:
             f"rewards[{prompt}, {sample}]={exact[prompt, sample].item()}: NaN or inf at prompt "
             f"{prompt}, sample {sample} ({len(bad)} in all); fix the reward function"
         )
+    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    if not scale:
+        return (exact - exact.mean(dim=1, keepdim=True)).to(dtype)
     # An advantage is the same for any shift and scale of the rewards, so they are first brought to
     # [0, 1]: squares of very small or very large rewards would under- or overflow. Halved, because
     # the range of the largest rewards overflows itself.
@@ -42,5 +46,4 @@ def group_advantages(rewards: Tensor) -> Tensor:
     low, high = halves.amin(dim=1, keepdim=True), halves.amax(dim=1, keepdim=True)
     unit = (halves - low) / (high - low)
     advantages = (unit - unit.mean(dim=1, keepdim=True)) / unit.std(dim=1, keepdim=True)
-    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     return advantages.masked_fill(low == high, 0.0).to(dtype)

@@ -1,120 +1,147 @@
-"""What every loss shares: its signature, its result, checked inputs and the clipped surrogate.
+"""What every loss shares: inputs that are checked once, the clipped surrogate, means over tokens.
 
-Shapes: B sequences, T response positions (right padded), N sequences of the whole minibatch.
+A loss is a pure function `loss(inputs, **options) -> Tensor`: `LossInputs` in, the loss of each
+token out, [B, T], to be minimised. `aggregate` then makes the scalar, so that a loss need not know
+what micro-batches or other processes hold. Shapes: B sequences, T response positions.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Aggregation = Literal["sequence_mean", "token_mean", "fixed_length"]
+
 
 @dataclass(frozen=True, kw_only=True)
-class LossOutput:
-    """A loss and the tokens whose gradient the clip removed."""
+class LossInputs:
+    """What a loss is a function of: [B, T] each, float32 or wider, 0 in padding; see `make_inputs`.
 
-    loss: Tensor
-    """Scalar to minimise, float32 or wider; differentiable in `logprobs` only."""
-    clipped_low: Tensor
-    """bool [B, T]: response tokens with ratio < 1 - clip_low and advantage < 0."""
-    clipped_high: Tensor
-    """bool [B, T]: response tokens with ratio > 1 + clip_high and advantage > 0."""
+    Ratios are kept as logs, nats: exp is the last thing that a loss does.
+    """
 
-
-class LossFunction(Protocol):
-    """The signature of every algorithm in this package."""
-
-    def __call__(
-        self,
-        logprobs: Tensor,
-        old_logprobs: Tensor,
-        advantages: Tensor,
-        mask: Tensor,
-        *,
-        clip_low: float = ...,
-        clip_high: float = ...,
-        num_sequences: int | None = None,
-    ) -> LossOutput:
-        """The loss of a minibatch, or of the part of it that one process or micro-batch holds.
-
-        A sequence without a token adds 0 to the loss and still counts in N.
-
-        Args:
-            logprobs: [B, T], nats, of the policy being trained; only this input gets a gradient.
-            old_logprobs: [B, T], nats, of the policy that the ratio is taken against.
-            advantages: [B], one per sequence; `gspo_token_loss` also takes [B, T].
-            mask: bool [B, T], True at response tokens; padding may hold anything, NaN included.
-            clip_low: the ratio's lower bound is 1 - clip_low; from 0 to 1.
-            clip_high: the ratio's upper bound is 1 + clip_high; at least 0.
-            num_sequences: N over all micro-batches and ranks, so that the losses of the parts sum
-                to the loss of the whole; B by default.
-
-        Raises:
-            ValueError: a tensor of another shape, a mask that is not bool, or a clip range out of
-                bounds.
-        """
-        ...
-
-
-class LossInputs(NamedTuple):
-    """Checked inputs, in the form that every loss starts from."""
-
-    log_ratio: Tensor
-    """log w = logprobs - old_logprobs, 0 in padding: [B, T], float32 or wider."""
+    logprobs: Tensor
+    """Of the policy being trained; the only one with a gradient."""
+    old_logprobs: Tensor
+    """Of the policy in the ratio's denominator."""
+    rollout_logprobs: Tensor
+    """Of the engine that sampled the tokens."""
     advantages: Tensor
-    """[B] or [B, T], without gradient, in the dtype of log_ratio."""
     mask: Tensor
-    """bool [B, T]."""
-    lengths: Tensor
-    """int64 [B], response tokens of each sequence, at least 1: they divide."""
-    num_sequences: int
-    """N, which the sum over sequences is divided by."""
+    """bool, True at response tokens."""
+    router_shift: Tensor | None = None
+    """RSPO's gamma in (0, 1], 1 where no router has moved (`routing.statistics.shift`); None where
+    the routers were not recorded."""
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """int64 [B, 1], response tokens of each sequence, at least 1: they divide."""
+        return self.mask.sum(1, keepdim=True).clamp(min=1)
+
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """log w = logprobs - old_logprobs."""
+        return self.logprobs - self.old_logprobs
+
+    @cached_property
+    def log_correction(self) -> Tensor:
+        """log of trainer over engine, old_logprobs - rollout_logprobs; without gradient."""
+        return self.old_logprobs - self.rollout_logprobs
+
+    def sequence_mean(self, values: Tensor) -> Tensor:
+        """Mean over each sequence's tokens: [B, T], 0 in padding, to [B, 1]."""
+        return values.sum(1, keepdim=True) / self.lengths
 
 
-def prepare_inputs(
+LossFunction = Callable[..., Tensor]
+"""`loss(inputs: LossInputs, **options: float) -> Tensor`, the loss of each token, [B, T]; options
+are keyword-only with defaults, and what padding holds does not count."""
+
+
+def make_inputs(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    num_sequences: int | None,
     *,
-    token_advantages: bool = False,
+    rollout_logprobs: Tensor | None = None,
+    router_shift: Tensor | None = None,
 ) -> LossInputs:
-    """Check the tensors that a loss was given, and compute what all losses need.
+    """Check the tensors that a loss is computed from, and bring them to one form.
 
     Nothing broadcasts: a [T] or [B, 1] tensor that would broadcast is nearly always a forgotten
     batch dimension, and the loss would be wrong without a sign of it.
 
+    Args:
+        logprobs: [B, T], nats; only this input gets a gradient.
+        old_logprobs: [B, T], nats.
+        advantages: [B], one per sequence, or [B, T].
+        mask: bool [B, T], True at response tokens; padding may hold anything, NaN included.
+        rollout_logprobs: [B, T], nats; old_logprobs if the engine and the trainer are one.
+        router_shift: [B, T], in (0, 1].
+
     Raises:
-        ValueError: see `LossFunction`; `token_advantages` allows advantages [B, T].
+        ValueError: a tensor of another shape, or a mask that is not bool.
     """
     shape = logprobs.shape
-    per_sequence = advantages.shape == shape[:1]
-    per_token = token_advantages and advantages.shape == shape
-    one_each = f"one per sequence, {list(shape[:1])} (gspo_token also takes one per token)"
-    for name, value, fits, expected in (
-        ("logprobs", logprobs, logprobs.ndim == 2, "[B, T]"),
-        ("old_logprobs", old_logprobs, old_logprobs.shape == shape, f"{list(shape)}"),
-        ("mask", mask, mask.shape == shape, f"{list(shape)}, response positions only"),
-        ("advantages", advantages, per_sequence or per_token, one_each),
-    ):
+    rollout_logprobs = old_logprobs if rollout_logprobs is None else rollout_logprobs
+    expected = {
+        "logprobs": (logprobs, logprobs.ndim == 2, "[B, T]"),
+        "old_logprobs": (old_logprobs, old_logprobs.shape == shape, f"{list(shape)}"),
+        "rollout_logprobs": (rollout_logprobs, rollout_logprobs.shape == shape, f"{list(shape)}"),
+        "mask": (mask, mask.shape == shape, f"{list(shape)}, response positions only"),
+        "advantages": (
+            advantages,
+            advantages.shape in (shape[:1], shape),
+            f"one per sequence, {list(shape[:1])}, or one per token",
+        ),
+    }
+    for name, (value, fits, what) in expected.items():
         if not fits:
-            raise ValueError(f"{name}.shape={list(value.shape)}: expected {expected}; reshape it")
+            raise ValueError(f"{name}.shape={list(value.shape)}: expected {what}; reshape it")
     if mask.dtype != torch.bool:
         raise ValueError(f"mask.dtype={mask.dtype}: expected torch.bool; pass mask.bool()")
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
-    # A select, not a product: NaN * 0 is NaN, and padding may hold anything. The gradient that
-    # reaches padded positions is exactly 0, and none reaches `old_logprobs`.
-    log_ratio = (logprobs.to(dtype) - old_logprobs.detach().to(dtype)).masked_fill(~mask, 0.0)
+    wide = advantages if advantages.ndim == 2 else advantages[:, None].expand(shape)
+
+    def clean(values: Tensor) -> Tensor:
+        # A select, not a product: NaN * 0 is NaN, and padding may hold anything. The gradient that
+        # reaches padded positions is exactly 0.
+        return values.to(dtype).masked_fill(~mask, 0.0)
+
     return LossInputs(
-        log_ratio=log_ratio,
-        advantages=advantages.detach().to(dtype),
+        logprobs=clean(logprobs),
+        old_logprobs=clean(old_logprobs.detach()),
+        rollout_logprobs=clean(rollout_logprobs.detach()),
+        advantages=clean(wide.detach()),
         mask=mask,
-        lengths=mask.sum(1).clamp(min=1),
-        num_sequences=shape[0] if num_sequences is None else num_sequences,
+        router_shift=None if router_shift is None else clean(router_shift.detach()),
     )
+
+
+def aggregate(
+    token_losses: Tensor, inputs: LossInputs, how: Aggregation, *, divisor: float | None = None
+) -> Tensor:
+    """The scalar loss of a minibatch, or of the part of it that one process or micro-batch holds.
+
+        sequence_mean   1/N sum_i 1/|y_i| sum_t l_it    GRPO (arXiv 2402.03300)
+        token_mean      1/M sum_it l_it, M tokens       DAPO (arXiv 2503.14476), eq. 8
+        fixed_length    1/(N T) sum_it l_it             Dr. GRPO (arXiv 2503.20783), T the budget
+
+    Args:
+        divisor: N, M or N T of the whole minibatch, so that the losses of its parts sum to its
+            loss; by default those of `inputs`. A sequence without a token counts in N.
+    """
+    kept = token_losses.masked_fill(~inputs.mask, 0.0)
+    if how == "sequence_mean":
+        return (kept.sum(1, keepdim=True) / inputs.lengths).sum() / (divisor or len(kept))
+    if how == "token_mean":
+        return kept.sum() / (divisor or max(1, int(inputs.mask.sum())))
+    return kept.sum() / (divisor or kept.numel())
 
 
 def check_clip_bounds(clip_low: float, clip_high: float) -> None:
@@ -128,12 +155,12 @@ def check_clip_bounds(clip_low: float, clip_high: float) -> None:
 
 def clip_log_ratio(
     log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The log ratio that the surrogate's min picks, and where the clip picked it.
+) -> Tensor:
+    """The log ratio that the surrogate's min picks.
 
     min(w A, clip(w, 1 - low, 1 + high) A) is w' A with w' = 1 - low where A < 0 and w < 1 - low,
-    w' = 1 + high where A > 0 and w > 1 + high, and w' = w elsewhere. Returned are log w', and
-    the two conditions as bool tensors. log_ratio and advantages have one shape.
+    w' = 1 + high where A > 0 and w > 1 + high, and w' = w elsewhere. Returned is log w'.
+    log_ratio and advantages broadcast.
 
     The choice is made on log w, before exp: where the clipped branch is picked, an overflowing w
     never enters the graph (its gradient would be 0 * inf = NaN). Where A = 0 log w' is 0 for the
@@ -151,22 +178,11 @@ def clip_log_ratio(
         clipped_high = (advantages > 0) & (log_ratio > log_high)
         inert = advantages == 0
     picked = log_ratio.masked_fill(clipped_low, log_low).masked_fill(clipped_high, log_high)
-    return picked.masked_fill(inert, 0.0), clipped_low, clipped_high
+    return picked.masked_fill(inert, 0.0)
 
 
-def clipped_token_loss(
-    log_ratio: Tensor, inputs: LossInputs, clip_low: float, clip_high: float
-) -> LossOutput:
-    """-1/N sum_i 1/|y_i| sum_t min(w_it A_it, clip(w_it, 1 - low, 1 + high) A_it).
-
-    `log_ratio` is log w_it [B, T], which need not be the token's own ratio. An advantage per
-    sequence is repeated over its tokens.
-    """
-    advantages = inputs.advantages
-    if advantages.ndim == 1:
-        advantages = advantages[:, None].expand_as(inputs.mask)
-    advantages = advantages.masked_fill(~inputs.mask, 0.0)
-    picked, low, high = clip_log_ratio(log_ratio, advantages, clip_low, clip_high)
-    surrogate = picked.exp() * advantages
-    loss = -(surrogate.sum(1) / inputs.lengths).sum() / inputs.num_sequences
-    return LossOutput(loss=loss, clipped_low=low, clipped_high=high)
+def clipped_surrogate(
+    log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
+    """min(w A, clip(w, 1 - low, 1 + high) A) of log w, which need not be the token's own ratio."""
+    return clip_log_ratio(log_ratio, advantages, clip_low, clip_high).exp() * advantages

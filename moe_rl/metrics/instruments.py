@@ -17,10 +17,12 @@ from torch import Tensor
 
 from moe_rl.batch import RolloutBatch, response_positions
 from moe_rl.kernels import routing_statistics
+from moe_rl.metrics.branches import branch_shares
 from moe_rl.metrics.ratios import (
     clip_shares,
     mismatch_statistics,
     ratio_statistics,
+    ratio_tail,
     split_log_ratio,
 )
 from moe_rl.policy.forward import ForwardOutput
@@ -84,10 +86,11 @@ def mismatch_metrics(
 def update_metrics(
     output: ForwardOutput,
     *,
-    clipped_low: Tensor,
-    clipped_high: Tensor,
+    gradient: Tensor,
+    advantages: Tensor,
     mask: Tensor,
     old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
     old_routes: Tensor,
     old_router_logits: Tensor | None,
     prompt_length: int,
@@ -100,9 +103,10 @@ def update_metrics(
 
     Args:
         output: the forward pass of the update, with live choices and router logits.
-        clipped_low, clipped_high: bool [B, T], tokens whose gradient the clip removes.
+        gradient: float32 [B, T], of the loss in each log-prob.
+        advantages: float32 [B] or [B, T].
         mask: bool [B, T], response tokens.
-        old_logprobs: float32 [B, T].
+        old_logprobs, rollout_logprobs: float32 [B, T].
         old_routes: int16 [B, Sp + T, L, K], live choices of the old policy.
         old_router_logits: float32 [B, T, L, E], its router logits.
         prompt_length: Sp.
@@ -119,8 +123,9 @@ def update_metrics(
         "mask": mask,
         "logprobs": output.logprobs,
         "old_logprobs": old_logprobs,
-        "clipped_low": clipped_low,
-        "clipped_high": clipped_high,
+        "rollout_logprobs": rollout_logprobs,
+        "gradient": gradient,
+        "advantages": advantages if advantages.ndim == 2 else advantages[:, None].expand_as(mask),
         "churn": statistics.churn(old, new, mask),
     }
     logits = output.router_logits
@@ -131,9 +136,19 @@ def update_metrics(
     if other_logprobs is not None:
         own["other_logprobs"] = other_logprobs
     rows = gather(own)
+    logprobs, mask = rows["logprobs"], rows["mask"]
+    branches = branch_shares(
+        rows["gradient"],
+        logprobs - rows["old_logprobs"],
+        rows["advantages"],
+        mask,
+        (rows["churn"] > 0).any(-1),
+    )
     metrics: dict[str, Any] = {
-        **clip_shares(rows["clipped_low"], rows["clipped_high"], rows["mask"]),
-        **ratio_statistics(rows["logprobs"], rows["old_logprobs"], rows["mask"]),
+        **clip_shares(rows["gradient"], rows["advantages"], mask),
+        **branches,
+        **ratio_statistics(logprobs, rows["old_logprobs"], mask),
+        **ratio_tail(logprobs, rows["rollout_logprobs"], mask, prefix="rollout_ratio"),
         **_disagreement("routing", rows["churn"]),
     }
     if "margin" in rows:
@@ -143,10 +158,10 @@ def update_metrics(
     if per_position:
         metrics["routing/churn_per_position"] = rows["churn"].nanmean(dim=(0, 2)).tolist()
     if "other_logprobs" in rows:
-        live, replay = rows["logprobs"], rows["other_logprobs"]
+        live, replay = logprobs, rows["other_logprobs"]
         if replayed:
             live, replay = replay, live
-        metrics |= split_log_ratio(live, replay, rows["old_logprobs"], rows["mask"])
+        metrics |= split_log_ratio(live, replay, rows["old_logprobs"], mask)
     return metrics
 
 

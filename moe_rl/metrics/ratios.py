@@ -19,6 +19,8 @@ from torch import Tensor
 # R3 (arXiv 2510.11370) reports the share of tokens whose ratio is off by more than a factor of 2;
 # 5 is IcePop's upper bound, beyond which it masks a token.
 DEFAULT_TAUS = (2.0, 5.0)
+SURVIVAL = (2, 10, 100, 1000)
+"""Ratios t at which P(w > t) is logged."""
 
 
 def ratio_statistics(
@@ -37,6 +39,7 @@ def ratio_statistics(
         ratio/x_var       variance of r; inf where float64 overflows
         ratio/x_ess       (sum r)^2 / (N sum r^2) = 1/(1 + CV^2(r)), in [1/N, 1]; never overflows
         ratio/extreme_T   share of tokens with max(w, 1/w) > T, for T in `taus`
+        ratio/mean, ratio/survival_T   see `ratio_tail`
         kl                mean over tokens of -log w: k1 estimate of KL(old || new), nats
         kl_k3             mean over tokens of w - 1 - log w: k3 estimate of the same, >= 0, nats
 
@@ -56,7 +59,8 @@ def ratio_statistics(
         values |= {f"ratio/{name}_{key}": value for key, value in moments.items()}
     values |= {f"ratio/extreme_{t:g}": _extreme(log_ratio, mask, t) for t in taus}
     values |= {"kl": _mean(-log_ratio, mask), "kl_k3": _mean(_k3(log_ratio), mask)}
-    return _read(values, mask)
+    values |= _tail("ratio", log_ratio, mask)
+    return read(values, mask)
 
 
 def mismatch_statistics(
@@ -77,7 +81,23 @@ def mismatch_statistics(
         "mismatch/kl_k3": _mean(_k3(log_ratio), mask),
         f"mismatch/extreme_{tau:g}": _extreme(log_ratio, mask, tau),
     }
-    return _read(values, mask)
+    return read(values, mask)
+
+
+def ratio_tail(
+    logprobs: Tensor, denominator: Tensor, mask: Tensor, *, prefix: str
+) -> dict[str, float]:
+    """Mean and right tail of w = exp(logprobs - denominator) over response tokens.
+
+        PREFIX/mean         mean of w; inf where float64 overflows
+        PREFIX/survival_T   share of tokens with w > T, for T in SURVIVAL
+
+    Where the denominator is the policy that sampled the tokens, E[w] = 1 for every policy that has
+    not learnt from these very tokens, and so P(w > T) <= 1/T (Markov's inequality). A mean above 1
+    by more than its standard error says that it is not.
+    """
+    _check_shapes(mask, logprobs=logprobs, denominator=denominator)
+    return read(_tail(prefix, _masked_difference(logprobs, denominator, mask), mask), mask)
 
 
 def split_log_ratio(live: Tensor, replayed: Tensor, old: Tensor, mask: Tensor) -> dict[str, float]:
@@ -109,24 +129,33 @@ def split_log_ratio(live: Tensor, replayed: Tensor, old: Tensor, mask: Tensor) -
         "ratio/weight_part": _mean(weight * weight, mask),
         "ratio/part_covariance": _mean(routing * weight, mask),
     }
-    return _read(values, mask)
+    return read(values, mask)
 
 
-def clip_shares(clipped_low: Tensor, clipped_high: Tensor, mask: Tensor) -> dict[str, float]:
-    """Shares of response tokens whose gradient the clip removed, from a `LossOutput`'s masks.
+def clip_shares(gradient: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, float]:
+    """Shares of response tokens whose gradient the loss removed: it is 0, and A is not.
 
-        clip_ratio/low, clip_ratio/high   by the lower and by the upper bound
-        clip_ratio/region                 by either (a token is never clipped by both)
+        clip_ratio/low      those with A < 0: PPO's clip removes them where the ratio is small
+        clip_ratio/high     those with A > 0: where it is large
+        clip_ratio/region   both
 
-    All three are in [0, 1]; GSPO paper (arXiv 2507.18071), figure 2, reports the last.
+    All three are in [0, 1]; GSPO paper (arXiv 2507.18071), figure 2, reports the last. A mask of
+    the ratio, as IcePop's, removes tokens of both signs on both sides: `branch/*` tells them apart.
+
+    Args:
+        gradient: [B, T], of the loss in each log-prob.
+        advantages: [B, T].
+        mask: bool [B, T].
     """
-    _check_shapes(mask, clipped_low=clipped_low, clipped_high=clipped_high)
+    _check_shapes(mask, gradient=gradient, advantages=advantages)
+    removed = gradient == 0
+    low, high = (removed & (advantages < 0)).double(), (removed & (advantages > 0)).double()
     values = {
-        "clip_ratio/low": _mean(clipped_low.double(), mask),
-        "clip_ratio/high": _mean(clipped_high.double(), mask),
-        "clip_ratio/region": _mean((clipped_low | clipped_high).double(), mask),
+        "clip_ratio/low": _mean(low, mask),
+        "clip_ratio/high": _mean(high, mask),
+        "clip_ratio/region": _mean(low + high, mask),
     }
-    return _read(values, mask)
+    return read(values, mask)
 
 
 def _moments(log_ratio: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -177,6 +206,13 @@ def _extreme(log_ratio: Tensor, mask: Tensor, tau: float) -> Tensor:
     return _mean((log_ratio.abs() > math.log(tau)).double(), mask)
 
 
+def _tail(prefix: str, log_ratio: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    shares = {
+        f"{prefix}/survival_{t}": _mean((log_ratio > math.log(t)).double(), mask) for t in SURVIVAL
+    }
+    return {f"{prefix}/mean": _mean(log_ratio.exp(), mask), **shares}
+
+
 def _masked_difference(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     """a - b in float64, 0 in padding, outside the graph."""
     return (a.detach().double() - b.detach().double()).masked_fill(~mask, 0.0)
@@ -193,7 +229,7 @@ def _check_shapes(mask: Tensor, **tensors: Tensor) -> None:
         raise ValueError(f"mask.dtype={mask.dtype}: expected torch.bool; pass mask.bool()")
 
 
-def _read(values: dict[str, Tensor], mask: Tensor) -> dict[str, float]:
+def read(values: dict[str, Tensor], mask: Tensor) -> dict[str, float]:
     """One transfer for all values; NaN for all if the mask is empty."""
     numbers = torch.stack([*values.values(), mask.any().double()]).tolist()
     filled = numbers.pop()

@@ -110,7 +110,7 @@ def _inspect(
     step, update = crash["step"], crash["update"]
     report.found += _tokens(experience, passed, learner.share.of_update(update).start)
     report.metrics = learner.observe(experience, passed, step, update)
-    report.metrics["loss"] = sum(part.loss.loss.item() for part in passed)
+    report.metrics["loss"] = sum(part.loss for part in passed)
     if not math.isfinite(report.metrics["loss"]):
         report.found.append(f"loss: {report.metrics['loss']}")
     named = learner.policy.model.named_parameters()

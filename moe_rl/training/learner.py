@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from moe_rl.batch import Experience, RolloutBatch
-from moe_rl.config import RunConfig
-from moe_rl.losses import LossOutput, loss_function, resolve_clip
+from moe_rl.batch import Experience, RolloutBatch, response_positions
+from moe_rl.config import Aggregation, RunConfig
+from moe_rl.losses import aggregate, find_algorithm, make_inputs, resolve_options
 from moe_rl.metrics import instruments
 from moe_rl.policy.forward import ForwardOptions, ForwardOutput, response_pass
 from moe_rl.policy.policy import Policy
 from moe_rl.policy.router_noise import RouterNoise
+from moe_rl.routing.statistics import shift
 from moe_rl.runtime.ranks import Ranks
 from moe_rl.runtime.share import Share
 from moe_rl.runtime.stopwatch import Stopwatch
@@ -27,16 +29,18 @@ from moe_rl.runtime.wrapped import Parallelism, Wrapped, clip_gradients
 from moe_rl.training.replay_plan import ReplayPlan
 
 
-def clip_range(config: RunConfig) -> tuple[float, float]:
-    """The run's (clip_low, clip_high); the algorithm's published ones where it leaves them out.
+def loss_options(config: RunConfig) -> dict[str, float]:
+    """The options of the run's loss; the published ones where the config leaves them out.
 
     Raises:
-        ValueError: a range of the other algorithm's scale, unless the config allows it.
+        ValueError: an option that the loss does not have, or a clip range of the other kind of
+            ratio, unless the config allows it.
     """
-    return resolve_clip(
+    given = {"clip_low": config.clip_low, "clip_high": config.clip_high, **config.loss_options}
+    return resolve_options(
         config.algorithm,
-        config.clip_low,
-        config.clip_high,
+        find_algorithm(config.algorithm),
+        given,
         allow_any_scale=config.allow_any_clip_scale,
     )
 
@@ -65,7 +69,8 @@ class Passed:
 
     forward: Forward
     output: ForwardOutput
-    loss: LossOutput
+    """Of the forward pass; `logprobs.grad` is the gradient of the loss."""
+    loss: float
 
 
 class Learner:
@@ -77,10 +82,11 @@ class Learner:
         clock: gets the times of updates and instruments.
         ranks: processes that train together.
         parallelism: how they share the policy.
+        max_tokens: longest response, which `fixed_length` divides by.
 
     Raises:
         ConfigError: more ranks than prompts.
-        ValueError: a clip range of the other algorithm's scale.
+        ValueError: see `loss_options`.
     """
 
     def __init__(
@@ -90,12 +96,15 @@ class Learner:
         clock: Stopwatch,
         ranks: Ranks,
         parallelism: Parallelism = "ddp",
+        *,
+        max_tokens: int,
     ) -> None:
         self.config, self.policy, self.clock, self.ranks = config, policy, clock, ranks
+        self.max_tokens = max_tokens
         self.share = Share(config, ranks.rank, ranks.size)
-        self.clip = clip_range(config)
+        self.options = loss_options(config)
         self.plan = ReplayPlan(config.routing_replay)
-        self.loss = loss_function(config.algorithm)
+        self.algorithm = find_algorithm(config.algorithm)
         if config.freeze_router:
             policy.freeze_routers()
         if config.gradient_checkpointing:
@@ -123,26 +132,46 @@ class Learner:
     def old_pass(self, batch: RolloutBatch, step: int) -> ForwardOutput:
         """The old policy over the rollout, in the very batches that the updates will use.
 
-        Equal shapes make the first update's ratios 1 up to rounding. Straight from the engine where
-        `old_logprobs` says so.
+        Equal shapes make the first update's ratios 1 up to rounding. Where `old_logprobs` says so,
+        the log-probs are the engine's, and a pass is made only for routes that R2 replays.
         """
         config = self.config
-        if config.old_logprobs == "rollout":
+        from_engine = config.old_logprobs == "rollout"
+        if from_engine and config.routing_replay != "R2":
             return ForwardOutput(
                 logprobs=batch.rollout_logprobs,
                 entropy=None,
                 routed_experts=batch.routed_experts,
                 router_logits=batch.router_logits,
             )
+        output = self._old_forward(batch, step)
+        if from_engine:
+            return output._replace(logprobs=batch.rollout_logprobs)
+        others = [
+            self._old_forward(batch, step, number).logprobs
+            for number in range(1, config.old_passes)
+        ]
+        if others:
+            passes = torch.stack([output.logprobs, *others])
+            mean = passes.logsumexp(0) - math.log(len(passes))
+            output = output._replace(logprobs=mean)
+        return output
+
+    def _old_forward(
+        self, batch: RolloutBatch, step: int, number: int | None = None
+    ) -> ForwardOutput:
+        """One pass of the old policy over the rollout; `number` of those after the first."""
+        config = self.config
         outputs = []
         for update in range(config.updates_per_rollout):
             for forward in self._forwards(update):
                 part = batch.select_prompts(forward.prompts)
                 options = ForwardOptions(
                     replay=self.plan.old_pass_record(part.routed_experts),
-                    router_logits=config.instruments,
-                    entropy=config.instruments,
-                    noise=self.noise(step, "old", forward.prompts),
+                    record=number is None,
+                    router_logits=self.reads_routers and number is None,
+                    entropy=config.instruments and number is None,
+                    noise=self.noise(step, "old", forward.prompts, number),
                 )
                 output = self.wrapped.run(response_pass, self.policy, part, options)
                 if forward.counts:
@@ -152,27 +181,60 @@ class Learner:
     def gradients(self, experience: Experience, step: int, update: int) -> list[Passed]:
         """Forward and backward passes of one update; gradients are left at the parameters."""
         forwards = self._forwards(update)
-        sequences = self.config.prompts_per_rollout // self.config.updates_per_rollout
-        sequences *= self.config.group_size
+        divisor = self._divisor(experience, update)
         passed = []
         for number, forward in enumerate(forwards, 1):
             rows = self._rows(forward.prompts)
             mask = experience.batch.response_mask[rows]
             with self.wrapped.backward(last=number == len(forwards)):
                 output = self._forward(experience, forward, step, update)
-                loss = self.loss(
+                output.logprobs.retain_grad()
+                inputs = make_inputs(
                     output.logprobs,
                     experience.old_logprobs[rows],
                     experience.advantages[rows],
                     mask if forward.counts else torch.zeros_like(mask),
-                    clip_low=self.clip[0],
-                    clip_high=self.clip[1],
-                    num_sequences=sequences,
+                    rollout_logprobs=experience.batch.rollout_logprobs[rows],
+                    router_shift=self._router_shift(experience, output, rows),
                 )
+                token_losses = self.algorithm.loss(inputs, **self.options)
+                loss = aggregate(token_losses, inputs, self._aggregation, divisor=divisor)
                 # The ranks' gradients are averaged, and ours are sums.
-                (loss.loss * self.ranks.size).backward()
-            passed.append(Passed(forward=forward, output=output, loss=loss))
+                (loss * self.ranks.size).backward()
+            passed.append(Passed(forward=forward, output=output, loss=loss.item()))
         return passed
+
+    @property
+    def _aggregation(self) -> Aggregation:
+        return self.config.aggregation or self.algorithm.aggregation
+
+    @property
+    def reads_routers(self) -> bool:
+        """Whether router logits of the old pass and the updates are needed."""
+        return self.config.instruments or self.algorithm.reads_routers
+
+    def _divisor(self, experience: Experience, update: int) -> float:
+        """What the loss of the whole update, of all ranks, is divided by."""
+        config = self.config
+        sequences = config.prompts_per_rollout // config.updates_per_rollout * config.group_size
+        if self._aggregation == "sequence_mean":
+            return sequences
+        if self._aggregation == "fixed_length":
+            return sequences * self.max_tokens
+        rows = self._rows(self.share.of_update(update))
+        return self.ranks.total(float(experience.batch.response_mask[rows].sum()))
+
+    def _router_shift(
+        self, experience: Experience, output: ForwardOutput, rows: slice
+    ) -> Tensor | None:
+        """RSPO's gamma of each response token, for the losses that read it."""
+        if not self.algorithm.reads_routers:
+            return None
+        old, new = experience.old_router_logits, output.router_logits
+        assert old is not None and new is not None
+        batch = experience.batch
+        routes = response_positions(experience.old_routes[rows], batch.prompt_ids.shape[1])
+        return shift(old[rows], new.detach(), routes, batch.response_mask[rows])
 
     def update(self, experience: Experience, step: int, update: int) -> dict[str, Any]:
         """One optimiser update; returns its metrics, of all ranks.
@@ -182,9 +244,7 @@ class Learner:
         config = self.config
         with self.clock.timed("updates"), self._training_mode():
             passed = self.gradients(experience, step, update)
-        metrics: dict[str, Any] = {
-            "loss": self.ranks.total(sum(part.loss.loss.item() for part in passed))
-        }
+        metrics: dict[str, Any] = {"loss": self.ranks.total(sum(part.loss for part in passed))}
         if config.instruments:
             with self.clock.timed("instruments"):
                 metrics |= self.observe(experience, passed, step, update)
@@ -216,14 +276,17 @@ class Learner:
                 for part in passed
             ]
             other = torch.cat(flipped)
-        low = [part.loss.clipped_low[part.forward.counted] for part in passed]
-        high = [part.loss.clipped_high[part.forward.counted] for part in passed]
+        gradients = [
+            part.output.logprobs.grad[part.forward.counted]  # type: ignore[index]
+            for part in passed
+        ]
         rows = self._rows(self.share.of_update(update))
         return instruments.update_metrics(
             output,
-            clipped_low=torch.cat(low),
-            clipped_high=torch.cat(high),
+            gradient=torch.cat(gradients),
+            advantages=experience.advantages[rows],
             mask=batch.response_mask[rows],
+            rollout_logprobs=batch.rollout_logprobs[rows],
             old_logprobs=experience.old_logprobs[rows],
             old_routes=experience.old_routes[rows],
             old_router_logits=None
@@ -264,7 +327,7 @@ class Learner:
         options = ForwardOptions(
             replay=experience.replay[rows] if replayed else None,
             record=self.config.instruments and not flip,
-            router_logits=self.config.instruments and not flip,
+            router_logits=self.reads_routers and not flip,
             noise=self.noise(step, "update", forward.prompts, update),
         )
         part = experience.batch.select_prompts(forward.prompts)

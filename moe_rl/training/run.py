@@ -40,7 +40,7 @@ def resolve(config: RunConfig) -> RunConfig:
 
     Raises:
         ConfigError: a dataset that cannot be read, or was changed since the config was written.
-        ValueError: a clip range of the other algorithm's scale.
+        ValueError: see `loss_options` in training/learner.py.
     """
     return _resolve(config)[0]
 
@@ -52,9 +52,9 @@ def _resolve(config: RunConfig) -> tuple[RunConfig, Task]:
     if isinstance(task, Dataset):
         pinned = dataclasses.replace(config.task, dataset_sha256=task.sha256)
         config = dataclasses.replace(config, task=pinned)
-    from moe_rl.training.learner import clip_range
+    from moe_rl.training.learner import loss_options
 
-    clip_range(config)
+    loss_options(config)
     return config, task
 
 
@@ -89,7 +89,7 @@ def train(
     Raises:
         ConfigError: the folder is in use, holds another run, or checkpoints of this one without
             `resume`; or the policy cannot be built.
-        ValueError: a clip range of the other algorithm's scale.
+        ValueError: see `loss_options` in training/learner.py.
         NonFinite, Stopped: see `Trainer.run`.
         PeerFailed: another process has failed.
     """

@@ -76,7 +76,14 @@ class Trainer:
         self.progress = Progress()
         self.engine = make_engine(config.engine, policy)
         self.clock = Stopwatch(policy.device)
-        self.learner = Learner(config, policy, self.clock, self.ranks, parallelism)
+        self.learner = Learner(
+            config,
+            policy,
+            self.clock,
+            self.ranks,
+            parallelism,
+            max_tokens=task.max_response_tokens,
+        )
 
     def resume_from(self, checkpoint: Path) -> None:
         """Stand where a checkpoint was written; the policy is loaded from it already."""
@@ -177,7 +184,7 @@ class Trainer:
             group_size=config.group_size,
             max_tokens=self.task.max_response_tokens,
             noise=self.learner.noise(step, "rollout", slice(0, len(prompts))),
-            router_logits=config.instruments and config.old_logprobs == "rollout",
+            router_logits=self.learner.reads_routers and config.old_logprobs == "rollout",
         )
         failure = ""
         with self.ranks.together(), torch.no_grad(), self.learner.wrapped.whole():
@@ -191,7 +198,8 @@ class Trainer:
                     step=step,
                     numbers=prompts,
                 )
-                advantages = group_advantages(rewards).flatten().to(self.policy.device)
+                scale = self.learner.algorithm.scale_advantages
+                advantages = group_advantages(rewards, scale=scale).flatten().to(self.policy.device)
             except FloatingPointError as error:
                 failure = str(error)
         if self.ranks.largest(len(failure)):
