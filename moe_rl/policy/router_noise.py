@@ -17,16 +17,13 @@ from moe_rl.runtime.seeding import generator
 
 NoiseDraw = Callable[[int, Tensor], Tensor]
 
-# Address of a prompt that all samples of its group share; no sample has this number.
-_SHARED_PROMPT = 2**32
-
 
 @dataclass(frozen=True, kw_only=True)
 class RouterNoise:
     """Noise of one forward pass over P prompts and G responses each.
 
-    Every value is a pure function of (seed, purpose, step, prompt, sample, layer, position), so a
-    minibatch or a rank that holds some of the prompts draws the same noise for them.
+    Every value is a pure function of (seed, purpose, step, prompt, sample, layer, position) and the
+    group size, so a minibatch or a rank that holds some of the prompts draws the same for them.
     """
 
     std: float
@@ -41,11 +38,11 @@ class RouterNoise:
 
     def for_prompts(self) -> NoiseDraw:
         """Draws for a pass over the prompts alone, one row per prompt: logits [P * s, E]."""
-        return self._draw([(prompt, _SHARED_PROMPT) for prompt in self.prompts])
+        return self._draw(0)
 
     def for_responses(self) -> NoiseDraw:
         """Draws for responses read at once or token by token: logits [B * s, E]."""
-        return self._draw([(prompt, g) for prompt in self.prompts for g in range(self.group_size)])
+        return self._draw(self.group_size)
 
     def for_sequences(self, prompt_length: int) -> NoiseDraw:
         """Draws for whole sequences: the values of `for_prompts` and `for_responses`, joined."""
@@ -71,7 +68,8 @@ class RouterNoise:
 
         return draw
 
-    def _draw(self, rows: list[tuple[int, int]]) -> NoiseDraw:
+    def _draw(self, samples: int) -> NoiseDraw:
+        """Draws for `samples` rows a prompt; 0 stands for the prompt itself, one row."""
         streams: dict[int, list[np.random.Generator]] = {}
 
         def draw(layer: int, logits: Tensor) -> Tensor:
@@ -79,12 +77,16 @@ class RouterNoise:
             if layer not in streams:
                 purpose = f"router_noise/{self.purpose}/{layer}"
                 streams[layer] = [
-                    generator(self.seed, purpose, step=self.step, prompt=prompt, sample=sample)
-                    for prompt, sample in rows
+                    # One stream for a whole group: to make one costs as much as many draws.
+                    generator(self.seed, purpose, step=self.step, prompt=prompt, sample=samples)
+                    for prompt in self.prompts
                 ]
-            shape = (logits.numel() // (len(rows) * logits.shape[-1]), logits.shape[-1])
-            values = [s.standard_normal(shape, dtype=np.float32) for s in streams[layer]]
-            noise = torch.from_numpy(np.stack(values)).reshape(logits.shape)
+            rows, experts = max(samples, 1), logits.shape[-1]
+            positions = logits.numel() // (len(self.prompts) * rows * experts)
+            shape = (positions, rows, experts)
+            values = np.stack([s.standard_normal(shape, np.float32) for s in streams[layer]])
+            # [P, s, G, E] to [P, G, s, E], the order of the logits.
+            noise = torch.from_numpy(values).transpose(1, 2).reshape(logits.shape)
             return noise.to(logits.device).mul_(self.std)
 
         return draw
