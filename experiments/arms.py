@@ -16,6 +16,10 @@ Change = Callable[[RunConfig, RoutingReplay], RunConfig]
 _GSPO = "GSPO paper (arXiv 2507.18071)"
 
 
+def _unchanged(base: RunConfig, replay: RoutingReplay) -> RunConfig:
+    return base
+
+
 def _with(**changes: Any) -> Change:
     """Changes that do not depend on the kind of replay."""
     return lambda base, replay: base.replace(**changes)
@@ -41,7 +45,7 @@ class Arm:
     """matplotlib line style, the second channel beside the colour."""
     paper: str
     """Where the arm is from."""
-    change: Change = _with()
+    change: Change = _unchanged
     """The base config (for a restart: GRPO's) and the kind of replay in, the arm's config out."""
     compare_with: tuple[str, ...] = ("grpo",)
     """Arms that its final reward is compared with on common seeds, in the paired table."""
@@ -199,6 +203,15 @@ _TABLE = (
         ),
     ),
     Arm(
+        name="dense-gspo",
+        label="dense control, GSPO",
+        paper="our control: GSPO, equal active size, every expert always on",
+        change=lambda base, replay: base.replace(
+            algorithm="gspo", num_experts=base.model.experts_per_token
+        ),
+        compare_with=("dense",),
+    ),
+    Arm(
         name="frozen-router",
         label="frozen router",
         colour="#b7589a",
@@ -234,6 +247,11 @@ _TABLE = (
 ARMS = {arm.name: arm for arm in _TABLE}
 FRESH_ARMS = tuple(arm.name for arm in _TABLE if not arm.is_restart)
 RESTARTS = tuple(arm.name for arm in _TABLE if arm.is_restart)
+_NEEDS_ROUTER = {"grpo+replay", "grpo+trr", "gspo+replay", "rspo", "frozen-router"}
+DENSE_ARMS = tuple(
+    name for name in FRESH_ARMS if name not in _NEEDS_ROUTER and not name.startswith("dense")
+)
+"""Arms that mean something for a model without routing."""
 MAIN_ARMS = ("grpo", "grpo+replay", "gspo")
 STORY_ARMS = (*MAIN_ARMS, "dense")
 """What maps, families and the first figure show: more lines would hide the story."""

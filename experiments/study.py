@@ -1,11 +1,45 @@
 """A study: the runs it is made of, and study.json, which says what its folder holds."""
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from moe_rl.config import SCHEMA, ConfigError, RunConfig
+from moe_rl.config import SCHEMA, ConfigError, RoutingReplay, RunConfig
+from moe_rl.experiments.arms import arm_config
 from moe_rl.run_folder.log import write_json
+
+Variants = Mapping[str, Mapping[str, Any]]
+"""Arms that one study alone has: name, and what it changes in the base config."""
+
+
+def of_arms(base: RunConfig, arms: Iterable[str], seeds: Iterable[int]) -> list[RunConfig]:
+    """Runs of arms of the table in one setting, with the replay that it calls for."""
+    replay = replay_for(base)
+    return [arm_config(arm, base, replay=replay, seed=seed) for seed in seeds for arm in arms]
+
+
+def replay_for(base: RunConfig) -> RoutingReplay:
+    """R2 replays the trainer's own old choice: the answer to staleness.
+
+    Where engine and trainer differ, the record that both can share is the engine's: R3.
+    """
+    return "R3" if base.router_noise else "R2"
+
+
+def of_variants(base: RunConfig, variants: Variants, seeds: Iterable[int]) -> list[RunConfig]:
+    """Runs of variants in one setting."""
+    return [
+        base.replace(arm=arm, seed=seed, on_nonfinite="skip", **changes)
+        for seed in seeds
+        for arm, changes in variants.items()
+    ]
+
+
+def seed_by_seed(configs: Iterable[RunConfig]) -> tuple[RunConfig, ...]:
+    """The runs in an order in which an interrupted study has whole seeds."""
+    return tuple(sorted(configs, key=lambda config: config.seed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +50,8 @@ class StudyPlan:
     mode: str
     """quick, full or map."""
     configs: tuple[RunConfig, ...]
+    analysis: str = ""
+    """The analysis plan, written before the runs: arms, seeds, primary outcome, tests."""
 
     def write(self, root: Path, command: str) -> None:
         """Write study.json into the study folder `root`; `command` says how to make it again.
@@ -37,13 +73,14 @@ class StudyPlan:
             "arms": arms,
             "seeds": seeds,
             "runs": runs,
+            "analysis": self.analysis,
         }
         try:
             theirs = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else plan
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{file}: no study ({error}); give a new folder") from error
         for key, ours in plan.items():
-            if theirs.get(key) != ours:
+            if key != "analysis" and theirs.get(key) != ours:
                 raise ConfigError(
                     f"out={str(root)!r}: holds a study with {key}={theirs.get(key)!r}, this one "
                     f"has {ours!r}; give another folder"

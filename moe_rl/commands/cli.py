@@ -26,6 +26,7 @@ from moe_rl.commands.messages import complain, explain, format_warning
 from moe_rl.commands.options import BaseSettings, Command
 from moe_rl.commands.report import Report
 from moe_rl.commands.reproduce import Reproduce
+from moe_rl.commands.study import Study
 from moe_rl.commands.train import Train
 
 INTERRUPTED = 130
@@ -34,6 +35,7 @@ READER_GONE = 141
 COMMANDS: tuple[type[Command], ...] = (
     Reproduce,
     Train,
+    Study,
     Map,
     Calibrate,
     DebugCrash,

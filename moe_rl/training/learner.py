@@ -135,9 +135,8 @@ class Learner:
         Equal shapes make the first update's ratios 1 up to rounding. Where `old_logprobs` says so,
         the log-probs are the engine's, and a pass is made only for routes that R2 replays.
         """
-        config = self.config
-        from_engine = config.old_logprobs == "rollout"
-        if from_engine and config.routing_replay != "R2":
+        from_engine = self.config.old_logprobs == "rollout"
+        if self.old_passes == 0:
             return ForwardOutput(
                 logprobs=batch.rollout_logprobs,
                 entropy=None,
@@ -148,8 +147,7 @@ class Learner:
         if from_engine:
             return output._replace(logprobs=batch.rollout_logprobs)
         others = [
-            self._old_forward(batch, step, number).logprobs
-            for number in range(1, config.old_passes)
+            self._old_forward(batch, step, number).logprobs for number in range(1, self.old_passes)
         ]
         if others:
             passes = torch.stack([output.logprobs, *others])
@@ -203,6 +201,14 @@ class Learner:
                 (loss * self.ranks.size).backward()
             passed.append(Passed(forward=forward, output=output, loss=loss.item()))
         return passed
+
+    @property
+    def old_passes(self) -> int:
+        """Passes of the old policy over a rollout."""
+        config = self.config
+        if config.old_logprobs == "rollout":
+            return int(config.routing_replay == "R2")
+        return config.old_passes
 
     @property
     def _aggregation(self) -> Aggregation:

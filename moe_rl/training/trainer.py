@@ -32,6 +32,7 @@ from moe_rl.runtime.stopwatch import Stopwatch
 from moe_rl.runtime.wrapped import Parallelism
 from moe_rl.tasks import Task
 from moe_rl.training.crash import Crash, NonFinite, collect_experience
+from moe_rl.training.evaluation import pass_at_1
 from moe_rl.training.learner import Learner
 from moe_rl.training.state import (
     Progress,
@@ -135,6 +136,10 @@ class Trainer:
                 if values["skipped"] and self.config.on_nonfinite == "stop":
                     reason = "the loss or its gradient is NaN or inf"
                     self._crash(step, update, experience, reason, line)
+        every = self.config.evaluate_every
+        if every and (step + 1) % every == 0:
+            with self.clock.timed("evaluation"), self.learner.wrapped.whole():
+                metrics["pass_at_1"] = pass_at_1(self.policy, self.task, step, self.ranks)
         return {"learning_rate": rate, **metrics}
 
     def experience(self, step: int) -> tuple[Experience, dict[str, Any]]:
@@ -152,6 +157,7 @@ class Trainer:
         scored = {"rewards": rewards.flatten().to(self.policy.device), "truncated": batch.truncated}
         scored |= {"mask": batch.response_mask}
         metrics = _rollout_metrics(**gather(scored), group_size=config.group_size)
+        metrics["operations"] = self._operations(batch)
         if config.instruments:
             with self.clock.timed("instruments"):
                 metrics |= instruments.rollout_metrics(batch, old, gather=gather)
@@ -208,6 +214,15 @@ class Trainer:
         longest = (batch.prompt_ids.shape[1], batch.response_ids.shape[1])
         lengths = [self.ranks.largest(length) for length in longest]
         return batch.padded(*lengths, pad_id=self.policy.pad_id), rewards, advantages
+
+    def _operations(self, batch: RolloutBatch) -> float:
+        """Floating-point operations of a rollout step, of all ranks, by the usual estimate.
+
+        2 a parameter that a token passes through and read, 6 where its gradient is taken. Prompts
+        are read once a group; instruments do not count.
+        """
+        tokens = self.ranks.total(float(batch.prompt_mask.sum() + batch.response_mask.sum()))
+        return 2.0 * self.policy.active_parameters * tokens * (4 + self.learner.old_passes)
 
     def _crash(
         self,

@@ -1,0 +1,41 @@
+"""Denominator: is it enough to divide by the probability of the policy that really sampled?
+
+For y ~ mu and any policy pi, E[pi/mu] = 1, so that P(pi/mu > t) <= 1/t: with the sampling engine's
+log-probs in the denominator a heavy right tail of the ratio is impossible, whatever routing does.
+With log-probs that the trainer recomputes there is no bound.
+
+Settings: routing-noise, int4 (the engine samples with weights rounded to int4, no noise) and stale.
+Arms: {recomputed, rollout} log-probs in the denominator x {open, dual clip, DPPO-TV} x {no replay,
+R2, R3}; in stale engine and trainer agree, so that R3 is R2 and is left out.
+Seeds: 21 to 28, paired.
+Primary outcome: final reward. Tests: rollout against recomputed within each of the cells, exact
+sign-flip test, Holm's correction over the cells of a setting. Secondary, without test: mean w,
+P(w > t) beside 1/t, share of the gradient's mass in the unbounded branch.
+"""
+
+from pathlib import Path
+
+from moe_rl.config import RunConfig, preset
+from moe_rl.experiments.study import Variants, of_variants
+
+_BRANCH = {"open": "grpo", "dual-clip": "dual_clip", "dppo-tv": "dppo_tv"}
+
+
+def runs(root: Path) -> list[RunConfig]:
+    """The full factorial in three settings."""
+    low = preset("mild-stale").replace(setting="int4", rollout_precision="int4")
+    configs = []
+    for base in (preset("routing-noise"), low, preset("stale")):
+        modes = ("disabled", "R2") if base.setting == "stale" else ("disabled", "R2", "R3")
+        variants: Variants = {
+            f"{branch}-{old}-{replay}": {
+                "algorithm": algorithm,
+                "old_logprobs": "trainer" if old == "recomputed" else "rollout",
+                "routing_replay": replay,
+            }
+            for replay in modes
+            for branch, algorithm in _BRANCH.items()
+            for old in ("recomputed", "rollout")
+        }
+        configs += of_variants(base, variants, range(21, 29))
+    return configs

@@ -1,0 +1,29 @@
+"""Depth: is the failure worse in deeper models, and whose failure is it?
+
+Settings: 2, 4 and 8 layers, each with noise 0.27 (noise-Ln) and without (mild-Ln).
+Arms: GRPO, with replay (R3 under noise, R2 without), GSPO, the dense control.
+Seeds: 21 to 25.
+Primary outcomes: churn of GRPO over a rollout in the first fifth of the steps, and final reward.
+Tests: 8 against 2 layers on the same seeds, exact sign-flip test, Holm's correction over the arms.
+"""
+
+from pathlib import Path
+
+from moe_rl.config import RunConfig, preset
+from moe_rl.experiments.arms import STORY_ARMS
+from moe_rl.experiments.study import of_arms
+
+LAYERS = (2, 4, 8)
+
+
+def runs(root: Path) -> list[RunConfig]:
+    """The arms at every depth; without a choice of experts there is nothing to perturb."""
+    noise, mild = preset("routing-noise"), preset("mild-stale")
+    configs = []
+    for layers in LAYERS:
+        noisy = noise.replace(setting=f"noise-L{layers}", num_layers=layers)
+        clean = mild.replace(setting=f"mild-L{layers}", num_layers=layers)
+        arms = [arm for arm in STORY_ARMS if arm != "dense"]
+        configs += of_arms(noisy, arms, range(21, 26))
+        configs += of_arms(clean, STORY_ARMS, range(21, 26))
+    return configs

@@ -1,0 +1,42 @@
+"""Placement: which pass's noise hurts, and which replay helps at which staleness?
+
+Part 1, settings noise-in-PASS: noise 0.27 in every pass, in the rollout, in the old pass or in the
+updates alone. Arms: GRPO (8 seeds), with R2, with R3 (5 seeds).
+Part 2, settings updates-M: 1, 2, 4 and 8 updates a rollout under noise 0.27, with 4 prompts an
+update and 200 updates in all, so that only the age of the data varies. Arms: GRPO, with R2, with
+R3, GSPO. Seeds: 21 to 25.
+Primary outcome: final reward. Tests: each placement against "all passes", each replay against none
+in the same setting: exact sign-flip test, Holm's correction within a part.
+"""
+
+from pathlib import Path
+from typing import get_args
+
+from moe_rl.config import RouterNoisePasses, RunConfig, preset
+from moe_rl.experiments.study import Variants, of_variants
+
+_GRPO: Variants = {"grpo": {}}
+_REPLAY: Variants = {"grpo+R2": {"routing_replay": "R2"}, "grpo+R3": {"routing_replay": "R3"}}
+_UPDATES = 200
+_PROMPTS_PER_UPDATE = 4
+
+
+def runs(root: Path) -> list[RunConfig]:
+    """Both parts."""
+    base = preset("routing-noise")
+    configs = []
+    for passes in get_args(RouterNoisePasses):
+        setting = base.replace(setting=f"noise-in-{passes}", router_noise_passes=passes)
+        configs += of_variants(setting, _GRPO, range(21, 29))
+        configs += of_variants(setting, _REPLAY, range(21, 26))
+    for updates in (1, 2, 4, 8):
+        setting = base.replace(
+            setting=f"updates-{updates}",
+            updates_per_rollout=updates,
+            prompts_per_rollout=_PROMPTS_PER_UPDATE * updates,
+            steps=_UPDATES // updates,
+            warmup_steps=base.warmup_steps * 8 // updates,
+        )
+        arms = {**_GRPO, **_REPLAY, "gspo": {"algorithm": "gspo"}}
+        configs += of_variants(setting, arms, range(21, 26))
+    return configs

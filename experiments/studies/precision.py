@@ -1,0 +1,37 @@
+"""Precision: what do rollouts in other numerics do?
+
+Settings: the engine samples with weights in float32 (the trainer's own), bf16, fp8, int8 or int4;
+8 updates a rollout, no noise.
+Arms: GRPO with recomputed log-probs, with the engine's, and either with R3; GSPO with either.
+Seeds: 21 to 25.
+Primary outcome: final reward. Tests: each precision against float32 within an arm, exact sign-flip
+test, Holm's correction over the precisions. Secondary: KL k3 and router disagreement between
+engine and trainer, and the part of that KL which replay removes.
+"""
+
+from pathlib import Path
+
+from moe_rl.config import RunConfig, preset
+from moe_rl.experiments.study import Variants, of_variants
+
+PRECISIONS = ("float32", "bf16", "fp8", "int8", "int4")
+_ARMS: Variants = {
+    "grpo": {},
+    "grpo+rollout-old": {"old_logprobs": "rollout"},
+    "grpo+R3": {"routing_replay": "R3"},
+    "grpo+rollout-old+R3": {"old_logprobs": "rollout", "routing_replay": "R3"},
+    "gspo": {"algorithm": "gspo"},
+    "gspo+rollout-old": {"algorithm": "gspo", "old_logprobs": "rollout"},
+}
+
+
+def runs(root: Path) -> list[RunConfig]:
+    """The arms at every precision."""
+    base = preset("mild-stale")
+    return [
+        config
+        for precision in PRECISIONS
+        for config in of_variants(
+            base.replace(setting=precision, rollout_precision=precision), _ARMS, range(21, 26)
+        )
+    ]

@@ -1,0 +1,50 @@
+"""Remedies: which published cure works for which disease?
+
+Settings: routing-noise (every pass routes differently), stale (16 updates a rollout, no noise) and
+mild-stale (8 updates, no noise), each for the MoE; stale and mild-stale once more for a dense model
+of equal active size (stale-dense, mild-dense), which has no routing. Replay is R3 under noise, R2
+without it.
+Arms: all of experiments/arms.py but the restarts; for the dense model those that do not need a
+router.
+Seeds: 21 to 28 for the main arms, 21 to 25 for the others. Seeds below 21 were looked at before.
+Primary outcome: final reward, the mean of the last eighth of the steps.
+Tests: every arm against GRPO in the same setting on the same seeds, exact two-sided sign-flip test
+of the mean difference, Student's 95% interval. Holm's correction over the arms of one setting.
+A cure counts as enough for a disease where its final reward is within 0.1 of the same arm's in
+mild-stale, by the interval of the paired difference, and no seed collapses.
+"""
+
+from pathlib import Path
+
+from moe_rl.config import RunConfig, preset
+from moe_rl.experiments.arms import DENSE_ARMS, FRESH_ARMS, MAIN_ARMS
+from moe_rl.experiments.study import of_arms
+
+MAIN_SEEDS = range(21, 29)
+OTHER_SEEDS = range(21, 26)
+# Those that the main claims need, on all seeds.
+_EIGHT = {*MAIN_ARMS, "grpo+dual-clip", "grpo+rollout-old", "dense", "dense-gspo"}
+
+
+def runs(root: Path) -> list[RunConfig]:
+    """All arms in three settings, and without routing in two."""
+    noise, stale, mild = (preset(name) for name in ("routing-noise", "stale", "mild-stale"))
+    configs = []
+    for base in (noise, stale, mild):
+        main, others = _split(FRESH_ARMS)
+        configs += of_arms(base, main, MAIN_SEEDS)
+        configs += of_arms(base, others, OTHER_SEEDS)
+    for base in (stale, mild):
+        dense = base.replace(
+            setting=f"{base.setting}-dense".replace("mild-stale-dense", "mild-dense"),
+            num_experts=base.model.experts_per_token,
+        )
+        main, others = _split(DENSE_ARMS)
+        configs += of_arms(dense, main, MAIN_SEEDS)
+        configs += of_arms(dense, others, OTHER_SEEDS)
+    return configs
+
+
+def _split(arms: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Arms on all seeds, and the others."""
+    return [arm for arm in arms if arm in _EIGHT], [arm for arm in arms if arm not in _EIGHT]

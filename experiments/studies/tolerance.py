@@ -1,0 +1,33 @@
+"""Tolerance: how much disagreement between passes does each arm stand?
+
+Settings: routing-noise with noise 0, 0.01, 0.02, 0.05, 0.1, 0.135, 0.19, 0.27, 0.38 and 0.5. The
+disagreement that a noise makes is measured in the runs: KL k3 between engine and trainer and the
+share of routers that differ, the axes on which published systems are marked.
+Arms: GRPO, with dual clip, with the engine's log-probs in the denominator, with replay (R3), GSPO.
+Seeds: 21 to 25.
+Primary outcome: final reward. An arm tolerates a noise if its final reward there is less than 0.1
+below its own at noise 0, by the paired difference's mean; its tolerance is the largest noise that
+it tolerates together with all smaller ones. Intervals are Student's over seeds; no test.
+"""
+
+from pathlib import Path
+
+from moe_rl.config import RunConfig, preset
+from moe_rl.experiments.study import of_arms
+
+NOISES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.135, 0.19, 0.27, 0.38, 0.5)
+ARMS = ("grpo", "grpo+dual-clip", "grpo+rollout-old", "grpo+replay", "gspo")
+
+
+def runs(root: Path) -> list[RunConfig]:
+    """The arms at every noise."""
+    base = preset("routing-noise")
+    return [
+        config
+        for noise in NOISES
+        for config in of_arms(
+            base.replace(setting=f"noise-{noise:g}", router_noise=noise),
+            ARMS,
+            range(21, 26),
+        )
+    ]

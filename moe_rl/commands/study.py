@@ -1,0 +1,30 @@
+"""`moe-rl study`: one of the committed studies."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import tyro
+
+from moe_rl.commands.options import Command, StudyOptions
+from moe_rl.commands.studies import INTERRUPTED, run_study
+from moe_rl.config import StudyName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(StudyOptions, Command):
+    """Run one of the committed studies and write its report; hours on a laptop."""
+
+    interrupted: ClassVar[str] = INTERRUPTED
+
+    name: Annotated[StudyName, tyro.conf.Positional]
+    """Which one; the head of experiments/studies/NAME.py says what it asks and how it is judged."""
+    out: Path | None = None
+    """Study folder. Default: runs/NAME."""
+
+    def run(self) -> int:
+        """Run the study of that name."""
+        from moe_rl.experiments.studies import study_plan
+
+        root = self.out or Path("runs") / self.name
+        return run_study(study_plan(self.name, root), root, self)
