@@ -131,6 +131,8 @@ class TaskConfig(Settings):
     dataset: prompts and answers from a file."""
     digits: Annotated[int, Field(ge=1, le=64)] = 16
     """For running_sum: digits in a prompt, 1 to 64."""
+    digits_per_token: Literal[1, 2] = 1
+    """For running_sum: digits in a token."""
     numbers: Annotated[int, Field(ge=2, le=4)] = 3
     """For countdown: numbers to combine, 2 to 4."""
     dataset: str | None = None
@@ -151,7 +153,7 @@ class TaskConfig(Settings):
     def options(self) -> dict[str, Any]:
         """The named task's own options."""
         names = {
-            "running_sum": ("digits",),
+            "running_sum": ("digits", "digits_per_token"),
             "countdown": ("numbers",),
             "dataset": ("dataset", "dataset_sha256", "response_tokens"),
         }[self.task]

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from moe_rl.commands.cli import main
 from moe_rl.commands.messages import explain
 from moe_rl.config import SCHEMA, preset
-from moe_rl.policy.tokenizer import character_tokenizer
+from moe_rl.policy.tokenizer import tokenizer_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "faults.md"
 TINY = ("train", "--preset", "tiny", "--steps", "1", "--sft-steps", "2")
@@ -239,7 +239,7 @@ MODELS = {
     "a family unknown to transformers": model(configured(model_type="evil")),
     "a model without experts": model(without_experts),
     "a tokenizer without the characters": model(
-        lambda x: character_tokenizer("abcdefghijk").save_pretrained(x)
+        lambda x: tokenizer_of("abcdefghijk").save_pretrained(x)
     ),
 }
 

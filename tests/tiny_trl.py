@@ -17,7 +17,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it warns about every r
 from trl import GRPOConfig
 
 from moe_rl.integrations.trl import RoutingReplayGRPOTrainer
-from moe_rl.policy.tokenizer import character_tokenizer
+from moe_rl.policy.tokenizer import tokenizer_of
 from moe_rl.routing import record_routing, replay_routing
 
 ALPHABET = "0123456789="
@@ -98,7 +98,7 @@ def build(folder: Path, kind: Any = RoutingReplayGRPOTrainer, **options: Any) ->
         "reward_funcs": reward,
         "args": arguments(folder, **options.pop("args", {})),
         "train_dataset": Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS * 8]),
-        "processing_class": character_tokenizer(ALPHABET),
+        "processing_class": tokenizer_of(ALPHABET),
     }
     return kind(**settings, **options)
 

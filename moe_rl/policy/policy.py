@@ -5,6 +5,7 @@ gradients, which nearly halves the tokens of a forward pass when prompt and resp
 Shapes: P prompts, G responses to each, B = P * G, Sp prompt positions, H hidden, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from moe_rl.experts import choose_experts
 from moe_rl.kernels.patch import FinalLogits, final_logits
 from moe_rl.policy.families import family_config
 from moe_rl.policy.folder import import_transformers, load_model, loading
-from moe_rl.policy.tokenizer import character_tokenizer
+from moe_rl.policy.tokenizer import tokenizer_of
 from moe_rl.routing import find_routers
 
 
@@ -124,7 +125,7 @@ class Policy:
 
 def build_policy(
     config: ModelConfig,
-    alphabet: str,
+    alphabet: Sequence[str],
     *,
     seed: int = 0,
     temperature: float = 1.0,
@@ -135,7 +136,7 @@ def build_policy(
 
     Args:
         config: sizes, or the folder of a checkpoint.
-        alphabet: characters of the task; a loaded tokenizer must know them.
+        alphabet: tokens of the task; a loaded tokenizer must be able to spell them.
         seed: of the initial weights of a built model.
         temperature: see `Policy`.
         fuse: on a CPU, swap in the fused layers; False leaves transformers' own.
@@ -148,7 +149,7 @@ def build_policy(
     import_transformers()  # no progress bars, neither now nor when the model is saved
     device = resolve_device(config.device)
     if config.checkpoint is None:
-        tokenizer: PreTrainedTokenizerBase = character_tokenizer(alphabet)
+        tokenizer: PreTrainedTokenizerBase = tokenizer_of(alphabet)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model: Any = AutoModelForCausalLM.from_config(family_config(config, len(tokenizer)))
@@ -186,7 +187,7 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _load(folder: str, alphabet: str) -> tuple[Any, PreTrainedTokenizerBase]:
+def _load(folder: str, alphabet: Sequence[str]) -> tuple[Any, PreTrainedTokenizerBase]:
     path, name = Path(folder), f"checkpoint={folder!r}"
     model = load_model(path, name, tokenizer=True)
     with loading(name):
@@ -201,10 +202,11 @@ def _load(folder: str, alphabet: str) -> tuple[Any, PreTrainedTokenizerBase]:
             f"{name}: its tokenizer has {len(tokenizer)} tokens, its model embeds {words}: they do "
             "not belong together; save the model's own tokenizer into the folder"
         )
-    spelled = tokenizer.decode(tokenizer.encode(alphabet, add_special_tokens=False))
-    if tokenizer.eos_token_id is None or spelled != alphabet:
+    text = "".join(alphabet)
+    spelled = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
+    if tokenizer.eos_token_id is None or spelled != text:
         raise ConfigError(
-            f"{name}: its tokenizer cannot spell the task's characters {alphabet!r:.80} or has no "
+            f"{name}: its tokenizer cannot spell the task's characters {text!r:.80} or has no "
             "end-of-sequence token; take a model whose tokenizer does"
         )
     if tokenizer.pad_token_id is None:

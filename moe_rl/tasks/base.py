@@ -1,6 +1,6 @@
 """What a task is: prompts with a verifiable answer, noisy demonstrations, and a reward.
 
-One token is one character; the end-of-sequence token is appended by the trainer, not by the task.
+One token is one entry of `alphabet`, mostly a character; the trainer appends the end of sequence.
 """
 
 from abc import ABC, abstractmethod
@@ -39,8 +39,8 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def alphabet(self) -> str:
-        """Characters of prompts and completions, each once."""
+    def alphabet(self) -> Sequence[str]:
+        """Tokens of prompts and completions, each once: a string of characters, or longer ones."""
 
     @property
     @abstractmethod

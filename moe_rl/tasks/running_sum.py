@@ -27,21 +27,30 @@ class RunningSum(Task):
 
     digits: int = 16
     """Digits n in a prompt and in its answer, 1 to 64."""
+    digits_per_token: int = 1
+    """1, or 2: the same texts in half as many tokens, "00" to "99"; digits must then be even."""
 
     def __post_init__(self) -> None:
         check_range("digits", self.digits, 1, MAX_DIGITS, "it sets the length of a response")
+        if self.digits % self.digits_per_token:
+            raise ValueError(
+                f"digits={self.digits} with digits_per_token=2: a digit would be left over; use an "
+                "even number of digits"
+            )
 
     @property
-    def alphabet(self) -> str:
-        return string.digits + "="
+    def alphabet(self) -> Sequence[str]:
+        if self.digits_per_token == 1:
+            return string.digits + "="
+        return [f"{pair:02d}" for pair in range(100)] + ["="]
 
     @property
     def max_prompt_tokens(self) -> int:
-        return self.digits + 1
+        return self.digits // self.digits_per_token + 1
 
     @property
     def max_response_tokens(self) -> int:
-        return self.digits + 1
+        return self.digits // self.digits_per_token + 1
 
     def prompts(self, rng: np.random.Generator, count: int) -> list[Problem]:
         """Digits are uniform."""

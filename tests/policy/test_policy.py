@@ -12,7 +12,7 @@ from moe_rl.config import ConfigError, ModelConfig
 from moe_rl.policy.forward import ForwardOptions, response_pass
 from moe_rl.policy.policy import Policy, build_policy
 from moe_rl.policy.router_noise import RouterNoise
-from moe_rl.policy.tokenizer import character_tokenizer
+from moe_rl.policy.tokenizer import tokenizer_of
 from moe_rl.replay_check.families import build_family
 from moe_rl.rollout.cached import sample_tokens
 
@@ -100,7 +100,7 @@ def test_a_foreign_folder_is_refused(tmp_path) -> None:  # type: ignore[no-untyp
 
 
 def test_every_character_is_one_token() -> None:
-    tokenizer = character_tokenizer(ALPHABET)
+    tokenizer = tokenizer_of(ALPHABET)
     ids = tokenizer("12=9", add_special_tokens=False)["input_ids"]
     assert len(ids) == 4
     assert tokenizer.decode(ids) == "12=9"
@@ -128,7 +128,7 @@ def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
         model: Any = build_family(family, vocab_size=64)
         model.config.logits_scaling = model.logits_scaling = scale
         model.save_pretrained(tmp_path / family)
-        character_tokenizer("abc").save_pretrained(tmp_path / family)
+        tokenizer_of("abc").save_pretrained(tmp_path / family)
     build_policy(ModelConfig(checkpoint=str(tmp_path / "qwen3_moe"), device="cpu"), "abc", seed=0)
     with pytest.raises(ConfigError, match=r"granitemoe: its logits are scaled .*scale=0\.125"):
         build_policy(

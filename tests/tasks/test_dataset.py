@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moe_rl.config import ConfigError, ModelConfig, RunConfig, TaskConfig, preset
 from moe_rl.policy.fit import check_fit
 from moe_rl.policy.policy import build_policy
-from moe_rl.policy.tokenizer import character_tokenizer
+from moe_rl.policy.tokenizer import tokenizer_of
 from moe_rl.tasks import Dataset, Task, make_task
 from moe_rl.training.cold_start import cold_start_hash, starting_policy
 from moe_rl.training.run import resolve, train
@@ -241,6 +241,6 @@ def test_configs_of_before_datasets_load() -> None:
 
 
 def test_line_ends_are_tokens_of_their_own() -> None:
-    tokenizer = character_tokenizer("a\n .")
+    tokenizer = tokenizer_of("a\n .")
     ids = tokenizer("a\n\n .a", add_special_tokens=False)["input_ids"]
     assert len(ids) == 6 and tokenizer.decode(ids) == "a\n\n .a"

@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_rl.policy.tokenizer import tokenizer_of
 from moe_rl.tasks import TASKS, Countdown, Problem, RunningSum, Task, make_task
 from moe_rl.tasks.countdown import possible_steps, reachable_targets
 
 ALL = [
     RunningSum(),
     RunningSum(digits=1),
+    RunningSum(digits=6, digits_per_token=2),
     Countdown(),
     Countdown(numbers=2, max_number=9),
     Countdown(numbers=4, max_number=9),
@@ -54,13 +56,28 @@ def test_demonstrations_without_slips_are_all_right(task: Task) -> None:
 
 
 @pytest.mark.parametrize("task", ALL, ids=repr)
-def test_texts_fit_the_declared_alphabet_and_lengths(task: Task) -> None:
+def test_texts_fit_the_declared_tokens_and_lengths(task: Task) -> None:
     assert len(set(task.alphabet)) == len(task.alphabet)
+    tokenizer = tokenizer_of(task.alphabet)
     demonstrations = task.demonstrations(np.random.default_rng(3), 500, 0.5)
-    assert {len(prompt) for prompt, _ in demonstrations} == {task.max_prompt_tokens}
-    assert max(len(text) + 1 for _, text in demonstrations) <= task.max_response_tokens
-    for prompt, text in demonstrations:
-        assert set(prompt + text) <= set(task.alphabet)
+    prompts, texts = (list(column) for column in zip(*demonstrations, strict=True))
+    for column in (prompts, texts):
+        ids = tokenizer(column)["input_ids"]
+        assert tokenizer.batch_decode(ids) == column
+        assert tokenizer.pad_token_id not in set(itertools.chain.from_iterable(ids))
+        longest = max(map(len, ids))
+        if column is prompts:
+            assert longest == task.max_prompt_tokens
+        else:
+            assert longest + 1 <= task.max_response_tokens
+
+
+def test_two_digits_a_token_are_the_same_problems_in_half_the_tokens() -> None:
+    one, two = RunningSum(digits=6), RunningSum(digits=6, digits_per_token=2)
+    assert one.prompts(np.random.default_rng(1), 9) == two.prompts(np.random.default_rng(1), 9)
+    assert len(tokenizer_of(two.alphabet)("314159=")["input_ids"]) == 4
+    with pytest.raises(ValueError, match="digits=5 with digits_per_token=2: a digit would be left"):
+        RunningSum(digits=5, digits_per_token=2)
 
 
 @pytest.mark.parametrize("task", ALL, ids=repr)
