@@ -22,8 +22,8 @@ from moe_rl.rollout.engine import make_engine
 from moe_rl.rollout.request import Request
 from moe_rl.rollout.rewards import score_responses
 from moe_rl.run_folder.checkpoints import Checkpoints
-from moe_rl.run_folder.disk import writes_to
 from moe_rl.run_folder.log import NoLog, RunLog
+from moe_rl.run_folder.sealing import write_sealed
 from moe_rl.runtime.process import cpu_name
 from moe_rl.runtime.ranks import Ranks
 from moe_rl.runtime.seeding import generator
@@ -275,12 +275,14 @@ class Trainer:
             raise Stopped(stop, self.checkpoints.path(step))
 
     def save(self, name: str) -> None:
-        """Save the policy as a Hugging Face checkpoint folder inside the run folder."""
+        """Save the policy as a Hugging Face checkpoint folder inside the run folder.
+
+        It is there whole or not at all: other runs of a study wait for it and start from it.
+        """
         fill = collect_policy(self.policy)
         with self.ranks.together():
             if self.ranks.main:
-                with writes_to(self.log.folder / name):
-                    fill(self.log.folder / name)
+                write_sealed(self.log.folder / name, fill, about={})
 
     def _summary(self, rewards: list[float]) -> dict[str, Any]:
         tail = rewards[-max(1, len(rewards) // 8) :]
