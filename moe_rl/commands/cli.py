@@ -19,6 +19,7 @@ from moe_rl.commands.bench import Bench
 from moe_rl.commands.calibrate import Calibrate
 from moe_rl.commands.check_replay import CheckReplay
 from moe_rl.commands.churn import Churn
+from moe_rl.commands.compare import Compare
 from moe_rl.commands.debug_crash import DebugCrash
 from moe_rl.commands.doctor import Doctor
 from moe_rl.commands.map import Map
@@ -40,6 +41,7 @@ COMMANDS: tuple[type[Command], ...] = (
     Calibrate,
     DebugCrash,
     Report,
+    Compare,
     CheckReplay,
     Churn,
     Doctor,
