@@ -100,6 +100,8 @@ def make_inputs(
             f"one per sequence, {list(shape[:1])}, or one per token",
         ),
     }
+    if router_shift is not None:
+        expected["router_shift"] = (router_shift, router_shift.shape == shape, f"{list(shape)}")
     for name, (value, fits, what) in expected.items():
         if not fits:
             raise ValueError(f"{name}.shape={list(value.shape)}: expected {what}; reshape it")
@@ -186,3 +188,12 @@ def clipped_surrogate(
 ) -> Tensor:
     """min(w A, clip(w, 1 - low, 1 + high) A) of log w, which need not be the token's own ratio."""
     return clip_log_ratio(log_ratio, advantages, clip_low, clip_high).exp() * advantages
+
+
+def weighted_logprobs(inputs: LossInputs, weight: Tensor) -> Tensor:
+    """weight A log pi, whose gradient is the policy gradient times `weight`, which has none itself.
+
+    0 where the factor is 0, even of a log-prob of -inf: 0 * inf is NaN.
+    """
+    factor = weight * inputs.advantages
+    return factor * inputs.logprobs.masked_fill(factor == 0, 0.0)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from moe_rl.losses.base import LossInputs
+from moe_rl.losses.base import LossInputs, weighted_logprobs
 
 
 def cispo_loss(inputs: LossInputs, *, bound: float = 5.0) -> Tensor:
@@ -10,9 +10,10 @@ def cispo_loss(inputs: LossInputs, *, bound: float = 5.0) -> Tensor:
 
         l_it = -sg(min(w_it, bound)) A_i log pi_it,  sg stop-gradient
 
-    For aggregation by `token_mean`. Source: MiniMax-M1 (arXiv 2506.13585), eq. 4-5, which has no
-    lower bound and leaves the upper one open; 5 is that of ScaleRL (arXiv 2510.13786) and TRL's
-    advice. The truncation is a no-op where w <= bound.
+    For aggregation by `token_mean`. The truncation is a no-op where w <= bound.
+
+    Source: MiniMax-M1 (arXiv 2506.13585), eq. 4-5. Its experiments have no lower bound, and it does
+    not give the upper one; 5 is the one that TRL names for ScaleRL (arXiv 2510.13786). verl also
+    clips from below, at 1 - clip_ratio_low.
     """
-    weight = inputs.log_ratio.detach().exp().clamp(max=bound)
-    return -weight * inputs.advantages * inputs.logprobs
+    return -weighted_logprobs(inputs, inputs.log_ratio.detach().exp().clamp(max=bound))

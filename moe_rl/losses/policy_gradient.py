@@ -1,8 +1,9 @@
 """The policy gradient, without any importance ratio."""
 
+import torch
 from torch import Tensor
 
-from moe_rl.losses.base import LossInputs
+from moe_rl.losses.base import LossInputs, weighted_logprobs
 
 
 def policy_gradient_loss(inputs: LossInputs) -> Tensor:
@@ -10,7 +11,9 @@ def policy_gradient_loss(inputs: LossInputs) -> Tensor:
 
         l_it = -A_i log pi_it
 
-    Source: Williams, "Simple statistical gradient-following algorithms" (1992). Equal in gradient
-    to GRPO on policy, where w = 1.
+    Equal in gradient to GRPO on policy, where w = 1.
+
+    Source: Williams, "Simple statistical gradient-following algorithms for connectionist
+    reinforcement learning" (1992).
     """
-    return -inputs.advantages * inputs.logprobs
+    return -weighted_logprobs(inputs, torch.ones_like(inputs.advantages))
