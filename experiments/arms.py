@@ -120,8 +120,14 @@ _TABLE = (
     Arm(
         name="mis",
         label="MIS",
-        paper="masked importance sampling, Liu and Li (2025)",
+        paper="masked importance sampling, Liu and Li (2025), 4.2.1",
         change=_with(algorithm="mis"),
+    ),
+    Arm(
+        name="geo-rs",
+        label="Geo-RS",
+        paper="geometric rejection, Liu and Li (2025), part 3",
+        change=_with(algorithm="geo_rs"),
     ),
     Arm(
         name="icepop",
@@ -150,7 +156,7 @@ _TABLE = (
     Arm(
         name="rspo",
         label="RSPO",
-        paper="RSPO (arXiv 2510.23027)",
+        paper="RSPO (arXiv 2510.23027v2)",
         change=_with(algorithm="rspo"),
     ),
     Arm(

@@ -25,6 +25,7 @@ AlgorithmName = Literal[
     "cispo",
     "tis",
     "mis",
+    "geo_rs",
     "icepop",
     "dppo_tv",
     "gmpo",

@@ -20,6 +20,7 @@ from moe_rl.losses.cispo import cispo_loss
 from moe_rl.losses.dapo import dapo_loss
 from moe_rl.losses.dppo_tv import dppo_tv_loss
 from moe_rl.losses.dual_clip import dual_clip_loss
+from moe_rl.losses.geo_rs import geo_rs_loss
 from moe_rl.losses.gmpo import gmpo_loss
 from moe_rl.losses.grpo import grpo_loss
 from moe_rl.losses.gspo import gspo_loss
@@ -76,8 +77,9 @@ ALGORITHMS: dict[str, Algorithm] = {
     "cispo": Algorithm(cispo_loss, aggregation="token_mean"),
     "tis": Algorithm(tis_loss),
     "mis": Algorithm(mis_loss),
+    "geo_rs": Algorithm(geo_rs_loss),
     "icepop": Algorithm(icepop_loss),
-    "dppo_tv": Algorithm(dppo_tv_loss),
+    "dppo_tv": Algorithm(dppo_tv_loss, aggregation="fixed_length", scale_advantages=False),
     "gmpo": Algorithm(gmpo_loss),
     "sapo": Algorithm(sapo_loss),
     "rspo": Algorithm(rspo_loss, reads_routers=True),
