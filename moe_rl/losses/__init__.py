@@ -120,8 +120,8 @@ def resolve_options(
         allow_any_scale: skip the comparison of clip scales (not that of bounds).
 
     Raises:
-        ValueError: an option that the loss does not have, or a clip range out of bounds or on the
-            other side of SCALE_BOUNDARY.
+        ValueError: an option that the loss does not have or that is not above 0, or a clip range
+            out of bounds or on the other side of SCALE_BOUNDARY.
     """
     chosen = {key: value for key, value in given.items() if value is not None}
     options = algorithm.options
@@ -129,9 +129,12 @@ def resolve_options(
         if key not in options:
             has = ", ".join(options) or "none"
             raise ValueError(f"{key}={value:g}: no option of {name}, which has {has}; leave it out")
+        if key not in ("clip_low", "clip_high") and not value > 0:
+            raise ValueError(
+                f"{key}={value:g}: not above 0; the default of {name} is {options[key]:g}"
+            )
     options |= chosen
-    if "clip_low" in options and "clip_high" in options:
-        check_clip_bounds(options["clip_low"], options["clip_high"])
+    check_clip_bounds(options.get("clip_low", 0.0), options.get("clip_high", 0.0))
     for key in ("clip_low", "clip_high"):
         value = options.get(key, 0.0)
         scale = "token" if value >= SCALE_BOUNDARY else "sequence"

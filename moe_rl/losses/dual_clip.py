@@ -15,8 +15,10 @@ def dual_clip_loss(
         l_it = -min(w_it A_i, clip(w_it, 1 - low, 1 + high) A_i)     A_i >= 0
         l_it = -max(min(w_it A_i, clip(...) A_i), bound A_i)         A_i < 0
 
-    Source: dual-clip PPO (arXiv 1912.09729), eq. 5; bound 3 is that paper's and verl's default
-    (`clip_ratio_c`). A no-op where no token with A < 0 has w > bound.
+    A no-op where no token with A < 0 has w > bound.
+
+    Source: dual-clip PPO (arXiv 1912.09729), eq. 5, with a bound above 1; 3 is that of verl, where
+    it is always on (`clip_ratio_c`). The clip range is that of GRPO here.
     """
     picked = clip_log_ratio(inputs.log_ratio, inputs.advantages, clip_low, clip_high)
     log_bound = math.log(bound)

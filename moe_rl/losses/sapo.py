@@ -13,9 +13,12 @@ def sapo_loss(
 
         l_it = -4/tau sigmoid(tau (w_it - 1)) A_i,  tau = tau_positive where A_i > 0, else negative
 
-    Source: SAPO (arXiv 2511.20347). On policy its gradient is the policy gradient.
+    On policy its gradient is the policy gradient: there is nothing for the gate to do.
+
+    Source: SAPO (arXiv 2511.20347), eq. 5-6, with its temperatures.
     """
-    tau = torch.where(inputs.advantages > 0, tau_positive, tau_negative)
+    tau = torch.full_like(inputs.advantages, tau_negative)
+    tau = tau.masked_fill(inputs.advantages > 0, tau_positive)
     # From e^30 on the gate is 1 and flat; exp would overflow to inf, and its gradient to NaN.
     ratio = inputs.log_ratio.clamp(max=30.0).exp()
     return -4.0 / tau * (tau * (ratio - 1.0)).sigmoid() * inputs.advantages
