@@ -25,7 +25,9 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
 INSTALLED_BENCH := $(VENV)/.installed-bench
 INSTALLED_MEGABLOCKS := $(VENV)/.installed-megablocks
+INSTALLED_PEERS := $(VENV)/.installed-peers
 ROOMS := kernels analysis experiments
+comma := ,
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -34,7 +36,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help reproduce report test check types format bench megablocks gpu-check clean
+.PHONY: help reproduce report test check types format bench megablocks peers gpu-check clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -73,6 +75,8 @@ bench: $(INSTALLED_BENCH) ## training speed against TRL, measured side by side
 
 megablocks: $(INSTALLED_MEGABLOCKS) ## install the Megablocks experts beside the pinned PyTorch
 
+peers: $(INSTALLED_PEERS) ## install verl (280 MB with ray), for the tests of losses against its own
+
 gpu-check: $(INSTALLED_TEST) $(INSTALLED_MEGABLOCKS) ## the tests and benchmarks that need a GPU; JSON in RESULTS
 	@$(BIN)/python -c 'import sys, torch; print(torch.cuda.get_device_name()) \
 		if torch.cuda.is_available() else sys.exit( \
@@ -101,6 +105,12 @@ $(INSTALLED_BENCH): pyproject.toml constraints.txt
 # Without its dependencies: megablocks 0.10.0 pins a torch and a numpy that its code does not need.
 $(INSTALLED_MEGABLOCKS): $(INSTALLED_TEST) constraints.txt
 	@$(PIP_INSTALL) --no-deps --no-build-isolation megablocks stanford-stk
+	@touch $@
+
+# verl without its dependencies: it pins a transformers that is older than ours.
+$(INSTALLED_PEERS): $(INSTALLED_TEST) pyproject.toml constraints.txt
+	$(call install,.[test$(comma)peers])
+	@$(PIP_INSTALL) --no-deps verl
 	@touch $@
 
 # An interrupted first run can leave an environment without pip: then it is made again.
