@@ -4,12 +4,13 @@ An arm is a small change to one base config, with the name, colour and line that
 The order of `ARMS` is the order of tables and legends. Importable without torch.
 """
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_rl.config import RoutingReplay, RunConfig
+from moe_rl.config import OWN_LOSS, ConfigError, RoutingReplay, RunConfig
 
 Change = Callable[[RunConfig, RoutingReplay], RunConfig]
 
@@ -268,12 +269,33 @@ SPARE_COLOURS = (("#7570b3", "#a9a4e0"), ("#4d4d00", "#b3b34d"), ("#1b6f6f", "#6
 RESTART_STEP = 5
 
 
+def check_arms(names: Sequence[str]) -> None:
+    """Refuse what is neither an arm that starts from the cold start nor FILE.py:FUNCTION.
+
+    Raises:
+        ConfigError: names the arms nearest to it.
+    """
+    for name in names:
+        if name not in FRESH_ARMS and not OWN_LOSS.fullmatch(name):
+            nearest = difflib.get_close_matches(name, FRESH_ARMS, n=3, cutoff=0.0)
+            raise ConfigError(
+                f"arms={name!r}: no arm that starts from a cold start; nearest are "
+                f"{', '.join(nearest)}. `moe-rl arms` lists them; your own loss is FILE.py:FUNCTION"
+            )
+
+
 def find_arm(name: str) -> Arm:
-    """The arm of that name; a user's own arm goes by its name, in a colour that depends on it."""
+    """The arm of that name, or of the user's own loss FILE.py:FUNCTION, which goes by FUNCTION.
+
+    A name that is neither, as reports find in run folders, is an arm too. Its colour depends on it.
+    """
     if name in ARMS:
         return ARMS[name]
-    light, dark = SPARE_COLOURS[sum(name.encode()) % len(SPARE_COLOURS)]
-    return Arm(name=name, label=name, colour=light, dark_colour=dark, paper="")
+    label = name.rpartition(":")[2]
+    light, dark = SPARE_COLOURS[sum(label.encode()) % len(SPARE_COLOURS)]
+    change = _with(algorithm="grpo", loss=name) if OWN_LOSS.fullmatch(name) else _with()
+    colours = {"colour": light, "dark_colour": dark}
+    return Arm(name=label, label=label, paper="", change=change, **colours)
 
 
 def arm_label(name: str) -> str:
@@ -287,15 +309,16 @@ def arm_key(name: str) -> tuple[int, str]:
 
 
 def arm_config(name: str, base: RunConfig, *, replay: RoutingReplay, seed: int) -> RunConfig:
-    """The config of one run of an arm of `FRESH_ARMS` in the setting `base`, from the cold start.
+    """The config of one run of an arm in the setting `base`, from the cold start.
 
     Args:
+        name: see `check_arms`.
         replay: R2 where staleness is studied, R3 where two engines differ.
         seed: paired over arms: equal seeds see equal prompts and sampling numbers.
     """
-    changed = ARMS[name].change(base, replay)
+    arm = find_arm(name)
     # A study that loses its worst runs would flatter the arm that made them.
-    return changed.replace(arm=name, seed=seed, on_nonfinite="skip")
+    return arm.change(base, replay).replace(arm=arm.name, seed=seed, on_nonfinite="skip")
 
 
 def restart_config(name: str, original: RunConfig, folder: Path) -> RunConfig:

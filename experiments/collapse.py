@@ -17,6 +17,7 @@ from moe_rl.experiments.arms import (
     RESTARTS,
     STORY_ARMS,
     arm_config,
+    check_arms,
     restart_config,
 )
 from moe_rl.experiments.runner import run_folder
@@ -74,43 +75,59 @@ def family_settings(families: Sequence[Family]) -> dict[str, Setting]:
     }
 
 
-def quick(families: Sequence[Family] = ()) -> StudyPlan:
-    """The three main arms under engine noise, on the full study's first two seeds.
+def quick(
+    families: Sequence[Family] = (), arms: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> StudyPlan:
+    """The three main arms, or `arms`, under engine noise, on the full study's first two seeds.
 
     One setting for each of `families`; without any, the setting `engine-noise` of the full study.
+
+    Raises:
+        ConfigError: see `check_arms`.
     """
+    check_arms(arms)
     chosen = family_settings(families) or {"engine-noise": settings()["engine-noise"]}
     configs = [
         config
         for setting in chosen.values()
-        for seed in _SEEDS[:2]
-        for config in _arm_configs(setting, MAIN_ARMS, seed)
+        for seed in seeds or _SEEDS[:2]
+        for config in _arm_configs(setting, arms or MAIN_ARMS, seed)
     ]
     name = "families" if families else "collapse"
     return StudyPlan(name=name, mode="quick", configs=tuple(configs))
 
 
-def full_families(families: Sequence[Family]) -> StudyPlan:
-    """The main arms and the dense control under engine noise, a setting a family."""
+def full_families(
+    families: Sequence[Family], arms: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> StudyPlan:
+    """The main arms and the dense control, or `arms`, under engine noise, a setting a family.
+
+    Raises:
+        ConfigError: see `check_arms`.
+    """
+    check_arms(arms)
     configs = [
         config
-        for seed in _SEEDS[:_FAMILY_SEEDS]
+        for seed in seeds or _SEEDS[:_FAMILY_SEEDS]
         for setting in family_settings(families).values()
-        for config in _arm_configs(setting, setting.arms, seed)
+        for config in _arm_configs(setting, arms or setting.arms, seed)
     ]
     return StudyPlan(name="families", mode="full", configs=tuple(configs))
 
 
-def full(root: Path, names: Sequence[str]) -> StudyPlan:
-    """All arms and both controls on eight paired seeds.
+def full(
+    root: Path, names: Sequence[str], arms: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> StudyPlan:
+    """All arms and both controls, or `arms`, on eight paired seeds, or `seeds`.
 
     Args:
         root: the study folder; restarted runs load what other runs of the study save there.
         names: settings to run, some of `settings()`; none: all.
 
     Raises:
-        ConfigError: a setting that the study does not have.
+        ConfigError: a setting that the study does not have, or see `check_arms`.
     """
+    check_arms(arms)
     known = settings()
     for name in names:
         if name not in known:
@@ -121,8 +138,8 @@ def full(root: Path, names: Sequence[str]) -> StudyPlan:
     configs = [
         config
         for name in names or known
-        for seed in _SEEDS
-        for config in _of_seed(known[name], seed, root)
+        for seed in seeds or _SEEDS
+        for config in _of_seed(known[name], arms or known[name].arms, seed, root)
     ]
     return StudyPlan(name="collapse", mode="full", configs=tuple(configs))
 
@@ -131,10 +148,10 @@ def _arm_configs(setting: Setting, arms: Sequence[str], seed: int) -> list[RunCo
     return [arm_config(arm, setting.base, replay=setting.replay, seed=seed) for arm in arms]
 
 
-def _of_seed(setting: Setting, seed: int, root: Path) -> list[RunConfig]:
-    arms = [arm for arm in setting.arms if arm in FRESH_ARMS]
-    configs = dict(zip(arms, _arm_configs(setting, arms, seed), strict=True))
-    restarts = [arm for arm in setting.arms if arm in RESTARTS]
+def _of_seed(setting: Setting, arms: Sequence[str], seed: int, root: Path) -> list[RunConfig]:
+    fresh = [arm for arm in arms if arm not in RESTARTS]
+    configs = dict(zip(fresh, _arm_configs(setting, fresh, seed), strict=True))
+    restarts = [arm for arm in arms if arm in RESTARTS]
     if restarts:
         original = configs["grpo"] = configs["grpo"].replace(save_every=RESTART_STEP)
         folder = run_folder(root, original)

@@ -9,7 +9,7 @@ largest learning rate at which the final reward stays within 20% of its peak.
 from collections.abc import Sequence
 
 from moe_rl.config import ConfigError, RunConfig
-from moe_rl.experiments.arms import FRESH_ARMS, arm_config
+from moe_rl.experiments.arms import arm_config, check_arms
 from moe_rl.experiments.study import StudyPlan
 
 
@@ -27,9 +27,7 @@ def grid(
     Raises:
         ConfigError: an unknown arm, no run at all, or a value that no run can have.
     """
-    unknown = [arm for arm in arms if arm not in FRESH_ARMS]
-    if unknown:
-        raise ConfigError(f"arms={unknown}: expected some of {', '.join(FRESH_ARMS)}")
+    check_arms(arms)
     bases = [
         base.replace(
             setting=f"{base.setting}_lr{rate:g}_m{count}_noise{noise:g}",

@@ -6,6 +6,7 @@ meaning, unit and range. Numbers taken from a paper name it.
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
@@ -80,6 +81,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 # A label becomes the name of a folder, so it may neither hold a slash nor begin with a dot.
 Label = Annotated[str, Field(pattern=r"^[\w+-][\w.+-]*$")]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+# FILE.py:FUNCTION, in a run and as an arm of a study.
+OWN_LOSS = re.compile(r"[^:]+\.py:[^\W\d]\w*")
 
 
 @strict
@@ -138,7 +142,7 @@ class TaskConfig(Settings):
     """For countdown: numbers to combine, 2 to 4."""
     dataset: str | None = None
     """For dataset: JSONL file with one {"prompt": text, "answer": text} per line."""
-    dataset_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    dataset_sha256: Sha256 | None = None
     """For dataset: SHA-256 that the file must have. Default: the one it has now."""
     response_tokens: Count | None = None
     """For dataset: largest response length (tokens). Default: longest answer's characters + 1."""
@@ -193,6 +197,10 @@ class RunConfig(Settings):
 
     algorithm: AlgorithmName = "grpo"
     """The loss, by name; `moe-rl arms` explains each."""
+    loss: str | None = None
+    """Your own loss, FILE.py:FUNCTION, which takes the place of the algorithm."""
+    loss_sha256: Sha256 | None = None
+    """SHA-256 that the file of your own loss must have. Default: the one it has now."""
     clip_low: PositiveFloat | None = None
     """Lower clip range (> 0). Default: the algorithm's, 0.2 for grpo, 3e-4 for gspo."""
     clip_high: PositiveFloat | None = None
@@ -269,6 +277,15 @@ class RunConfig(Settings):
     """Save the policy in Hugging Face format every n rollout steps and at the end; 0: never."""
 
     def conflicts(self) -> Iterator[str]:
+        if self.loss is not None and not OWN_LOSS.fullmatch(self.loss):
+            yield f"loss={self.loss!r}: no FILE.py:FUNCTION; give one, as in my_loss.py:my_loss"
+        if self.loss is not None and self.algorithm != "grpo":
+            yield (
+                f"loss={self.loss!r} with algorithm={self.algorithm}: your own loss takes the "
+                "algorithm's place; leave one of them out"
+            )
+        if self.loss is None and self.loss_sha256 is not None:
+            yield f"loss_sha256={self.loss_sha256}: no file to check; give one as loss"
         prompts_per_update, left_over = divmod(self.prompts_per_rollout, self.updates_per_rollout)
         if left_over:
             yield (
@@ -318,7 +335,8 @@ class RunConfig(Settings):
         elif self.freeze_router:
             arm = "frozen-router"
         else:
-            arm = self.algorithm + ("" if self.routing_replay == "disabled" else "+replay")
+            arm = self.algorithm if self.loss is None else self.loss.rpartition(":")[2]
+            arm += "" if self.routing_replay == "disabled" else "+replay"
         return dataclasses.replace(self, arm=arm)
 
     def to_dict(self) -> dict[str, Any]:

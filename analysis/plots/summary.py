@@ -4,17 +4,17 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moe_rl.analysis.plots import style
-from moe_rl.experiments.arms import STORY_ARMS
+from moe_rl.experiments.arms import ARMS, STORY_ARMS
 
 
 @style.styled
 def summary(steps: pd.DataFrame, updates: pd.DataFrame) -> Figure:
     """Reward, churn and token-ratio variance of one setting, side by side.
 
-    The arms of `STORY_ARMS` that were run; all arms where none of them was.
+    The arms of `STORY_ARMS` that were run, and arms of the user; all arms where none of them was.
     """
     arms = style.arms_in(steps)
-    shown = [arm for arm in arms if arm in STORY_ARMS] or arms
+    shown = [arm for arm in arms if arm in STORY_ARMS or arm not in ARMS] or arms
     figure, panels = style.grid(3, columns=3, height=2.05, sharey=False)
     reward, churn, variance = panels
     for arm in shown:

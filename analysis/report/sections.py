@@ -9,9 +9,8 @@ import pandas as pd
 from moe_rl.analysis.data.load import RunKey, StudyRuns, flatten
 from moe_rl.analysis.data.stats import paired_test
 from moe_rl.analysis.report.page import NONE, number
-from moe_rl.experiments.arms import ARMS, arm_label
+from moe_rl.experiments.arms import arm_key, arm_label, find_arm
 
-PAIRS = [(other, arm.name) for arm in ARMS.values() for other in arm.compare_with]
 PHASES = ["rollout", "old_logprobs", "updates", "instruments"]
 
 
@@ -24,9 +23,9 @@ def paired_tests(measures: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for setting, group in measures[measures["complete"]].groupby("setting", sort=False):
         finals = group.pivot_table(index="seed", columns="arm", values="final")
-        for a, b in PAIRS:
-            if a not in finals or b not in finals:
-                continue
+        arms = [find_arm(name) for name in sorted(finals, key=arm_key)]
+        pairs = [(a, arm.name) for arm in arms for a in arm.compare_with if a in finals]
+        for a, b in pairs:
             both = finals[[a, b]].dropna()
             if len(both):
                 test = paired_test(both[a], both[b])

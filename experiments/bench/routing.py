@@ -103,7 +103,8 @@ def _step(
     """One update along random advantages."""
     parameters = [*policy.model.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-8, fused=True)
-    algorithm, chosen = find_algorithm(config.algorithm), loss_options(config)
+    algorithm = find_algorithm(config.algorithm)
+    chosen = loss_options(config, algorithm)
     advantages = torch.randn(len(batch.response_ids), generator=torch.Generator().manual_seed(0))
 
     def step(options: ForwardOptions) -> None:

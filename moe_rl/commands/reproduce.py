@@ -23,6 +23,11 @@ class Reproduce(StudyOptions, Command):
     """With --full: the settings to run. Default: staleness, engine-noise, deeper."""
     family: tuple[Family, ...] = ()
     """Model families to compare under engine noise, one setting each, instead of --settings."""
+    arms: tuple[str, ...] = ()
+    """Arms to compare: names that `moe-rl arms` lists, or your own loss as FILE.py:FUNCTION.
+    Default: grpo, grpo+replay, gspo; with --full those of each setting."""
+    seeds: tuple[int, ...] = ()
+    """Random seeds; every arm runs with each. Default: 6 7, with --full 6 to 13."""
     out: Path | None = None
     """Study folder. Default: runs/collapse-quick, runs/families-full, ..."""
 
@@ -40,9 +45,9 @@ class Reproduce(StudyOptions, Command):
         name = "families" if self.family else "collapse"
         root = self.out or Path(f"runs/{name}-{'full' if self.full else 'quick'}")
         if not self.full:
-            study = collapse.quick(self.family)
+            study = collapse.quick(self.family, self.arms, self.seeds)
         elif self.family:
-            study = collapse.full_families(self.family)
+            study = collapse.full_families(self.family, self.arms, self.seeds)
         else:
-            study = collapse.full(root, self.settings)
+            study = collapse.full(root, self.settings, self.arms, self.seeds)
         return run_study(study, root, self)

@@ -1,5 +1,6 @@
 """What `reproduce`, `map` and `report` share: run the runs of a study, and write its report."""
 
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ def run_study(study: "StudyPlan", root: Path, options: StudyOptions) -> int:
     """Run what is not complete yet, then report; returns the exit code, 1 if a run failed."""
     from moe_rl.experiments.runner import check_study, run_all
 
+    study = _pin_losses(study)
     configs = study.configs
     check_study(configs, root, jobs=options.jobs)
     if options.dry_run:
@@ -33,6 +35,14 @@ def run_study(study: "StudyPlan", root: Path, options: StudyOptions) -> int:
         print(f"{failure.folder}: {failure.reason}", file=sys.stderr)
     report_study(root)
     return 1 if failures else 0
+
+
+def _pin_losses(study: "StudyPlan") -> "StudyPlan":
+    """The study with the files of the user's own losses checked, and pinned to what they hold."""
+    from moe_rl.training.run import resolve
+
+    pinned = [config if config.loss is None else resolve(config) for config in study.configs]
+    return dataclasses.replace(study, configs=tuple(pinned))
 
 
 def report_study(root: Path) -> None:

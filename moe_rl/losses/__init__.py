@@ -61,6 +61,8 @@ class Algorithm(NamedTuple):
     """Divide group advantages by their standard deviation."""
     reads_routers: bool = False
     """Whether the loss reads `LossInputs.router_shift`."""
+    sha256: str | None = None
+    """Of the file of a user's own loss."""
 
     @property
     def options(self) -> dict[str, float]:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from moe_rl.batch import Experience, RolloutBatch, response_positions
 from moe_rl.config import Aggregation, RunConfig
-from moe_rl.losses import aggregate, find_algorithm, make_inputs, resolve_options
+from moe_rl.losses import Algorithm, aggregate, make_inputs, resolve_options
+from moe_rl.losses.custom import choose_algorithm
 from moe_rl.metrics import instruments
 from moe_rl.policy.forward import ForwardOptions, ForwardOutput, response_pass
 from moe_rl.policy.policy import Policy
@@ -29,8 +30,10 @@ from moe_rl.runtime.wrapped import Parallelism, Wrapped, clip_gradients
 from moe_rl.training.replay_plan import ReplayPlan
 
 
-def loss_options(config: RunConfig) -> dict[str, float]:
+def loss_options(config: RunConfig, algorithm: Algorithm) -> dict[str, float]:
     """The options of the run's loss; the published ones where the config leaves them out.
+
+    A user's own loss may mean any scale by its clip range.
 
     Raises:
         ValueError: an option that the loss does not have, or a clip range of the other kind of
@@ -38,10 +41,10 @@ def loss_options(config: RunConfig) -> dict[str, float]:
     """
     given = {"clip_low": config.clip_low, "clip_high": config.clip_high, **config.loss_options}
     return resolve_options(
-        config.algorithm,
-        find_algorithm(config.algorithm),
+        config.loss or config.algorithm,
+        algorithm,
         given,
-        allow_any_scale=config.allow_any_clip_scale,
+        allow_any_scale=config.allow_any_clip_scale or config.loss is not None,
     )
 
 
@@ -102,9 +105,9 @@ class Learner:
         self.config, self.policy, self.clock, self.ranks = config, policy, clock, ranks
         self.max_tokens = max_tokens
         self.share = Share(config, ranks.rank, ranks.size)
-        self.options = loss_options(config)
+        self.algorithm = choose_algorithm(config.algorithm, config.loss, config.loss_sha256)
+        self.options = loss_options(config, self.algorithm)
         self.plan = ReplayPlan(config.routing_replay)
-        self.algorithm = find_algorithm(config.algorithm)
         if config.freeze_router:
             policy.freeze_routers()
         if config.gradient_checkpointing:

@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The run with its arm named and its dataset pinned to what the file holds.
+    """The run with its arm named, its dataset and its own loss pinned to what the files hold.
 
     Raises:
-        ConfigError: a dataset that cannot be read, or was changed since the config was written.
+        ConfigError: a dataset or a loss that cannot be read or used, or was changed since the
+            config was written.
         ValueError: see `loss_options` in training/learner.py.
     """
     return _resolve(config)[0]
@@ -52,10 +53,14 @@ def _resolve(config: RunConfig) -> tuple[RunConfig, Task]:
     if isinstance(task, Dataset):
         pinned = dataclasses.replace(config.task, dataset_sha256=task.sha256)
         config = dataclasses.replace(config, task=pinned)
+    from moe_rl.losses.custom import check_loss, choose_algorithm
     from moe_rl.training.learner import loss_options
 
-    loss_options(config)
-    return config, task
+    algorithm = choose_algorithm(config.algorithm, config.loss, config.loss_sha256)
+    options = loss_options(config, algorithm)
+    if config.loss is not None:
+        check_loss(config.loss, algorithm, options)
+    return dataclasses.replace(config, loss_sha256=algorithm.sha256), task
 
 
 def train(
