@@ -152,6 +152,21 @@ def test_python_samples_run(
         assert re.search(r"[1-9].* of the chosen experts changed", capsys.readouterr().out)
 
 
+def test_the_commands_of_your_own_loss_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "your_own_loss.md").read_text()
+    code, commands = re.findall(r"^```(?:python)?\n(.*?)^```", page, flags=re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_loss.py").write_text(code)
+    train_it, reproduce, card = (line.split()[1:] for line in commands.splitlines())
+    assert main([*train_it, "--steps", "1", "--sft-steps", "2"]) == 0
+    assert main([*reproduce, "--dry-run"]) == 0
+    assert "symmetric_mask seed 3" in capsys.readouterr().out
+    assert main(card) == 0
+    assert "low 0.5, high 2" in capsys.readouterr().out
+
+
 def test_the_notebook_runs_and_was_committed_with_its_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from moe_rl import __version__
+from moe_rl.commands.arms import Arms
 from moe_rl.commands.bench import Bench
 from moe_rl.commands.calibrate import Calibrate
 from moe_rl.commands.check_replay import CheckReplay
@@ -37,6 +38,7 @@ COMMANDS: tuple[type[Command], ...] = (
     Reproduce,
     Train,
     Study,
+    Arms,
     Map,
     Calibrate,
     DebugCrash,

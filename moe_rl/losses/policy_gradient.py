@@ -11,7 +11,7 @@ def policy_gradient_loss(inputs: LossInputs) -> Tensor:
 
         l_it = -A_i log pi_it
 
-    Equal in gradient to GRPO on policy, where w = 1.
+    Leaving out the ratio is a no-op on policy, where w = 1: the gradient is then GRPO's.
 
     Source: Williams, "Simple statistical gradient-following algorithms for connectionist
     reinforcement learning" (1992).

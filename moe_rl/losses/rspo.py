@@ -16,7 +16,7 @@ def rspo_loss(inputs: LossInputs, *, log_clip: float = 0.4, lowest: float = 0.7)
         gamma_it = exp(-mean over layers and old experts e of |log r(e) - log r_old(e)|), the
                    metric `routing/shift`, with r the router's softmax
 
-    GMPO's loss exactly where no router has moved, as on policy without noise.
+    A no-op beside GMPO's loss where no router has moved, as on policy without noise.
 
     Source: RSPO (arXiv 2510.23027, second version, and ACL 2026): router shift rescales the ratios
     of GMPO before clip and mean. The first version multiplies after the clip; the authors' code

@@ -13,7 +13,7 @@ def sapo_loss(
 
         l_it = -4/tau sigmoid(tau (w_it - 1)) A_i,  tau = tau_positive where A_i > 0, else negative
 
-    On policy its gradient is the policy gradient: there is nothing for the gate to do.
+    The gate is a no-op on policy, where its gradient is the policy gradient.
 
     Source: SAPO (arXiv 2511.20347), eq. 5-6, with its temperatures.
     """
