@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_rl.losses import gspo_loss
+from moe_rl.losses import find_algorithm, make_inputs
 from moe_rl.metrics.ratios import (
+    SURVIVAL,
     clip_shares,
     mismatch_statistics,
     ratio_statistics,
+    ratio_tail,
     split_log_ratio,
 )
 
@@ -38,6 +40,16 @@ def constant(log_ratios: list[float]) -> tuple[Tensor, Tensor, Tensor]:
     """One token a sequence, with these log ratios."""
     new = torch.tensor(log_ratios, dtype=torch.float64)[:, None]
     return new, torch.zeros_like(new), torch.ones_like(new, dtype=torch.bool)
+
+
+def gradient_of(
+    algorithm: str, new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, **options: float
+) -> Tensor:
+    new = new.clone().requires_grad_()
+    inputs = make_inputs(new, old, advantages, mask)
+    find_algorithm(algorithm).loss(inputs, **options).where(mask, 0.0).sum().backward()
+    assert new.grad is not None
+    return new.grad
 
 
 def describe(log_ratios: np.ndarray, prefix: str) -> dict[str, float]:
@@ -71,6 +83,8 @@ def test_statistics_equal_numpy(seed: int, spread: float, batch: int, length: in
     expected |= {
         "ratio/extreme_2": np.mean(np.maximum(ratios, 1 / ratios) > 2),
         "ratio/extreme_5": np.mean(np.maximum(ratios, 1 / ratios) > 5),
+        "ratio/mean": ratios.mean(),
+        **{f"ratio/survival_{t}": np.mean(ratios > t) for t in SURVIVAL},
         "kl": -tokens.mean(),
         "kl_k3": np.mean(ratios - 1 - tokens),
     }
@@ -88,7 +102,7 @@ def test_values_are_plain_floats() -> None:
 def test_on_policy_ratios_are_one() -> None:
     new, _, mask = random_batch()
     statistics = ratio_statistics(new, new, mask)
-    ones = {"ratio/token_ess", "ratio/sequence_ess"}
+    ones = {"ratio/mean", "ratio/token_ess", "ratio/sequence_ess"}
     assert {key for key, value in statistics.items() if value == 1.0} == ones
     assert all(value == 0.0 for key, value in statistics.items() if key not in ones)
 
@@ -98,8 +112,8 @@ def test_sequence_ratio_is_the_one_gspo_clips_by() -> None:
     largest = ratio_statistics(new, old, mask)["ratio/sequence_log_max"]
     bound = math.expm1(largest)  # the second sequence is the only one with a token
     for clip_high, clipped in ((bound - 1e-9, True), (bound + 1e-9, False)):
-        output = gspo_loss(new, old, torch.ones(2), mask, clip_low=0.5, clip_high=abs(clip_high))
-        assert output.clipped_high.any().item() == (clipped and largest > 0)
+        gradient = gradient_of("gspo", new, old, torch.ones(2), mask, clip_high=abs(clip_high))
+        assert (gradient == 0)[1, mask[1]].any().item() == (clipped and largest > 0)
 
 
 @pytest.mark.parametrize("count", [1, 4, 1000])
@@ -190,15 +204,85 @@ def test_without_a_routing_change_the_routing_part_is_zero() -> None:
     assert parts["ratio/weight_part"] > 0.0
 
 
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), algorithm=st.sampled_from(["grpo", "gspo", "gspo_token"]))
+def test_clip_shares_are_those_of_ppos_definition(seed: int, algorithm: str) -> None:
+    """A token of A < 0 whose ratio is below the range, or of A > 0 whose ratio is above it."""
+    new, old, mask = random_batch(seed)
+    advantages = torch.randn(
+        len(new), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    advantages[1] = 0.0  # its tokens have no gradient either, and no clip took it
+    gradient = gradient_of(algorithm, new, old, advantages, mask, clip_low=0.1, clip_high=0.2)
+    log_ratio = (new - old).masked_fill(~mask, 0.0)
+    if algorithm != "grpo":
+        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    ratio, wide = log_ratio.exp().expand_as(new), advantages[:, None].expand_as(new)
+    low = (((ratio < 0.9) & (wide < 0))[mask]).double().mean().item()
+    high = (((ratio > 1.2) & (wide > 0))[mask]).double().mean().item()
+    assert clip_shares(gradient, wide, mask) == pytest.approx(
+        {"clip_ratio/low": low, "clip_ratio/high": high, "clip_ratio/region": low + high}
+    )
+
+
 def test_clip_shares_count_response_tokens() -> None:
     mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
-    low = torch.tensor([[True, False, False, False], [False, False, False, False]])
-    high = torch.tensor([[False, True, False, True], [False, False, False, False]])
-    assert clip_shares(low, high, mask) == {
+    gradient = torch.tensor([[0.0, 0.0, -1e-30, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    advantages = torch.tensor([[-1.0, 2.0, 1.0, math.nan], [0.0, 1.0, 1.0, 1.0]])
+    assert clip_shares(gradient, advantages, mask) == {
         "clip_ratio/low": 0.25,
         "clip_ratio/high": 0.25,
         "clip_ratio/region": 0.5,
     }
+
+
+def sampled(
+    draw: torch.Generator, sharpness: float, count: int = 100_000, vocab: int = 8
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs of `count` tokens under the engine that drew each, under the engine's recompute
+    with noise in its logits, and under some other policy; and a mask with half of them."""
+    logits = 2 * torch.randn(count, vocab, generator=draw, dtype=torch.float64)
+    other = logits + sharpness * torch.randn(count, vocab, generator=draw, dtype=torch.float64)
+    noisy = logits + 2 * torch.randn(count, vocab, generator=draw, dtype=torch.float64)
+    tokens = torch.multinomial(logits.softmax(-1), 1, generator=draw)
+    engine, again, policy = (
+        x.log_softmax(-1).gather(-1, tokens).view(-1, 10) for x in (logits, noisy, other)
+    )
+    mask = torch.rand(engine.shape, generator=draw) > 0.5
+    return engine, again, policy, mask
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 0.3, 1.0, 2.0])
+def test_over_the_sampling_policy_the_mean_ratio_is_one_and_its_tail_is_bounded(
+    sharpness: float,
+) -> None:
+    """For any policy: sum_v mu(v) pi(v)/mu(v) = 1, and P(w > t) <= E[w]/t = 1/t."""
+    engine, _, policy, mask = sampled(torch.Generator().manual_seed(0), sharpness)
+    tail = ratio_tail(policy, engine, mask, prefix="rollout_ratio")
+    count = int(mask.sum())
+    error = (policy - engine)[mask].exp().std().item() / math.sqrt(count)
+    assert abs(tail["rollout_ratio/mean"] - 1.0) <= 4 * error + 1e-12
+    for t in SURVIVAL:
+        noise = 4 * math.sqrt(1 / t / count)
+        assert tail[f"rollout_ratio/survival_{t}"] <= 1 / t + noise
+
+
+def test_over_a_noisy_recompute_neither_holds() -> None:
+    engine, again, _, mask = sampled(torch.Generator().manual_seed(0), 0.0)
+    tail = ratio_tail(engine, again, mask, prefix="ratio")  # not one weight has moved
+    error = (engine - again)[mask].exp().std().item() / math.sqrt(int(mask.sum()))
+    assert tail["ratio/mean"] > 1.0 + 10 * error
+    for t in (10, 100, 1000):
+        assert tail[f"ratio/survival_{t}"] > 2 / t
+
+
+def test_a_tail_counts_tokens_above_t() -> None:
+    batch = constant([math.log(x) for x in (0.001, 1.0, 2.1, 11.0, 101.0, 1001.0, 1e4, 1.9)])
+    tail = ratio_tail(*batch, prefix="x")
+    shares = [tail[f"x/survival_{t}"] for t in (2, 10, 100, 1000)]
+    assert shares == [5 / 8, 4 / 8, 3 / 8, 2 / 8]
+    assert tail["x/mean"] == pytest.approx((0.001 + 1 + 2.1 + 11 + 101 + 1001 + 1e4 + 1.9) / 8)
+    assert ratio_tail(*constant([800.0, 0.0]), prefix="x")["x/mean"] == math.inf
 
 
 def test_a_mask_without_a_token_gives_nan_everywhere() -> None:
@@ -207,7 +291,8 @@ def test_a_mask_without_a_token_gives_nan_everywhere() -> None:
     for statistics in (
         ratio_statistics(new, old, nothing),
         split_log_ratio(new, new, old, nothing),
-        clip_shares(nothing, nothing, nothing),
+        clip_shares(new, new, nothing),
+        ratio_tail(new, old, nothing, prefix="x"),
     ):
         assert statistics and all(math.isnan(value) for value in statistics.values())
 
@@ -232,7 +317,8 @@ def test_statistics_stay_outside_the_graph() -> None:
         (lambda n, o, m: ratio_statistics(n, o[:, 1:], m), r"old_logprobs.shape=\[9, 5\]"),
         (lambda n, o, m: ratio_statistics(n, o, m.float()), r"mask\.bool\(\)"),
         (lambda n, o, m: split_log_ratio(n, n[1:], o, m), r"replayed.shape=\[8, 6\]"),
-        (lambda n, o, m: clip_shares(m, m[1:], m), r"clipped_high.shape=\[8, 6\]"),
+        (lambda n, o, m: clip_shares(n, o[1:], m), r"advantages.shape=\[8, 6\]"),
+        (lambda n, o, m: ratio_tail(n, o[1:], m, prefix="x"), r"denominator.shape=\[8, 6\]"),
         (lambda n, o, m: mismatch_statistics(n, o, m[1:]), r"like the mask, \[8, 6\]"),
     ],
 )
