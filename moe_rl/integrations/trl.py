@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from moe_rl.batch import response_positions
 from moe_rl.config import RoutingReplay
 from moe_rl.integrations.engine_routes import FIELD, PROMPT_FIELD, join_prompts, lay_out
-from moe_rl.integrations.trl_metrics import MicroBatch, global_routing, routing_sums, update_metrics
+from moe_rl.integrations.trl_metrics import MicroBatch, global_routing, update_metrics
 from moe_rl.integrations.trl_support import require_same_tokens, require_support, require_tested_trl
 from moe_rl.routing import record_routing, replay_routing
+from moe_rl.routing.statistics import churn
 
 require_tested_trl()
 
@@ -58,8 +59,8 @@ class RoutingReplayMixin(GRPOTrainer):
             `rollout_func` returns as `routed_experts`, one entry a completion: ids
             `[S or S - 1, L, K]` of prompt and response without padding. In R3 the old policy's
             log-probs are taken under the same routes.
-        routing_diagnostics: log `routing/*` and `ratio/*` of every update that has an old policy's
-            pass, over the whole batch of all processes.
+        routing_diagnostics: log `routing/*`, `ratio/*`, `rollout_ratio/*` and `branch/*` of every
+            update that has an old policy's pass, over the whole batch of all processes.
         attribution_every: n: every n-th update also logs the split of Var(log w) into
             `ratio/routing_part` and `ratio/weight_part`, for one more forward without gradients.
             With n updates a rollout that is the last of each. 0, or without routing_diagnostics:
@@ -83,6 +84,7 @@ class RoutingReplayMixin(GRPOTrainer):
         self.attribution_every = attribution_every
         self._rollout_under_way: _TrlRollout | None = None
         self._inputs_under_way: dict[str, Any] | None = None
+        self._before_backward: MicroBatch | None = None
         self._micro_batches: list[MicroBatch] = []
         super().__init__(*args, **kwargs)
         require_support(self)
@@ -121,8 +123,8 @@ class RoutingReplayMixin(GRPOTrainer):
         finally:
             self._rollout_under_way = None
         if self.routing_replay == "R3" and LIVE in output:
-            sums = _routing_sums(output, output[REPLAY], output[LIVE])
-            self._log_metrics(global_routing(self.accelerator, [sums], "mismatch"))
+            differ = _churn(output, output[REPLAY], output[LIVE])
+            self._log_metrics(global_routing(self.accelerator, [differ], "mismatch"))
         return output
 
     def _fields(self, rollout: _TrlRollout, output: dict[str, Any]) -> dict[str, Tensor]:
@@ -226,16 +228,19 @@ class RoutingReplayMixin(GRPOTrainer):
         other = self._other_logprobs(old, replay, forward) if splits else None
         found, new = self._routed_pass(replay, forward, kwargs)
         if self.routing_diagnostics:
+            logprobs, advantages = found[0], inputs["advantages"]
+            logprobs.retain_grad()
             own = "old_per_token_logps"  # TRL's, where it made a pass of the old policy
-            part = MicroBatch(
-                logprobs=found[0].detach(),
+            self._before_backward = MicroBatch(
+                logprobs=logprobs,
                 old_logprobs=inputs[own if own in inputs else OLD_LOGPROBS],
+                rollout_logprobs=inputs.get("sampling_per_token_logps"),
+                advantages=advantages.view(len(logprobs), -1).expand_as(logprobs),
                 mask=_response_mask(inputs),
-                routing=_routing_sums(inputs, old, new),
+                churn=_churn(inputs, old, new),
                 other_logprobs=other,
                 replayed=replay is not None,
             )
-            self._micro_batches.append(part)
         return found
 
     def _other_logprobs(
@@ -264,6 +269,14 @@ class RoutingReplayMixin(GRPOTrainer):
             loss: Tensor = super()._compute_loss(model, inputs)
         finally:
             self._inputs_under_way = None
+        return loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        # Only after backward is the gradient known, and only then is the graph let go.
+        if self._before_backward is not None:
+            self._micro_batches.append(self._before_backward.after_backward())
+            self._before_backward = None
         if self._micro_batches and self.accelerator.sync_gradients:
             self._log_metrics(update_metrics(self.accelerator, self._micro_batches))
             self._micro_batches.clear()
@@ -278,10 +291,10 @@ class RoutingReplayGRPOTrainer(RoutingReplayMixin):
     """TRL's GRPOTrainer with the three arguments of RoutingReplayMixin."""
 
 
-def _routing_sums(batch: dict[str, Any], before: Tensor, now: Tensor) -> Tensor:
+def _churn(batch: dict[str, Any], before: Tensor, now: Tensor) -> Tensor:
     prompt_length = batch["prompt_ids"].shape[1]
     old, new = (response_positions(routes, prompt_length) for routes in (before, now))
-    return routing_sums(old, new, _response_mask(batch))
+    return churn(old, new, _response_mask(batch))
 
 
 def _response_mask(batch: dict[str, Any]) -> Tensor:

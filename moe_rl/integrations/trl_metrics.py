@@ -8,13 +8,14 @@ Shapes: b sequences of a micro-batch, T response positions, L MoE layers, K expe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_rl.metrics.ratios import ratio_statistics, split_log_ratio
+from moe_rl.metrics.branches import branch_shares
+from moe_rl.metrics.ratios import ratio_statistics, ratio_tail, split_log_ratio
 from moe_rl.routing import statistics
 
 
@@ -25,27 +26,50 @@ class MicroBatch:
     logprobs: Tensor
     """Of the forward in the loss."""
     old_logprobs: Tensor
+    advantages: Tensor
+    """[b, T]"""
     mask: Tensor
     """bool [b, T], response tokens."""
-    routing: Tensor
-    """float64 [3 L + 2], see `routing_sums`."""
+    churn: Tensor
+    """[b, T, L], of the old policy's live choices against this forward's."""
+    gradient: Tensor | None = None
+    """[b, T], of the loss in each log-prob; None before backward."""
+    rollout_logprobs: Tensor | None = None
+    """Of the engine that sampled, where TRL has them."""
     other_logprobs: Tensor | None = None
     """With replay switched over; asks for the split of the log-ratio variance."""
     replayed: bool = False
     """Whether `logprobs` was replayed (and `other_logprobs` is the live one)."""
 
+    def after_backward(self) -> "MicroBatch":
+        """The same with the gradient that backward left at the log-probs, and without the graph."""
+        assert self.logprobs.grad is not None, "retain_grad comes before backward"
+        return replace(self, logprobs=self.logprobs.detach(), gradient=self.logprobs.grad)
 
-def routing_sums(old: Tensor, new: Tensor, mask: Tensor) -> Tensor:
+    def columns(self) -> dict[str, Tensor]:
+        """What every token has, by name, [b, T] each; parts of an update have equal names."""
+        found = {
+            "logprobs": self.logprobs,
+            "old_logprobs": self.old_logprobs,
+            "advantages": self.advantages,
+            "mask": self.mask,
+            "flipped": (self.churn > 0).any(-1),
+            "gradient": self.gradient,
+            "rollout_logprobs": self.rollout_logprobs,
+            "other_logprobs": self.other_logprobs,
+        }
+        return {name: value.float() for name, value in found.items() if value is not None}
+
+
+def routing_sums(churn: Tensor) -> Tensor:
     """Sums of which `routing_means` makes means: they add up over parts of a batch.
 
     Args:
-        old, new: int ids [b, T, L, K] where each response token is predicted.
-        mask: bool [b, T].
+        churn: [b, T, L], see `statistics.churn`.
 
     Returns:
         float64 [3 L + 2]: churn, disagreement and pairs by layer, disagreeing tokens and tokens.
     """
-    churn = statistics.churn(old, new, mask)
     routers = statistics.router_disagreement(churn)
     tokens = statistics.token_disagreement(churn)
     by_layer = [values.flatten(0, -2).double() for values in (churn, routers)]
@@ -63,34 +87,43 @@ def routing_means(sums: Tensor, prefix: str) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in zip(names, numbers, strict=True)}
 
 
-def global_routing(accelerator: Any, sums: Sequence[Tensor], prefix: str) -> dict[str, float]:
+def global_routing(accelerator: Any, churn: Sequence[Tensor], prefix: str) -> dict[str, float]:
     """`routing_means` over parts and processes; every process must call it."""
-    whole = accelerator.reduce(torch.stack(list(sums)).sum(0), reduction="sum")
-    return routing_means(whole, prefix)
+    sums = torch.stack([routing_sums(part) for part in churn]).sum(0)
+    return routing_means(accelerator.reduce(sums, reduction="sum"), prefix)
 
 
 def update_metrics(accelerator: Any, parts: Sequence[MicroBatch]) -> dict[str, float]:
     """Every metric of one update; every process must call it, with equally many sequences.
 
     `kl` of `ratio_statistics` is left out: in TRL's logs it is the divergence from the reference
-    model. It is minus `ratio/token_log_mean`.
+    model. It is minus `ratio/token_log_mean`. So are the clip shares, which TRL logs itself.
     """
-    # One tensor [b, T, 3 or 4] a part. Parts differ in T, and padding is outside the mask.
-    columns = [(p.logprobs, p.old_logprobs, p.mask, p.other_logprobs) for p in parts]
-    stacked = [
-        torch.stack([column.detach().float() for column in part if column is not None], dim=-1)
-        for part in columns
-    ]
+    metrics = global_routing(accelerator, [part.churn for part in parts], "routing")
+    # One tensor [b, T, columns] a part. Parts differ in T, and padding is outside the mask.
+    names = list(parts[0].columns())
+    stacked = [torch.stack(list(part.columns().values()), dim=-1) for part in parts]
     longest = max(part.shape[1] for part in stacked)
     pad = torch.nn.functional.pad
     rows = torch.cat([pad(part, (0, 0, 0, longest - part.shape[1])) for part in stacked])
-    whole: Tensor = accelerator.gather(accelerator.pad_across_processes(rows, dim=1))
-    logprobs, old_logprobs, mask, *other = whole.unbind(-1)
-    response = mask > 0
-    metrics = global_routing(accelerator, [part.routing for part in parts], "routing")
-    metrics |= ratio_statistics(logprobs, old_logprobs, response)
+    whole = accelerator.gather(accelerator.pad_across_processes(rows, dim=1))
+    column: dict[str, Tensor] = dict(zip(names, whole.unbind(-1), strict=True))
+    logprobs, old_logprobs, mask = column["logprobs"], column["old_logprobs"], column["mask"] > 0
+    metrics |= ratio_statistics(logprobs, old_logprobs, mask)
     del metrics["kl"]
-    if other:
-        live, replayed = (other[0], logprobs) if parts[0].replayed else (logprobs, other[0])
-        metrics |= split_log_ratio(live, replayed, old_logprobs, response)
+    metrics |= branch_shares(
+        column["gradient"],
+        logprobs - old_logprobs,
+        column["advantages"],
+        mask,
+        column["flipped"] > 0,
+    )
+    if "rollout_logprobs" in column:
+        engine = column["rollout_logprobs"]
+        metrics |= ratio_tail(logprobs, engine, mask, prefix="rollout_ratio")
+    if "other_logprobs" in column:
+        live, replayed = logprobs, column["other_logprobs"]
+        if parts[0].replayed:
+            live, replayed = replayed, live
+        metrics |= split_log_ratio(live, replayed, old_logprobs, mask)
     return metrics

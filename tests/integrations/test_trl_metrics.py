@@ -14,12 +14,13 @@ import torch
 from tiny_trl import Spy, alone, build, logged, own_engine, tiny_model, whole
 
 from moe_rl.integrations.trl_metrics import routing_means, routing_sums
+from moe_rl.metrics.branches import branch_shares
 from moe_rl.metrics.ratios import ratio_statistics, split_log_ratio
 from moe_rl.routing import statistics
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ROOT / "docs" / "integrations.md"
-OURS = ("routing/", "ratio/", "mismatch/", "kl_k3")
+OURS = ("routing/", "ratio/", "rollout_ratio/", "branch/", "mismatch/", "kl_k3")
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +95,89 @@ def test_the_live_choice_is_compared_where_response_tokens_are_predicted(tmp_pat
     assert line["routing/router_disagreement"] == pytest.approx(differ.mean().item(), abs=1e-6)
     tokens = differ.amax(-1).mean().item()
     assert line["routing/token_disagreement"] == pytest.approx(tokens, abs=1e-6)
+
+
+def gradient_by_hand(seen: dict[str, Any], loss_type: str) -> torch.Tensor:
+    """|dL/dlogprob| up to a factor that is one for the whole update, from the published losses."""
+    inputs = seen["inputs"]
+    mask, advantages = inputs["completion_mask"].double(), inputs["advantages"][:, None].double()
+    lengths = mask.sum(1, keepdim=True)
+    log_ratio = (seen["logprobs"] - inputs["old_per_token_logps"]).double() * mask
+    if loss_type == "gspo":
+        log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(mask)
+    ratio = log_ratio.exp()
+    clipped = ((advantages > 0) & (ratio > 1.2)) | ((advantages < 0) & (ratio < 0.8))
+    weight = {"dapo": 1.0, "dr_grpo": 1.0, "bnpo": 1 / mask.sum()}.get(loss_type, 1 / lengths)
+    return (ratio * advantages * weight * mask).abs().masked_fill(clipped, 0.0)
+
+
+def branches_by_hand(parts: list[dict[str, Any]], loss_type: str) -> dict[str, float]:
+    """Of the parts of an update, whose losses are on one scale and whose widths differ."""
+    columns = []
+    for seen in parts:
+        inputs, width = seen["inputs"], seen["logprobs"].shape[1]
+        mask = inputs["completion_mask"].bool()
+        flipped = torch.zeros_like(mask)
+        if "used" in seen:
+            before, now = (
+                routes[:, -width - 1 : -1].sort(-1).values
+                for routes in (inputs["live_routed_experts"], seen["used"])
+            )
+            flipped = (before != now).any(-1).any(-1)
+        column = (
+            gradient_by_hand(seen, loss_type),
+            (seen["logprobs"] - inputs["old_per_token_logps"]).double(),
+            inputs["advantages"][:, None].double().expand(-1, width),
+            mask,
+            flipped,
+        )
+        columns += zip(*column, strict=True)
+    tokens = [torch.cat(tensors)[None] for tensors in zip(*columns, strict=True)]
+    return branch_shares(*tokens)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "changes"),
+    [
+        ("grpo", {}),
+        ("dapo", {"loss_type": "dapo"}),
+        ("bnpo", {"loss_type": "bnpo"}),
+        ("dr_grpo", {"loss_type": "dr_grpo", "bf16": True}),
+        ("gspo", {"importance_sampling_level": "sequence"}),
+    ],
+)
+def test_branch_shares_are_those_of_the_gradient_that_the_loss_has(
+    tmp_path: Path, loss_type: str, changes: dict[str, Any]
+) -> None:
+    settings = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "steps_per_generation": 2,
+        "max_steps": 2,
+    }
+    trainer = build(tmp_path, kind=Spy, args=settings | changes)
+    trainer.train()
+    line = logged(trainer)[1]
+    expected = branches_by_hand(trainer.seen[2:], loss_type)
+    assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    flipped = sum(value for name, value in expected.items() if name.endswith("_flipped"))
+    assert 0.0 < flipped < 1.0 and sum(value > 0.0 for value in expected.values()) >= 7
+    assert "rollout_ratio/mean" not in line, "TRL's own generation gives no log-probs"
+
+
+def test_the_ratio_to_the_engine_that_sampled_is_logged_where_it_gives_log_probs(
+    tmp_path: Path,
+) -> None:
+    def other_engine(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        out = own_engine(prompts, trainer)
+        return {**out, "logprobs": [[x - 1.0 for x in row] for row in out["logprobs"]]}
+
+    trainer = build(tmp_path, args={"max_steps": 2}, rollout_func=other_engine)
+    trainer.train()
+    first = logged(trainer)[0]
+    assert first["ratio/mean"] == pytest.approx(1.0, abs=1e-5)
+    assert first["rollout_ratio/mean"] == pytest.approx(math.e, rel=1e-4)
+    assert (first["rollout_ratio/survival_2"], first["rollout_ratio/survival_10"]) == (1.0, 0.0)
 
 
 def split_by_hand(seen: dict[str, Any], record: str) -> dict[str, float]:
@@ -174,8 +258,8 @@ def test_sums_of_parts_give_the_means_of_the_whole() -> None:
     )
     new[0, :, 1] = -1  # a layer without a record
     mask = torch.rand(6, 5, generator=draws) > 0.4
-    parts = [routing_sums(old[rows], new[rows], mask[rows]) for rows in (slice(2), slice(2, 6))]
     churn = statistics.churn(old, new, mask)
+    parts = [routing_sums(churn[rows]) for rows in (slice(2), slice(2, 6))]
     means = routing_means(sum(parts), "routing")
     assert means == {
         "routing/churn": pytest.approx(statistics.per_layer(churn).mean().item()),
@@ -186,7 +270,7 @@ def test_sums_of_parts_give_the_means_of_the_whole() -> None:
             statistics.token_disagreement(churn).nanmean().item()
         ),
     }
-    nothing = routing_means(routing_sums(old, new, torch.zeros_like(mask)), "routing")
+    nothing = routing_means(routing_sums(torch.full_like(churn, math.nan)), "routing")
     assert all(math.isnan(value) for value in nothing.values())
 
 
@@ -246,6 +330,9 @@ def test_two_processes_log_the_metrics_of_the_global_batch(tmp_path: Path, mode:
         expected = ratio_statistics(*joined(parts))
         for name in ("ratio/token_log_var", "ratio/sequence_var", "ratio/token_log_max"):
             assert lines[0][name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7)
+        for name, value in branches_by_hand(parts, "grpo").items():
+            if not name.endswith("_flipped"):
+                assert lines[0][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
     assert ours(ranks[0]["lines"][1])["routing/churn"] > 0
 
 

@@ -22,7 +22,7 @@ def main(folder: Path, mode: str) -> None:
     options |= {"routing_replay": mode, "attribution_every": 1}
     trainer = build(folder, kind=Spy, args=settings, **options)
     trainer.train()
-    columns = ("old_per_token_logps", "completion_mask")
+    columns = ("old_per_token_logps", "completion_mask", "advantages")
     record = {
         "processes": trainer.accelerator.num_processes,
         "lines": logged(trainer),
