@@ -42,6 +42,7 @@ RoutingReplay = Literal["disabled", "R2", "R3"]
 RouterNoisePasses = Literal["all", "rollout", "old", "update"]
 Family = Literal["qwen3_moe", "olmoe", "mixtral", "deepseek_v3", "gpt_oss"]
 EngineName = Literal["cached", "vllm"]
+RolloutPrecision = Literal["float32", "bf16", "fp8", "int8", "int4"]
 PresetName = Literal[
     "routing-noise",
     "calibrated-noise",
@@ -218,6 +219,8 @@ class RunConfig(Settings):
     """Trainer passes whose mean probability is the old one (>= 1); they differ under noise."""
     engine: EngineName = "cached"
     """Rollout engine: the policy with a key-value cache, or vLLM (pip install 'moe-rl[vllm]')."""
+    rollout_precision: RolloutPrecision = "float32"
+    """Round the engine's weights to bf16, fp8, int8 or int4; float32: the policy's own numbers."""
     router_noise: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Standard deviation of Gaussian noise added to router logits (logit units), 0 to 1000."""
     router_noise_passes: RouterNoisePasses = "all"

@@ -104,6 +104,7 @@ def train(
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text("utf-8"))
         return summary
 
+    from moe_rl.rollout.precision import find_weights
     from moe_rl.runtime.process import prepare_process
     from moe_rl.runtime.ranks import join
     from moe_rl.runtime.stopping import listen
@@ -116,7 +117,8 @@ def train(
         _check_processes(config, folder, ranks)
         checkpoints = Checkpoints(folder / "checkpoints")
         checkpoint = _find_checkpoint(checkpoints, folder, on_damage if resume else None)
-        # The log comes after the policy: a config that cannot start leaves no run in the folder.
+        # The log comes after whatever may refuse the policy: a config that cannot start leaves no
+        # run in the folder.
         sharded = parallelism == "fsdp" and ranks.size > 1
         if checkpoint is None:
             policy = starting_policy(
@@ -124,6 +126,7 @@ def train(
             )
         else:
             policy = saved_policy(config, task, checkpoint / POLICY, sharded=sharded)
+        find_weights(policy.model, config.rollout_precision)
         log: RunLog | NoLog = NoLog(folder)
         with ranks.together():
             if ranks.main:

@@ -19,6 +19,7 @@ from moe_rl.losses.advantages import group_advantages
 from moe_rl.metrics import instruments
 from moe_rl.policy.policy import Policy
 from moe_rl.rollout.engine import make_engine
+from moe_rl.rollout.precision import describe_numerics
 from moe_rl.rollout.request import Request
 from moe_rl.rollout.rewards import score_responses
 from moe_rl.run_folder.checkpoints import Checkpoints
@@ -75,7 +76,7 @@ class Trainer:
         self.log, self.checkpoints = log, checkpoints
         self.ranks, self.stop = ranks or Ranks(), stop or StopRequest()
         self.progress = Progress()
-        self.engine = make_engine(config.engine, policy)
+        self.engine = make_engine(config.engine, policy, config.rollout_precision)
         self.clock = Stopwatch(policy.device)
         self.learner = Learner(
             config,
@@ -296,6 +297,9 @@ class Trainer:
             "parameters": sum(p.numel() for p in self.policy.model.parameters()),
             "active_parameters": self.policy.active_parameters,
             "experts": self.policy.experts,
+            "rollout_numerics": describe_numerics(
+                self.config.rollout_precision, self.policy.model.dtype
+            ),
             "processor": cpu_name(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "torch": torch.__version__,

@@ -107,6 +107,14 @@ def test_training_with_vllm_is_training_with_the_cached_engine_where_both_draw_t
     assert len(vllm.sampled) == STEPS * 4
 
 
+def test_vllm_is_handed_the_rounded_weights(vllm: Behaviour, policy: Policy) -> None:
+    draw_as_cached(vllm, 7)
+    rounded = [make_engine(name, policy, "int4").sample(request()) for name in ("vllm", "cached")]
+    assert_same_rollout(*rounded)
+    plain = CachedEngine(policy).sample(request())
+    assert not torch.equal(rounded[0].rollout_logprobs, plain.rollout_logprobs)
+
+
 def test_an_engine_equal_to_the_trainer_makes_r3_equal_r2(
     vllm: Behaviour, tmp_path: Path, cold: Path
 ) -> None:

@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "R3, gspo": {"routing_replay": "R3", "router_noise": 0.3, "algorithm": "gspo"},
     "engine's log-probs": {"old_logprobs": "rollout"},
     "frozen router": {"freeze_router": True},
+    "rounded rollout": {"rollout_precision": "int4", "routing_replay": "R3"},
     "unequal prompts": {"task": "countdown", "sft_steps": 10},
     "checkpointing": {"gradient_checkpointing": True, "routing_replay": "R2"},
 }

@@ -46,6 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "engine's log-probs": {"old_logprobs": "rollout"},
     "frozen router": {"freeze_router": True},
     "no instruments": {"instruments": False},
+    "rounded rollout": {"rollout_precision": "int4", "routing_replay": "R3"},
 }
 
 
