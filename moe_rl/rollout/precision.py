@@ -84,7 +84,7 @@ def round_weight(weight: Tensor, precision: RolloutPrecision, *, input_axis: int
     return (steps * scale).to(weight.dtype)
 
 
-def find_weights(model: Any, precision: RolloutPrecision) -> list[tuple[nn.Parameter, int]]:
+def find_weights(model: Any, precision: RolloutPrecision) -> list[tuple[Tensor, int]]:
     """The parameters of a causal LM that `precision` rounds, each with the axis of its inputs.
 
     Raises:
@@ -98,7 +98,7 @@ def find_weights(model: Any, precision: RolloutPrecision) -> list[tuple[nn.Param
     taps = find_routers(model)
     kept = {id(module) for tap in taps for module in tap.module.modules()}
     kept.add(id(model.get_output_embeddings()))
-    found, layers = list[tuple[nn.Parameter, int]](), 0
+    found, layers = list[tuple[Tensor, int]](), 0
     for name, module in model.named_modules():
         if id(module) in kept or name.endswith("shared_expert_gate"):
             continue
