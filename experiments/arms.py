@@ -107,6 +107,12 @@ _TABLE = (
         change=_with(algorithm="dapo"),
     ),
     Arm(
+        name="ppo",
+        label="PPO with a value head",
+        paper="PPO (arXiv 1707.06347); on language models: arXiv 1909.08593",
+        change=_with(algorithm="ppo"),
+    ),
+    Arm(
         name="cispo",
         label="CISPO",
         paper="MiniMax-M1 (arXiv 2506.13585), 3.1",

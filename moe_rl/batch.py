@@ -83,7 +83,7 @@ class Experience:
 
     batch: RolloutBatch
     advantages: Tensor
-    """float32 [B]."""
+    """float32 [B], or [B, T] where a value head gives each token its own."""
     old_logprobs: Tensor
     """float32 [B, T], under the routing that the updates replay, if they replay any."""
     old_routes: Tensor
@@ -92,6 +92,10 @@ class Experience:
     """float32 [B, T, L, E], the old policy's router logits."""
     replay: Tensor
     """int16 [B, Sp + T, L, K], the record that updates replay, if they replay any."""
+    old_values: Tensor | None = None
+    """float32 [B, T], what a value head said before the updates."""
+    returns: Tensor | None = None
+    """float32 [B, T], what it should have said."""
 
 
 def response_positions(sequence_values: Tensor, prompt_length: int) -> Tensor:

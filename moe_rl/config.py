@@ -23,6 +23,7 @@ AlgorithmName = Literal[
     "dual_clip",
     "dr_grpo",
     "dapo",
+    "ppo",
     "cispo",
     "tis",
     "mis",
@@ -211,6 +212,12 @@ class RunConfig(Settings):
     aggregation: Aggregation | None = None
     """Mean over tokens. Default: the algorithm's, mostly sequence_mean. token_mean: over all tokens
     of an update. fixed_length: over the token budget of all responses."""
+    gae_lambda: Probability = 0.95
+    """For ppo: lambda of generalised advantage estimation, 0 to 1; 1: no bootstrapping."""
+    value_rate: PositiveFloat = 1.0
+    """For ppo: learning rate of the value head over that of the policy (> 0)."""
+    value_trains_policy: bool = True
+    """For ppo: pass the value loss's gradient on into the policy's layers below the value head."""
     routing_replay: RoutingReplay = "disabled"
     """Expert choices that updates replay. R2: the old policy's; R3: the rollout engine's."""
     old_logprobs: Literal["trainer", "rollout"] = "trainer"

@@ -29,6 +29,7 @@ from moe_rl.losses.icepop import icepop_loss
 from moe_rl.losses.mis import mis_loss
 from moe_rl.losses.policy_gradient import policy_gradient_loss
 from moe_rl.losses.positive_only import positive_only_loss
+from moe_rl.losses.ppo import ppo_loss
 from moe_rl.losses.rspo import rspo_loss
 from moe_rl.losses.sapo import sapo_loss
 from moe_rl.losses.tis import tis_loss
@@ -63,6 +64,9 @@ class Algorithm(NamedTuple):
     """Whether the loss reads `LossInputs.router_shift`."""
     sha256: str | None = None
     """Of the file of a user's own loss."""
+    learns_value: bool = False
+    """Train a value head, whose values give each token an advantage of its own, in place of the
+    group's."""
 
     @property
     def options(self) -> dict[str, float]:
@@ -76,6 +80,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "dual_clip": Algorithm(dual_clip_loss),
     "dr_grpo": Algorithm(grpo_loss, aggregation="fixed_length", scale_advantages=False),
     "dapo": Algorithm(dapo_loss, aggregation="token_mean"),
+    "ppo": Algorithm(ppo_loss, aggregation="token_mean", learns_value=True),
     "cispo": Algorithm(cispo_loss, aggregation="token_mean"),
     "tis": Algorithm(tis_loss),
     "mis": Algorithm(mis_loss),

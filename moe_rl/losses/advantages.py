@@ -1,4 +1,7 @@
-"""Group-relative advantages: a response is compared with the others to the same prompt."""
+"""Advantages: a response against the others to its prompt, or a token against a learned value."""
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -47,3 +50,55 @@ def group_advantages(rewards: Tensor, *, scale: bool = True) -> Tensor:
     unit = (halves - low) / (high - low)
     advantages = (unit - unit.mean(dim=1, keepdim=True)) / unit.std(dim=1, keepdim=True)
     return advantages.masked_fill(low == high, 0.0).to(dtype)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, lam: float) -> Tensor:
+    """Generalised advantage estimation, undiscounted, of responses that are rewarded at their end.
+
+        A_t = delta_t + lam A_(t+1),   delta_t = r_t + V_(t+1) - V_t
+
+    with r_t the reward at the last token and 0 before it, V and A 0 behind it. lam=1 gives the
+    reward minus V_t. A + V is what values are then trained on. Source: arXiv 1506.02438, eq. 16;
+    no discount (gamma 1), as in arXiv 1909.08593, TRL and verl.
+
+    Args:
+        rewards: [B], of whole responses.
+        values: [B, T], V_t is said before token t is sampled.
+        mask: bool [B, T], response tokens, those of a response in one piece from its first on.
+        lam: 0 to 1.
+
+    Returns:
+        [B, T], 0 in padding, not whitened.
+    """
+    values = values.detach().masked_fill(~mask, 0.0)
+    advantages = torch.zeros_like(values)
+    following = values.new_zeros(len(values))  # A_(t+1)
+    next_value = rewards.to(values)  # the reward stands where the last token looks for V_(t+1)
+    for t in reversed(range(values.shape[1])):
+        here = mask[:, t]
+        delta = next_value - values[:, t]
+        following = torch.where(here, delta + lam * following, 0.0)
+        next_value = torch.where(here, values[:, t], next_value)
+        advantages[:, t] = following
+    return advantages
+
+
+def whiten(values: Tensor, mask: Tensor, *, total: Callable[[float], float] = float) -> Tensor:
+    """Shift and scale to mean 0 and unbiased variance 1 over the tokens of the mask.
+
+    1e-8 is added to the variance, as in TRL and in verl.
+
+    Args:
+        values: [B, T].
+        mask: bool [B, T].
+        total: sums a number over the processes that hold a part of the batch each.
+
+    Returns:
+        [B, T], 0 in padding.
+    """
+    kept = values[mask].double()
+    count = total(float(len(kept)))
+    mean = total(kept.sum().item()) / count
+    variance = total((kept - mean).square().sum().item()) / max(1.0, count - 1)
+    whitened = (values - mean) / math.sqrt(variance + 1e-8)
+    return whitened.masked_fill(~mask, 0.0)

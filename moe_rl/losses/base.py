@@ -25,7 +25,7 @@ class LossInputs:
     """
 
     logprobs: Tensor
-    """Of the policy being trained; the only one with a gradient."""
+    """Of the policy being trained, with a gradient."""
     old_logprobs: Tensor
     """Of the policy in the ratio's denominator."""
     rollout_logprobs: Tensor
@@ -36,6 +36,12 @@ class LossInputs:
     router_shift: Tensor | None = None
     """RSPO's gamma in (0, 1], 1 where no router has moved (`routing.statistics.shift`); None where
     the routers were not recorded."""
+    values: Tensor | None = None
+    """Of a value head, reward units, with a gradient; None where no value head is trained."""
+    old_values: Tensor | None = None
+    """Of the value head before the updates on the rollout."""
+    returns: Tensor | None = None
+    """What the values are to be."""
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -70,6 +76,9 @@ def make_inputs(
     *,
     rollout_logprobs: Tensor | None = None,
     router_shift: Tensor | None = None,
+    values: Tensor | None = None,
+    old_values: Tensor | None = None,
+    returns: Tensor | None = None,
 ) -> LossInputs:
     """Check the tensors that a loss is computed from, and bring them to one form.
 
@@ -77,12 +86,13 @@ def make_inputs(
     batch dimension, and the loss would be wrong without a sign of it.
 
     Args:
-        logprobs: [B, T], nats; only this input gets a gradient.
+        logprobs: [B, T], nats; only this input and `values` get a gradient.
         old_logprobs: [B, T], nats.
         advantages: [B], one per sequence, or [B, T].
         mask: bool [B, T], True at response tokens; padding may hold anything, NaN included.
         rollout_logprobs: [B, T], nats; old_logprobs if the engine and the trainer are one.
         router_shift: [B, T], in (0, 1].
+        values, old_values, returns: [B, T], reward units.
 
     Raises:
         ValueError: a tensor of another shape, or a mask that is not bool.
@@ -115,13 +125,19 @@ def make_inputs(
         # reaches padded positions is exactly 0.
         return values.to(dtype).masked_fill(~mask, 0.0)
 
+    def clean_constant(values: Tensor | None) -> Tensor | None:
+        return None if values is None else clean(values.detach())
+
     return LossInputs(
         logprobs=clean(logprobs),
         old_logprobs=clean(old_logprobs.detach()),
         rollout_logprobs=clean(rollout_logprobs.detach()),
         advantages=clean(wide.detach()),
         mask=mask,
-        router_shift=None if router_shift is None else clean(router_shift.detach()),
+        router_shift=clean_constant(router_shift),
+        values=None if values is None else clean(values),
+        old_values=clean_constant(old_values),
+        returns=clean_constant(returns),
     )
 
 

@@ -83,6 +83,21 @@ def mismatch_metrics(
 
 
 @torch.no_grad()
+def value_metrics(
+    batch: RolloutBatch, values: Tensor, rewards: Tensor, *, gather: Gather = dict
+) -> dict[str, float]:
+    """How well the values [B, T] of a rollout foretold its rewards [B]."""
+    mask = batch.response_mask
+    rows = gather({"values": values, "rewards": rewards, "mask": mask})
+    mask = rows["mask"]
+    reward = rows["rewards"].double()[:, None].expand_as(mask)[mask]
+    missed = reward - rows["values"].double()[mask]
+    spread = reward.var(correction=0)
+    explained = 1 - missed.var(correction=0) / spread if spread > 0 else torch.nan * spread
+    return {"value/explained_variance": explained.item()}
+
+
+@torch.no_grad()
 def update_metrics(
     output: ForwardOutput,
     *,
@@ -94,6 +109,7 @@ def update_metrics(
     old_routes: Tensor,
     old_router_logits: Tensor | None,
     prompt_length: int,
+    value_losses: Tensor | None = None,
     other_logprobs: Tensor | None = None,
     replayed: bool = False,
     per_position: bool = False,
@@ -110,6 +126,7 @@ def update_metrics(
         old_routes: int16 [B, Sp + T, L, K], live choices of the old policy.
         old_router_logits: float32 [B, T, L, E], its router logits.
         prompt_length: Sp.
+        value_losses: float32 [B, T], of a value head.
         other_logprobs: of the same pass with replay off instead of on or on instead of off; adds
             the split of the log-ratio variance into routing part and weight part.
         replayed: whether `output` was replayed, so that `other_logprobs` is live.
@@ -133,6 +150,8 @@ def update_metrics(
         own["margin"] = statistics.margin(logits, old.shape[-1], mask)
         if old_router_logits is not None:
             own["shift"] = statistics.shift(old_router_logits, logits, old, mask)
+    if value_losses is not None:
+        own["value_losses"] = value_losses
     if other_logprobs is not None:
         own["other_logprobs"] = other_logprobs
     rows = gather(own)
@@ -155,6 +174,8 @@ def update_metrics(
         metrics |= _by_layer({"routing/margin": statistics.per_layer(rows["margin"])})
     if "shift" in rows:
         metrics["routing/shift"] = rows["shift"].nanmean().item()
+    if value_losses is not None:
+        metrics["value/loss"] = rows["value_losses"][mask].double().mean().item()
     if per_position:
         metrics["routing/churn_per_position"] = rows["churn"].nanmean(dim=(0, 2)).tolist()
     if "other_logprobs" in rows:

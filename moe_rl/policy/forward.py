@@ -11,7 +11,7 @@ K experts per token, H hidden.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -42,6 +42,8 @@ class ForwardOptions:
     """Return the entropy of each predicted distribution."""
     noise: RouterNoise | None = None
     """Noise on the choice of experts."""
+    value_head: Callable[[Tensor], Tensor] | None = None
+    """Makes values [B, T] of hidden states [B, T, H]; None: return no values."""
 
 
 class ForwardOutput(NamedTuple):
@@ -55,6 +57,8 @@ class ForwardOutput(NamedTuple):
     """int16 [B, Sp + T, L, K]: the live choices, also while replaying; the last row is -1."""
     router_logits: Tensor | None
     """float32 [B, T, L, E] where each response token is predicted."""
+    values: Tensor | None = None
+    """float32 [B, T] where each response token is predicted."""
 
     @staticmethod
     def concatenate(outputs: list["ForwardOutput"]) -> "ForwardOutput":
@@ -98,6 +102,7 @@ def response_pass(
         entropy=None if found.entropy is None else found.entropy.detach(),
         routed_experts=routes,
         router_logits=logits,
+        values=None if options.value_head is None else options.value_head(hidden),
     )
 
 

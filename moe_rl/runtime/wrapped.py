@@ -24,9 +24,9 @@ T = TypeVar("T")
 class _Inside(nn.Module):
     """Runs functions of a model as if they were its forward."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, head: nn.Module | None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.head = model, head
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
@@ -35,12 +35,15 @@ class _Inside(nn.Module):
 class Wrapped:
     """Runs a model's passes so that gradients are averaged over the ranks; one wraps nothing.
 
-    `ddp` keeps the whole model on each rank, `fsdp` a shard of every layer, made in place.
+    `ddp` keeps the whole model on each rank, `fsdp` a shard of every layer, made in place. A `head`
+    is a module beside the model that passes may call too.
     """
 
-    def __init__(self, model: Any, ranks: Ranks, parallelism: Parallelism) -> None:
+    def __init__(
+        self, model: Any, ranks: Ranks, parallelism: Parallelism, head: nn.Module | None = None
+    ) -> None:
         self.ranks = ranks
-        self._inside: nn.Module = _Inside(model)
+        self._inside: nn.Module = _Inside(model, head)
         self._sharded: list[FSDPModule] = []
         if ranks.size == 1:
             return
@@ -51,6 +54,8 @@ class Wrapped:
         mesh = init_device_mesh(model.device.type, (ranks.size,))
         for layer in getattr(model.base_model, "layers", ()):
             self._sharded.append(fully_shard(layer, mesh=mesh))
+        if head is not None:  # a group of its own: its dtype may be another than the model's
+            self._sharded.append(fully_shard(head, mesh=mesh))
         self._sharded.append(fully_shard(self._inside, mesh=mesh))
 
     def run(self, function: Callable[..., T], *args: Any) -> T:

@@ -25,7 +25,7 @@ from moe_rl.tasks import make_task
 from moe_rl.training.cold_start import saved_policy
 from moe_rl.training.crash import CONFIG, CRASH, load_experience
 from moe_rl.training.learner import Learner, Passed
-from moe_rl.training.state import POLICY
+from moe_rl.training.state import POLICY, load_value_head
 from moe_rl.training.trainer import Trainer
 
 _SHOWN = 5  # names of weights or gradients
@@ -83,6 +83,7 @@ def debug_crash(bundle: Path) -> CrashReport:
     task = make_task(config.task.task, **config.task.options())
     policy = saved_policy(config, task, bundle / POLICY)
     trainer = Trainer(config, policy, task, NoLog(bundle))
+    load_value_head(bundle / POLICY, trainer.learner)
     experience = load_experience(bundle, policy.device)
     report = CrashReport(reason=crash["reason"], before=crash["metrics"])
     weights = [name for name, p in policy.model.named_parameters() if not _finite(p)]
@@ -113,7 +114,7 @@ def _inspect(
     report.metrics["loss"] = sum(part.loss for part in passed)
     if not math.isfinite(report.metrics["loss"]):
         report.found.append(f"loss: {report.metrics['loss']}")
-    named = learner.policy.model.named_parameters()
+    named = learner.named_parameters().items()
     gradients = [n for n, p in named if p.grad is not None and not _finite(p.grad)]
     report.found += [f"gradients: {_some(gradients)}"] if gradients else []
     report.metrics["grad_norm"] = clip_gradients(learner.parameters, math.inf)

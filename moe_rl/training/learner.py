@@ -18,6 +18,7 @@ from moe_rl.batch import Experience, RolloutBatch, response_positions
 from moe_rl.config import Aggregation, RunConfig
 from moe_rl.losses import Algorithm, aggregate, make_inputs, resolve_options
 from moe_rl.losses.custom import choose_algorithm
+from moe_rl.losses.ppo import value_loss
 from moe_rl.metrics import instruments
 from moe_rl.policy.forward import ForwardOptions, ForwardOutput, response_pass
 from moe_rl.policy.policy import Policy
@@ -28,6 +29,7 @@ from moe_rl.runtime.share import Share
 from moe_rl.runtime.stopwatch import Stopwatch
 from moe_rl.runtime.wrapped import Parallelism, Wrapped, clip_gradients
 from moe_rl.training.replay_plan import ReplayPlan
+from moe_rl.training.value_head import ValueHead
 
 
 def loss_options(config: RunConfig, algorithm: Algorithm) -> dict[str, float]:
@@ -120,10 +122,16 @@ class Learner:
             for module in policy.model.modules()
             if getattr(module, "gradient_checkpointing", False)
         ]
-        self.wrapped = Wrapped(policy.model, ranks, parallelism)
-        self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        self.value_head = ValueHead(config, policy) if self.algorithm.learns_value else None
+        self.wrapped = Wrapped(policy.model, ranks, parallelism, self.value_head)
+        groups: list[dict[str, Any]] = [{"params": [*policy.model.parameters()], "rate": 1.0}]
+        if self.value_head is not None:
+            groups += [{"params": [*self.value_head.parameters()], "rate": config.value_rate}]
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p.requires_grad]
+        self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
+            groups,
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
@@ -131,12 +139,25 @@ class Learner:
             fused=True,
         )
 
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Parameters of the policy and of the value head, in the optimiser's order."""
+        named = dict(self.policy.model.named_parameters())
+        if self.value_head is not None:
+            named |= self.value_head.named_parameters(prefix="value_head")
+        return named
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Take the policy's learning rate of a rollout step; the value head's is in proportion."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["rate"]
+
     @torch.no_grad()
     def old_pass(self, batch: RolloutBatch, step: int) -> ForwardOutput:
         """The old policy over the rollout, in the very batches that the updates will use.
 
         Equal shapes make the first update's ratios 1 up to rounding. Where `old_logprobs` says so,
-        the log-probs are the engine's, and a pass is made only for routes that R2 replays.
+        the log-probs are the engine's, and a pass is made only for routes that R2 replays, or for
+        values.
         """
         from_engine = self.config.old_logprobs == "rollout"
         if self.old_passes == 0:
@@ -173,6 +194,7 @@ class Learner:
                     router_logits=self.reads_routers and number is None,
                     entropy=config.instruments and number is None,
                     noise=self.noise(step, "old", forward.prompts, number),
+                    value_head=self.value_head if number is None else None,
                 )
                 output = self.wrapped.run(response_pass, self.policy, part, options)
                 if forward.counts:
@@ -197,6 +219,9 @@ class Learner:
                     mask if forward.counts else torch.zeros_like(mask),
                     rollout_logprobs=experience.batch.rollout_logprobs[rows],
                     router_shift=self._router_shift(experience, output, rows),
+                    values=output.values,
+                    old_values=_select(experience.old_values, rows),
+                    returns=_select(experience.returns, rows),
                 )
                 token_losses = self.algorithm.loss(inputs, **self.options)
                 loss = aggregate(token_losses, inputs, self._aggregation, divisor=divisor)
@@ -210,7 +235,7 @@ class Learner:
         """Passes of the old policy over a rollout."""
         config = self.config
         if config.old_logprobs == "rollout":
-            return int(config.routing_replay == "R2")
+            return int(config.routing_replay == "R2" or self.value_head is not None)
         return config.old_passes
 
     @property
@@ -290,6 +315,12 @@ class Learner:
             for part in passed
         ]
         rows = self._rows(self.share.of_update(update))
+        old_values, returns = experience.old_values, experience.returns
+        value_losses = None
+        if output.values is not None and old_values is not None and returns is not None:
+            value_losses = value_loss(
+                output.values, old_values[rows], returns[rows], self.options["value_clip"]
+            )
         return instruments.update_metrics(
             output,
             gradient=torch.cat(gradients),
@@ -298,9 +329,8 @@ class Learner:
             rollout_logprobs=batch.rollout_logprobs[rows],
             old_logprobs=experience.old_logprobs[rows],
             old_routes=experience.old_routes[rows],
-            old_router_logits=None
-            if experience.old_router_logits is None
-            else experience.old_router_logits[rows],
+            old_router_logits=_select(experience.old_router_logits, rows),
+            value_losses=value_losses,
             prompt_length=batch.prompt_ids.shape[1],
             other_logprobs=other,
             replayed=self.plan.is_on,
@@ -338,6 +368,7 @@ class Learner:
             record=self.config.instruments and not flip,
             router_logits=self.reads_routers and not flip,
             noise=self.noise(step, "update", forward.prompts, update),
+            value_head=None if flip else self.value_head,
         )
         part = experience.batch.select_prompts(forward.prompts)
         return self.wrapped.run(response_pass, self.policy, part, options)
@@ -370,3 +401,7 @@ class Learner:
         finally:
             for module in self._recomputed:
                 module.training = False
+
+
+def _select(values: Tensor | None, rows: slice) -> Tensor | None:
+    return None if values is None else values[rows]

@@ -1,6 +1,7 @@
 """What a run must remember to resume bit for bit, as files of one checkpoint.
 
-    policy/                 Hugging Face checkpoint with the tokenizer
+    policy/                 Hugging Face checkpoint with the tokenizer, and the value head, if any,
+                            in value_head.safetensors
     optimizer.safetensors   AdamW's moments and step counts, by parameter name
     progress.json           rollout steps done, their rewards, and seconds by purpose
 
@@ -12,17 +13,18 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moe_rl.policy.policy import Policy
 from moe_rl.run_folder.sealing import Fill
 from moe_rl.runtime.wrapped import shard_like, whole_tensor
 from moe_rl.training.learner import Learner
 
 POLICY = "policy"
 _OPTIMIZER, _PROGRESS = "optimizer.safetensors", "progress.json"
+_VALUE_HEAD = "value_head.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +39,25 @@ class Progress:
     """Time spent so far, by purpose."""
 
 
-def collect_policy(policy: Policy) -> Fill:
-    """What writes the policy in Hugging Face format; all ranks call this, one writes."""
+def collect_policy(learner: Learner) -> Fill:
+    """What writes the policy in Hugging Face format, and the value head beside it.
+
+    All ranks call this, one writes.
+    """
+    policy, head = learner.policy, learner.value_head
     model, whole = policy.model, None
     if any(isinstance(p, DTensor) for p in model.parameters()):
         whole = {name: whole_tensor(value) for name, value in model.state_dict().items()}
 
+    values = {}
+    if head is not None:
+        values = {name: whole_tensor(p.detach()) for name, p in head.named_parameters()}
+
     def fill(path: Path) -> None:
         model.save_pretrained(path, state_dict=whole)
         policy.tokenizer.save_pretrained(path)
+        if values:
+            save_file(values, path / _VALUE_HEAD)
 
     return fill
 
@@ -55,10 +67,10 @@ def collect_state(progress: Progress, learner: Learner) -> Fill:
 
     The files do not depend on the number of ranks, and can be read on any number of them.
     """
-    fill_policy = collect_policy(learner.policy)
+    fill_policy = collect_policy(learner)
     optimizer = {
         f"{name}/{key}": whole_tensor(value).contiguous()
-        for name, parameter in learner.policy.model.named_parameters()
+        for name, parameter in learner.named_parameters().items()
         for key, value in learner.optimizer.state.get(parameter, {}).items()
     }
 
@@ -77,10 +89,20 @@ def load_progress(checkpoint: Path) -> Progress:
     return Progress(**json.loads((checkpoint / _PROGRESS).read_text(encoding="utf-8")))
 
 
+def load_value_head(folder: Path, learner: Learner) -> None:
+    """Put the value head, where the learner has one, where it was when the policy was saved."""
+    if learner.value_head is None:
+        return
+    saved = load_file(folder / _VALUE_HEAD)
+    with torch.no_grad():
+        for name, parameter in learner.value_head.named_parameters():
+            parameter.copy_(shard_like(saved[name], parameter))
+
+
 def load_optimizer(checkpoint: Path, learner: Learner) -> None:
     """Put the optimiser where it was; the learner is new, its policy loaded from the checkpoint."""
-    named = learner.policy.model.named_parameters()
-    trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+    named = learner.named_parameters()
+    trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     # PyTorch knows an optimiser's parameters by their number.
     numbers = {name: number for number, name in enumerate(trained)}
     state: dict[int, dict[str, Tensor]] = {}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_rl.batch import Experience, RolloutBatch
 from moe_rl.config import RunConfig
-from moe_rl.losses.advantages import group_advantages
+from moe_rl.losses.advantages import gae, group_advantages, whiten
 from moe_rl.metrics import instruments
 from moe_rl.policy.policy import Policy
 from moe_rl.rollout.engine import make_engine
@@ -36,11 +36,13 @@ from moe_rl.training.crash import Crash, NonFinite, collect_experience
 from moe_rl.training.evaluation import pass_at_1
 from moe_rl.training.learner import Learner
 from moe_rl.training.state import (
+    POLICY,
     Progress,
     collect_policy,
     collect_state,
     load_optimizer,
     load_progress,
+    load_value_head,
 )
 
 StepCallback = Callable[[dict[str, Any]], None]
@@ -89,6 +91,7 @@ class Trainer:
 
     def resume_from(self, checkpoint: Path) -> None:
         """Stand where a checkpoint was written; the policy is loaded from it already."""
+        load_value_head(checkpoint / POLICY, self.learner)
         load_optimizer(checkpoint, self.learner)
         self.progress = load_progress(checkpoint)
         self.clock.seconds.update(self.progress.seconds)
@@ -124,8 +127,7 @@ class Trainer:
         """One rollout and its updates; writes the update lines, returns the step line."""
         with self.clock.timed("step"):
             rate = learning_rate(self.config, step)
-            for group in self.learner.optimizer.param_groups:
-                group["lr"] = rate
+            self.learner.set_learning_rate(rate)
             try:
                 experience, metrics = self.experience(step)
             except FloatingPointError as error:
@@ -157,6 +159,11 @@ class Trainer:
         assert old.routed_experts is not None
         scored = {"rewards": rewards.flatten().to(self.policy.device), "truncated": batch.truncated}
         scored |= {"mask": batch.response_mask}
+        returns = None
+        if old.values is not None:
+            raw = gae(scored["rewards"], old.values, batch.response_mask, lam=config.gae_lambda)
+            returns = raw + old.values
+            advantages = whiten(raw, batch.response_mask, total=self.ranks.total)
         metrics = _rollout_metrics(**gather(scored), group_size=config.group_size)
         metrics["operations"] = self._operations(batch)
         if config.instruments:
@@ -164,6 +171,10 @@ class Trainer:
                 metrics |= instruments.rollout_metrics(batch, old, gather=gather)
                 if config.old_logprobs == "trainer":
                     metrics |= instruments.mismatch_metrics(batch, old, gather=gather)
+                if old.values is not None:
+                    metrics |= instruments.value_metrics(
+                        batch, old.values, scored["rewards"], gather=gather
+                    )
         experience = Experience(
             batch=batch,
             advantages=advantages,
@@ -171,6 +182,8 @@ class Trainer:
             old_routes=old.routed_experts,
             old_router_logits=old.router_logits,
             replay=self.learner.plan.update_record(batch.routed_experts, old.routed_experts),
+            old_values=old.values,
+            returns=returns,
         )
         return experience, metrics
 
@@ -242,7 +255,7 @@ class Trainer:
             reason=reason,
             metrics=metrics,
         )
-        policy, rollout = collect_policy(self.policy), collect_experience(experience, self.learner)
+        policy, rollout = collect_policy(self.learner), collect_experience(experience, self.learner)
         with self.ranks.together():
             if self.ranks.main:
                 crash.write(policy, rollout, processes=self.ranks.size)
@@ -280,7 +293,7 @@ class Trainer:
 
         It is there whole or not at all: other runs of a study wait for it and start from it.
         """
-        fill = collect_policy(self.policy)
+        fill = collect_policy(self.learner)
         with self.ranks.together():
             if self.ranks.main:
                 write_sealed(self.log.folder / name, fill, about={})
