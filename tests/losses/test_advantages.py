@@ -1,4 +1,4 @@
-"""Group advantages: the formula, groups without a difference, bad rewards."""
+"""Group advantages, and those against a learned value: formulas, limits, bad rewards."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from moe_rl.losses.advantages import group_advantages
+from moe_rl.losses.advantages import gae, group_advantages, whiten
 
 
 @settings(deadline=None, max_examples=50)
@@ -75,3 +76,70 @@ def test_a_reward_that_is_not_finite_is_named_by_prompt_and_sample(value: float)
     rewards[2, 1] = value
     with pytest.raises(ValueError, match=rf"rewards\[2, 1\]={value}.*prompt 2, sample 1"):
         group_advantages(rewards)
+
+
+def responses(seed: int, count: int = 5, longest: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards [B], values [B, T] and the mask of responses of 1 to T tokens, in float64."""
+    rng = np.random.default_rng(seed)
+    lengths = torch.from_numpy(rng.integers(1, longest + 1, count))
+    mask = torch.arange(longest) < lengths[:, None]
+    return (
+        torch.from_numpy(rng.normal(size=count)),
+        torch.from_numpy(rng.normal(size=(count, longest))),
+        mask,
+    )
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), lam=st.floats(0.0, 1.0))
+def test_gae_is_the_weighted_sum_of_the_errors_that_follow(seed: int, lam: float) -> None:
+    """The definition, as one sum a token, where the code goes backwards once."""
+    rewards, values, mask = responses(seed)
+    found = gae(rewards, values.masked_fill(~mask, math.nan), mask, lam=lam)
+    expected = torch.zeros_like(values)
+    for i, length in enumerate(mask.sum(1).tolist()):
+        said = [*values[i, :length].tolist(), 0.0]
+        errors = [said[t + 1] - said[t] for t in range(length)]
+        errors[-1] += rewards[i].item()
+        for t in range(length):
+            expected[i, t] = sum(lam ** (s - t) * errors[s] for s in range(t, length))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gae_without_bootstrapping_is_the_reward_minus_the_value() -> None:
+    rewards, values, mask = responses(0)
+    zeros = torch.zeros_like(values)
+    expected = torch.where(mask, rewards[:, None], 0.0)
+    assert torch.equal(gae(rewards, zeros, mask, lam=1.0), expected)
+    torch.testing.assert_close(
+        gae(rewards, values, mask, lam=1.0), (expected - values).where(mask, zeros)
+    )
+
+
+def test_a_value_that_foretells_the_reward_leaves_no_advantage() -> None:
+    rewards, _, mask = responses(1)
+    values = rewards[:, None].expand(mask.shape)
+    assert not gae(rewards, values, mask, lam=0.3).any()
+
+
+def test_whitened_advantages_have_mean_0_and_variance_1_over_the_tokens() -> None:
+    _, values, mask = responses(2)
+    white = whiten(values.masked_fill(~mask, math.nan), mask)
+    assert abs(white[mask].mean().item()) < 1e-12
+    assert white[mask].var().item() == pytest.approx(1.0, rel=1e-6)
+    assert not white[~mask].any()
+    order = values[mask].argsort()
+    assert torch.equal(white[mask].argsort(), order)
+
+
+def test_equal_advantages_and_a_single_one_whiten_to_zero() -> None:
+    for shape in ((2, 3), (1, 1)):
+        assert not whiten(torch.full(shape, 0.7), torch.ones(shape, dtype=torch.bool)).any()
+
+
+def test_whitening_counts_the_tokens_of_all_processes() -> None:
+    """Two processes with the same rows whiten as one that holds the rows twice."""
+    _, values, mask = responses(3)
+    both = whiten(values.repeat(2, 1), mask.repeat(2, 1))
+    apart = whiten(values, mask, total=lambda own: 2 * own)
+    torch.testing.assert_close(apart, both[: len(values)], rtol=1e-12, atol=1e-12)
