@@ -212,8 +212,9 @@ class RunConfig(Settings):
     aggregation: Aggregation | None = None
     """Mean over tokens. Default: the algorithm's, mostly sequence_mean. token_mean: over all tokens
     of an update. fixed_length: over the token budget of all responses."""
-    gae_lambda: Probability = 0.95
-    """For ppo: lambda of generalised advantage estimation, 0 to 1; 1: no bootstrapping."""
+    gae_lambda: Probability = 1.0
+    """For ppo: lambda of generalised advantage estimation, 0 to 1. 1: no bootstrapping, as in verl;
+    0.95, as in TRL, lets the reward fade towards the beginning of a response."""
     value_rate: PositiveFloat = 1.0
     """For ppo: learning rate of the value head over that of the policy (> 0)."""
     value_trains_policy: bool = True

@@ -73,7 +73,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     ]
     assert rewards[0] == rewards[1]
     saved = [
-        {path.relative_to(run): load_file(path) for path in run.glob("policy_*/model.safetensors")}
+        {path.relative_to(run): load_file(path) for path in run.glob("policy_*/*.safetensors")}
         for run in (ours, theirs)
     ]
     assert saved[0].keys() == saved[1].keys() and saved[1], "no saved weights to compare"

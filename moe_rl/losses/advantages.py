@@ -58,8 +58,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, lam: float) -> Tensor:
         A_t = delta_t + lam A_(t+1),   delta_t = r_t + V_(t+1) - V_t
 
     with r_t the reward at the last token and 0 before it, V and A 0 behind it. lam=1 gives the
-    reward minus V_t. A + V is what values are then trained on. Source: arXiv 1506.02438, eq. 16;
-    no discount (gamma 1), as in arXiv 1909.08593, TRL and verl.
+    reward minus V_t; below 1 a reward counts less by a factor lam for each token before the last,
+    one of the two causes of PPO's collapse on long responses in VC-PPO (arXiv 2503.01491). A + V is
+    what values are then trained on. Source: arXiv 1506.02438, eq. 16; no discount (gamma 1), as in
+    arXiv 1909.08593, TRL and verl.
 
     Args:
         rewards: [B], of whole responses.

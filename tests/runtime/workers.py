@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "engine's log-probs": {"old_logprobs": "rollout"},
     "frozen router": {"freeze_router": True},
     "rounded rollout": {"rollout_precision": "int4", "routing_replay": "R3"},
+    "value head": {"algorithm": "ppo"},
     "unequal prompts": {"task": "countdown", "sft_steps": 10},
     "checkpointing": {"gradient_checkpointing": True, "routing_replay": "R2"},
 }
@@ -49,9 +50,11 @@ def tiny(**changes: Any) -> RunConfig:
 
 def gradients(trainer: Trainer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Gradients of each update of one rollout, weights unmoved, and all metrics."""
+    learner = trainer.learner
+    if learner.value_head is not None:  # it begins as 0, and passes no gradient on
+        torch.nn.init.constant_(learner.value_head.weight, 0.1)
     experience, metrics = trainer.experience(0)
     found, lines = {}, [metrics]
-    learner = trainer.learner
     # Of the policy's own rewards nearly all groups are equal: nothing to learn from.
     share, config = learner.share, trainer.config
     drawn = torch.randn(
@@ -61,7 +64,7 @@ def gradients(trainer: Trainer) -> tuple[dict[str, torch.Tensor], list[dict[str,
     experience = dataclasses.replace(experience, advantages=own)
     for update in range(trainer.config.updates_per_rollout):
         learner.gradients(experience, 0, update)
-        for name, parameter in trainer.policy.model.named_parameters():
+        for name, parameter in learner.named_parameters().items():
             if parameter.grad is not None:
                 found[f"{update}/{name}"] = whole_tensor(parameter.grad).clone()
         learner.optimizer.zero_grad(set_to_none=True)

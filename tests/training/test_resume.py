@@ -45,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "R3 under noise": {"routing_replay": "R3", "router_noise": 0.3, "algorithm": "gspo"},
     "engine's log-probs": {"old_logprobs": "rollout"},
     "frozen router": {"freeze_router": True},
+    "value head": {"algorithm": "ppo", "value_rate": 10.0},
     "no instruments": {"instruments": False},
     "rounded rollout": {"rollout_precision": "int4", "routing_replay": "R3"},
 }
