@@ -87,7 +87,7 @@ def load_study(path: str | Path) -> StudyRuns:
     again), the later line counts. Runs without `summary.json` are kept with `complete` False.
 
     Raises AnalysisError for a folder that is missing, holds no run, two runs of one name, a
-    malformed line, or files of another schema.
+    malformed line, steps without a reward, or files of another schema.
     """
     root = Path(path)
     if not root.is_dir():
@@ -114,6 +114,11 @@ def load_study(path: str | Path) -> StudyRuns:
             )
         configs[key] = config
         run_steps = _metrics_frame(folder / "steps.jsonl", ["step"], row, notes)
+        if len(run_steps) and "reward" not in run_steps:
+            raise AnalysisError(
+                f"{folder / 'steps.jsonl'}: no line has a reward; log the mean reward of every "
+                "step as `reward`"
+            )
         row["steps_done"] = len(run_steps)
         rows.append(row)
         steps.append(run_steps)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from pandas.core.groupby.generic import SeriesGroupBy
 
 from moe_rl.analysis.data.collapse import outcome
@@ -21,7 +22,9 @@ EARLY_FRACTION = 5  # the early window is a fifth of the steps
 
 CHAIN = [
     "churn_one", "churn_last", "churn_early", "router_disagreement", "token_disagreement",
-    "token_var", "sequence_var", "token_ess", "clip_share", "grad_norm", "routing_share",
+    "token_var", "sequence_var", "token_ess", "mean_ratio", "survival_10", "rollout_survival_10",
+    "negative_above", "largest_token", "clip_share", "grad_norm", "routing_share",
+    "response_length",
 ]  # fmt: skip
 
 
@@ -37,10 +40,17 @@ def run_measures(study: StudyRuns) -> pd.DataFrame:
     router_disagreement, token_disagreement     the same at the last update, other countings
     token_var, sequence_var     median over rollouts of the mean over updates of Var(w), Var(s)
     token_ess            mean ESS/N of the token ratios
+    mean_ratio           mean w; 1 where the old log-probs are those of the policy that sampled
+    survival_10, rollout_survival_10     mean share of tokens with w > 10; the second with the
+                         rollout engine's log-probs in the denominator, whatever the loss used
+    negative_above       median share of the gradient's mass in the branch that PPO's surrogate
+                         leaves unbounded: A < 0 with w above the clip range
+    largest_token        median share of the gradient's mass of the largest single token
     clip_share           mean share of tokens whose gradient the clip removes
     grad_norm            median norm before clipping
     skipped              updates skipped because their gradient was NaN or inf
     routing_share        share of Var(log w) due to routing, see attribution.py
+    response_length      mean tokens of a response
     seconds, seconds_per_step, instruments_share     of summary.json
     """
     steps = dict(tuple(study.steps.groupby(KEYS))) if len(study.steps) else {}
@@ -60,18 +70,29 @@ def run_measures(study: StudyRuns) -> pd.DataFrame:
             }
         )
     measures = pd.DataFrame(rows)
-    return measures.join(_links(study.updates, measures), on=KEYS)
+    return measures.join(_links(study, measures), on=KEYS)
 
 
-def _links(updates: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:
+def before_collapse(frame: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `steps` or `updates` before their run's time of collapse; all where none is."""
+    return frame[~(frame["step"].to_numpy(float) >= _of_run(frame, measures, "collapse_step"))]
+
+
+def _of_run(frame: pd.DataFrame, measures: pd.DataFrame, name: str) -> NDArray[np.float64]:
+    """A number of every row's own run."""
+    runs = pd.MultiIndex.from_frame(frame[KEYS])
+    return measures.set_index(KEYS)[name].reindex(runs).to_numpy(float)
+
+
+def _links(study: StudyRuns, measures: pd.DataFrame) -> pd.DataFrame:
     """The links of the chain and `skipped`, one row a run; NaN where a run did not record one."""
-    runs = pd.MultiIndex.from_frame(updates[KEYS])
-    own = measures.set_index(KEYS)[["steps", "collapse_step"]].reindex(runs).to_numpy(float)
-    step = updates["step"].to_numpy(float)
-    before = updates[~(step >= own[:, 1])]  # all where collapse_step is NaN
+    updates = study.updates
+    before = before_collapse(updates, measures)
     # The same steps of every run: windows that end at a collapse cannot be compared.
-    early = updates[step < np.maximum(1, own[:, 0] // EARLY_FRACTION)]
-    table = pd.DataFrame(index=runs.unique(), columns=[*CHAIN, "skipped"], dtype=float)
+    first = np.maximum(1, _of_run(updates, measures, "steps") // EARLY_FRACTION)
+    early = updates[updates["step"].to_numpy(float) < first]
+    runs = pd.MultiIndex.from_frame(updates[KEYS]).unique()
+    table = pd.DataFrame(index=runs, columns=[*CHAIN, "skipped"], dtype=float)
     at_last = _last_updates(before)
     for name, frame, column, statistic in (
         ("churn_one", before[before["update"] == 1], "routing/churn", "mean"),
@@ -80,9 +101,15 @@ def _links(updates: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:
         ("router_disagreement", at_last, "routing/router_disagreement", "mean"),
         ("token_disagreement", at_last, "routing/token_disagreement", "mean"),
         ("token_ess", before, "ratio/token_ess", "mean"),
+        ("mean_ratio", before, "ratio/mean", "mean"),
+        ("survival_10", before, "ratio/survival_10", "mean"),
+        ("rollout_survival_10", before, "rollout_ratio/survival_10", "mean"),
+        ("negative_above", before, "branch/negative_above", "median"),
+        ("largest_token", before, "branch/largest_token", "median"),
         ("clip_share", before, "clip_ratio/region", "mean"),
         ("grad_norm", before, "grad_norm", "median"),
         ("skipped", updates, "skipped", "sum"),
+        ("response_length", before_collapse(study.steps, measures), "response_length", "mean"),
     ):
         if column in frame:
             table[name] = _grouped(frame, column, KEYS).agg(statistic)

@@ -29,12 +29,16 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedTest:
-    """Differences b - a over common seeds: mean, Student's interval, sign-flip p value."""
+    """Differences b - a over common seeds: mean, Student's interval, sign-flip p value.
+
+    `wins` counts the seeds in which b is above a.
+    """
 
     n: int
     difference: float
     low: float
     high: float
+    wins: int
     p_value: float
 
 
@@ -120,8 +124,35 @@ def paired_test(a: ArrayLike, b: ArrayLike) -> PairedTest:
         difference=interval.value,
         low=interval.low,
         high=interval.high,
+        wins=int((differences > 0).sum()),
         p_value=sign_flip_p_value(differences),
     )
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """The p values of a family of m tests after Holm's step-down correction, in their order.
+
+        p_holm(i) = min(1, max over j <= i of (m - j + 1) p(j)),  p(1) <= p(2) <= ... <= p(m)
+
+    Rejecting where it is at most alpha keeps the chance of a single false rejection below alpha,
+    however the tests depend on each other. Source: Holm 1979, Scandinavian J. of Statistics 6.
+    """
+    values = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    scaled = values[order] * np.arange(len(values), 0, -1)
+    corrected = np.empty_like(values)
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(scaled))
+    return corrected
+
+
+def separation(event: ArrayLike, other: ArrayLike) -> float:
+    """AUC: chance that a value of `event` is above one of `other`, ties count half; NaN if empty.
+
+    The Mann-Whitney statistic U / (n m).
+    """
+    one, two = (np.asarray(values, dtype=np.float64) for values in (event, other))
+    above, below = one[:, None] > two[None, :], one[:, None] < two[None, :]
+    return float((above.mean() - below.mean() + 1) / 2) if above.size else math.nan
 
 
 def wilson_interval(successes: int, n: int) -> Interval:

@@ -7,8 +7,10 @@ from typing import Any
 import pandas as pd
 
 from moe_rl.analysis.data.load import RunKey, StudyRuns, flatten
-from moe_rl.analysis.data.stats import paired_test
+from moe_rl.analysis.data.stats import PairedTest, holm, paired_test
 from moe_rl.analysis.report.page import NONE, number
+from moe_rl.analysis.verdicts.rules import MIN_EFFECT
+from moe_rl.analysis.verdicts.verdicts import MIN_SEEDS
 from moe_rl.experiments.arms import arm_key, arm_label, find_arm
 
 PHASES = ["rollout", "old_logprobs", "updates", "instruments"]
@@ -17,7 +19,8 @@ PHASES = ["rollout", "old_logprobs", "updates", "instruments"]
 def paired_tests(measures: pd.DataFrame) -> pd.DataFrame:
     """Final reward of arm b minus arm a on common seeds, for the pairs of interest, one row each.
 
-    Columns setting, a, b, n, difference, low, high, p_value. `measures` is `run_measures(study)`;
+    Columns setting, a, b, those of `PairedTest`, `p_holm` (corrected over the tests against grpo in
+    that setting, NaN for other pairs) and `reading`. `measures` is `run_measures(study)`;
     incomplete runs do not count.
     """
     rows = []
@@ -29,9 +32,23 @@ def paired_tests(measures: pd.DataFrame) -> pd.DataFrame:
             both = finals[[a, b]].dropna()
             if len(both):
                 test = paired_test(both[a], both[b])
-                rows.append({"setting": setting, "a": a, "b": b} | vars(test))
-    columns = ["setting", "a", "b", "n", "difference", "low", "high", "p_value"]
-    return pd.DataFrame(rows, columns=columns)
+                own = {"setting": setting, "a": a, "b": b} | vars(test)
+                rows.append(own | {"reading": _reading(test)})
+    columns = ["setting", "a", "b", *PairedTest.__dataclass_fields__, "reading"]
+    table = pd.DataFrame(rows, columns=columns)
+    families = table[table["a"] == "grpo"].groupby("setting")["p_value"]
+    table.insert(len(columns) - 1, "p_holm", families.transform(holm).reindex(table.index))
+    return table
+
+
+def _reading(test: PairedTest) -> str:
+    """In a word, what the interval says of b against a: a null result is a result as well."""
+    if test.n < MIN_SEEDS:
+        return f"fewer than {MIN_SEEDS} seeds"
+    if test.low > 0 or test.high < 0:
+        return "above" if test.low > 0 else "below"
+    equal = max(-test.low, test.high) < MIN_EFFECT
+    return f"equal within {MIN_EFFECT:g}" if equal else "open"
 
 
 def run_notes(study: StudyRuns) -> list[str]:

@@ -1,8 +1,8 @@
-"""The claims of the GSPO paper, each with our number and a verdict from the data.
+"""The claims of the GSPO paper and ours, each with our number and a verdict from the data.
 
 Every claim is judged in one setting at a time, on complete runs only, by its function in
-`rules.py`. The last two rows are controls that the paper does not have: a verdict about routing
-needs them.
+`rules.py`. The paper's come first, then our controls, which a verdict about routing needs, then
+what we claim ourselves.
 """
 
 import inspect
@@ -25,7 +25,8 @@ class Claim:
     source: str
     paper: str
     judge: Callable[[pd.DataFrame], Judgement]
-    study_wide: bool = False
+    alike: tuple[str, ...] = ()
+    """Judged on the grpo runs of all settings that agree with this one in these columns."""
 
     @property
     def key(self) -> str:
@@ -39,6 +40,7 @@ class Claim:
 
 
 _PAPER = "GSPO paper"  # arXiv 2507.18071
+_OURS = "our claim"
 PAPER_CLIP_GSPO, PAPER_CLIP_GRPO = 0.15, 0.0013  # its figure 2
 CLAIMS = [
     Claim(
@@ -88,7 +90,7 @@ CLAIMS = [
         source=f"{_PAPER}, 5.3",
         paper="stated, no number",
         judge=rules.deeper_is_worse,
-        study_wide=True,
+        alike=rules.ALIKE,
     ),
     Claim(
         text="The collapse is irreversible, even from an earlier checkpoint",
@@ -108,12 +110,43 @@ CLAIMS = [
         paper="not run",
         judge=rules.frozen_router_is_stable,
     ),
+    Claim(
+        text="Without its unbounded branch (dual clip) GRPO does not collapse",
+        source=_OURS,
+        paper="not run",
+        judge=rules.bounded_branch_holds,
+    ),
+    Claim(
+        text="The sampling engine's log-probs in the denominator are enough",
+        source=_OURS,
+        paper="not run",
+        judge=rules.sampling_denominator_holds,
+    ),
+    Claim(
+        text="Replay removes the routing part of the ratio's variance",
+        source=_OURS,
+        paper="not measured",
+        judge=rules.replay_removes_routing,
+    ),
+    Claim(
+        text="The cure for staleness is not about routing",
+        source=_OURS,
+        paper="not run",
+        judge=rules.stale_cure_is_not_routing,
+    ),
+    Claim(
+        text="The variance of the sequence ratio falls with response length",
+        source=_OURS,
+        paper="not measured",
+        judge=rules.sequence_variance_falls,
+        alike=(*rules.ALIKE, "num_layers"),
+    ),
 ]
 
 
-def _alike_but_for_depth(measures: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
-    """The grpo runs of all settings that differ from those of one setting in depth at most."""
-    kinds = own.loc[own["arm"] == "grpo", list(rules.ALIKE)].drop_duplicates()
+def _alike(measures: pd.DataFrame, own: pd.DataFrame, columns: tuple[str, ...]) -> pd.DataFrame:
+    """The grpo runs of all settings that agree with one setting's in some columns."""
+    kinds = own.loc[own["arm"] == "grpo", list(columns)].drop_duplicates()
     return measures[measures["arm"] == "grpo"].merge(kinds)
 
 
@@ -130,8 +163,8 @@ def claims_table(study: StudyRuns, measures: pd.DataFrame | None = None) -> pd.D
     for setting in study.settings:
         for claim in CLAIMS:
             own = measures[measures["setting"] == setting]
-            if claim.study_wide:
-                own = _alike_but_for_depth(measures, own)
+            if claim.alike:
+                own = _alike(measures, own, claim.alike)
             finding = claim.judge(own)
             rows.append(
                 {

@@ -1,7 +1,7 @@
 """The rules by which the claims are judged, one function a claim.
 
-Each takes the rows of `run_measures` for the complete runs of one setting (of the whole study for
-`deeper_is_worse`) and returns a `Judgement`. The docstring IS the rule: the report prints it. Final
+Each takes the rows of `run_measures` for the complete runs of one setting (for a claim with `alike`
+in `claims.py` of all settings that agree in those columns) and returns a `Judgement`. The docstring IS the rule: the report prints it. Final
 rewards are compared between arms on the same seeds.
 """
 
@@ -14,6 +14,7 @@ import pandas as pd
 from moe_rl.analysis.data.stats import student_interval
 from moe_rl.analysis.verdicts.verdicts import (
     INCONCLUSIVE,
+    MAJORITY,
     NOT_REPRODUCED,
     REPRODUCED,
     Judgement,
@@ -27,6 +28,7 @@ MIN_EFFECT = 0.05  # a difference of final reward (share of prompts solved) that
 PAPER_CHURN = 0.10  # GSPO paper (arXiv 2507.18071), 5.3: "roughly 10% of the experts activated"
 CHURN_FACTOR = 2.0  # "about": within a factor of two
 CLIP_ORDERS = 1.5  # log10; nearer to two orders of magnitude (or more) than to one
+MIN_LENGTHS = 1.5  # longest over shortest mean response, from which a slope can be read
 # What settings of two depths have in common.
 ALIKE = ("learning_rate", "updates_per_rollout", "router_noise", "num_experts")
 # GRPO started again from a checkpoint before the collapse: at half the rate, and at the whole.
@@ -43,11 +45,25 @@ def replay_restores(runs: pd.DataFrame) -> Judgement:
     is above 0.05 and most grpo+replay seeds do not collapse. Where grpo itself ends within 20% of
     its peak in most seeds, there is nothing to restore: inconclusive.
     """
-    finding = _reward_gain(runs, "grpo", "grpo+replay", low=MIN_EFFECT)
-    if finding.interval.n and _arm(runs, "grpo")["unstable"].mean() <= 0.5:
-        reason = "GRPO is stable here: there is nothing to restore"
-        return replace(finding, verdict=INCONCLUSIVE, reason=reason)
-    return finding
+    return restores(runs, "grpo+replay")
+
+
+def bounded_branch_holds(runs: pd.DataFrame) -> Judgement:
+    """Final reward of grpo+dual-clip minus grpo, same seeds: reproduced when the interval of the
+    mean is above 0.05 and most grpo+dual-clip seeds do not collapse. Dual clip bounds the branch
+    A < 0 with w above the clip range and nothing else. Where grpo itself ends within 20% of its
+    peak in most seeds, there is nothing to restore: inconclusive.
+    """
+    return restores(runs, "grpo+dual-clip")
+
+
+def sampling_denominator_holds(runs: pd.DataFrame) -> Judgement:
+    """Final reward of grpo+rollout-old minus grpo, same seeds: reproduced when the interval of the
+    mean is above 0.05 and most grpo+rollout-old seeds do not collapse. Only the denominator of the
+    ratio differs. Where grpo itself ends within 20% of its peak in most seeds, there is nothing to
+    restore: inconclusive.
+    """
+    return restores(runs, "grpo+rollout-old")
 
 
 def gspo_needs_none(runs: pd.DataFrame) -> Judgement:
@@ -58,7 +74,7 @@ def gspo_needs_none(runs: pd.DataFrame) -> Judgement:
     """
     other = "gspo+replay" if len(_arm(runs, "gspo+replay")) else "grpo+replay"
     finding = _reward_gain(runs, other, "gspo", low=-MIN_EFFECT)
-    if finding.verdict == REPRODUCED and _arm(runs, "grpo")["unstable"].mean() <= 0.5:
+    if finding.verdict == REPRODUCED and len(_arm(runs, "grpo")) and not fails(runs, "grpo"):
         reason = "GRPO is stable here: no arm needs replay"
         return replace(finding, verdict=INCONCLUSIVE, reason=reason)
     return finding
@@ -103,6 +119,50 @@ def gspo_clips_more(runs: pd.DataFrame) -> Judgement:
         f"{orders.value:.1f} orders"
     )
     return _with_ours(judge_interval(orders, low=CLIP_ORDERS), ours)
+
+
+def replay_removes_routing(runs: pd.DataFrame) -> Judgement:
+    """log10 of Var(w), the token ratio's variance that the loss sees, grpo over grpo+replay, same
+    seeds: reproduced when the interval of the mean is above log10(2), more than half of it gone.
+    The routing share of grpo's Var(log w), given beside it, is what replay can remove.
+    """
+    pairs = _pairs(runs, "grpo", "grpo+replay", "token_var")
+    pairs = pairs[(pairs > 0).all(axis=1) & np.isfinite(pairs).all(axis=1)]
+    orders = student_interval(np.log10(pairs["grpo"]) - np.log10(pairs["grpo+replay"]))
+    ours = (
+        f"Var(w) {pairs['grpo+replay'].median():.2g} against {pairs['grpo'].median():.2g}: "
+        f"{orders.value:.1f} orders"
+    )
+    share = _arm(runs, "grpo")["routing_share"].astype(float).median()
+    if math.isfinite(share):
+        ours += f"; routing share {share:.0%}"
+    return _with_ours(judge_interval(orders, low=math.log10(2)), ours)
+
+
+def stale_cure_is_not_routing(runs: pd.DataFrame) -> Judgement:
+    """GSPO mends staleness where there is no routing to mend: final reward of dense-gspo minus
+    dense, same seeds, without router noise: reproduced when the interval of the mean is above 0.05
+    and most dense-gspo seeds do not collapse. Where the dense control itself ends within 20% of its
+    peak in most seeds, there is nothing to restore: inconclusive.
+    """
+    return _unless_noise(restores(runs, "dense-gspo", "dense"), runs, "dense")
+
+
+def sequence_variance_falls(study_runs: pd.DataFrame) -> Judgement:
+    """Slope of log Var(s), the sequence ratio's variance, against log response length over the grpo
+    runs of one seed that are equal in all else: reproduced when the interval of the mean over seeds
+    is below 0. Independent tokens would give -1. Needs mean lengths that differ by a factor of 1.5.
+    """
+    runs = _arm(study_runs, "grpo")
+    slopes: list[float] = []
+    for _, own in runs.groupby([*ALIKE, "num_layers", "seed"], dropna=False):
+        points = own[["response_length", "sequence_var"]].astype(float)
+        points = points[(points > 0).all(axis=1) & np.isfinite(points).all(axis=1)]
+        lengths = points["response_length"]
+        if len(points) and lengths.max() >= MIN_LENGTHS * lengths.min():
+            slopes.append(float(np.polyfit(*np.log(points.to_numpy()).T, 1)[0]))
+    interval = student_interval(slopes)
+    return _with_ours(judge_interval(interval, high=0.0), f"slope {interval.value:+.2f}")
 
 
 def dense_is_stable(runs: pd.DataFrame) -> Judgement:
@@ -168,6 +228,22 @@ def collapse_is_irreversible(runs: pd.DataFrame) -> Judgement:
     return _with_ours(finding, f"{finding.ours}; at the full rate {again}")
 
 
+def restores(runs: pd.DataFrame, arm: str, baseline: str = "grpo") -> Judgement:
+    """Does an arm give back what the baseline lost: above it by more than MIN_EFFECT, on the same
+    seeds, and most seeds do not collapse; inconclusive where the baseline is stable.
+    """
+    finding = _reward_gain(runs, baseline, arm, low=MIN_EFFECT)
+    if finding.interval.n and not fails(runs, baseline):
+        reason = f"{arm_label(baseline)} is stable here: there is nothing to restore"
+        return replace(finding, verdict=INCONCLUSIVE, reason=reason)
+    return finding
+
+
+def fails(runs: pd.DataFrame, arm: str) -> bool:
+    """Whether most seeds of an arm are unstable."""
+    return bool(_arm(runs, arm)["unstable"].mean() > MAJORITY)
+
+
 def _arm(runs: pd.DataFrame, arm: str) -> pd.DataFrame:
     return runs[runs["arm"] == arm]
 
@@ -202,9 +278,9 @@ def _churn(runs: pd.DataFrame, column: str) -> Judgement:
     return _with_ours(finding, f"{interval.value:.1%}")
 
 
-def _unless_noise(finding: Judgement, runs: pd.DataFrame) -> Judgement:
+def _unless_noise(finding: Judgement, runs: pd.DataFrame, arm: str = "grpo") -> Judgement:
     """What the noise itself makes says nothing about training."""
-    if finding.interval.n == 0 or not (_arm(runs, "grpo")["router_noise"].astype(float) > 0).any():
+    if finding.interval.n == 0 or not (_arm(runs, arm)["router_noise"].astype(float) > 0).any():
         return finding
     return replace(finding, verdict=INCONCLUSIVE, reason="not judged: router noise makes it here")
 
@@ -213,8 +289,8 @@ def _control(runs: pd.DataFrame, arm: str) -> Judgement:
     moe, control = _arm(runs, "grpo"), _arm(runs, arm)
     k, k_moe = int(control["unstable"].sum()), int(moe["unstable"].sum())
     stable = judge_fraction(k, len(control), majority=False, what=f"{arm_label(arm)} unstable")
-    fails = judge_fraction(k_moe, len(moe), majority=True, what="GRPO unstable")
-    if stable.interval.n == 0 or fails.interval.n == 0:
+    failing = judge_fraction(k_moe, len(moe), majority=True, what="GRPO unstable")
+    if stable.interval.n == 0 or failing.interval.n == 0:
         missing = arm if stable.interval.n == 0 else "grpo"
         reason = f"not measured: no complete run of {arm_label(missing)}"
         return Judgement(verdict=INCONCLUSIVE, reason=reason)
@@ -223,10 +299,10 @@ def _control(runs: pd.DataFrame, arm: str) -> Judgement:
     ours += "; deepest fall {:.0%}, {:.0%}".format(*falls)
     if stable.verdict == NOT_REPRODUCED:
         verdict, reason = NOT_REPRODUCED, stable.reason
-    elif fails.verdict == NOT_REPRODUCED:
+    elif failing.verdict == NOT_REPRODUCED:
         verdict, reason = INCONCLUSIVE, "GRPO is stable here: no failure to explain"
     else:
-        verdict, reason = both(stable, fails)
+        verdict, reason = both(stable, failing)
     return Judgement(verdict=verdict, reason=reason, ours=ours, interval=stable.interval)
 
 
