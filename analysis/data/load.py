@@ -67,14 +67,27 @@ class StudyRuns:
 
     def setting(self, name: str) -> "StudyRuns":
         """The same study with only the runs of one setting."""
+        return self._only("setting", [name])
+
+    def with_arms(self, names: list[str]) -> "StudyRuns":
+        """The same study with only the runs of some arms."""
+        return self._only("arm", names)
+
+    def _only(self, key: str, values: list[str]) -> "StudyRuns":
+        runs, steps, updates = (
+            frame[frame[key].isin(values)].reset_index(drop=True)
+            for frame in (self.runs, self.steps, self.updates)
+        )
+        place = KEYS.index(key)
         return dataclasses.replace(
             self,
-            settings=[name],
-            runs=self.runs[self.runs["setting"] == name].reset_index(drop=True),
-            steps=self.steps[self.steps["setting"] == name].reset_index(drop=True),
-            updates=self.updates[self.updates["setting"] == name].reset_index(drop=True),
-            planned=[key for key in self.planned if key[0] == name],
-            configs={key: value for key, value in self.configs.items() if key[0] == name},
+            settings=[name for name in self.settings if (runs["setting"] == name).any()],
+            arms=[name for name in self.arms if (runs["arm"] == name).any()],
+            runs=runs,
+            steps=steps,
+            updates=updates,
+            planned=[run for run in self.planned if run[place] in values],
+            configs={run: own for run, own in self.configs.items() if run[place] in values},
         )
 
 

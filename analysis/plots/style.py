@@ -7,6 +7,7 @@ median over seeds a thick one. COLUMN and WIDE are the column widths of a two-co
 inches.
 """
 
+import textwrap
 from typing import Any
 
 import matplotlib.style as mpl_style
@@ -17,10 +18,21 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from moe_rl.experiments.arms import ARMS, SPARE_COLOURS, arm_key, arm_label, find_arm
+from moe_rl.experiments.arms import (
+    ARMS,
+    SPARE_COLOURS,
+    STORY_ARMS,
+    arm_key,
+    arm_label,
+    find_arm,
+)
 
 COLUMN = 3.4
 WIDE = 7.0
+
+MOST_LINES = 8  # arms in one panel; more cannot be told apart
+LEAD_ARMS = (*STORY_ARMS, "grpo+dual-clip", "grpo+rollout-old")
+"""The arms that a panel of lines keeps where a study has more than `MOST_LINES`."""
 
 # Colours that the page swaps for their dark-mode partners: see svg.py.
 INK, MUTED, GHOST, GRID, PAPER = "#1b1e23", "#59616b", "#c3c9d0", "#e3e6ea", "#fdfdfc"
@@ -29,6 +41,9 @@ DARK_PARTNERS = (
     {INK: "#e8eaed", MUTED: "#a3abb5", GHOST: "#4a525c", GRID: "#2a3037", PAPER: "#14171b"}
     | {arm.colour: arm.dark_colour for arm in ARMS.values()}
     | dict(SPARE_COLOURS)
+    # The branches of the gradient: red for A < 0, blue for A > 0, the strong ones beyond the clip.
+    | {"#b3261e": "#ff6f61", "#e3a8a0": "#8f4a43", "#f2d6d2": "#553330"}
+    | {"#2f5f8f": "#7fb2e5", "#9dbbd8": "#44698d", "#cfdfee": "#2c4156"}
 )
 CMAP = "cividis"  # perceptually even and safe for colour blindness
 
@@ -81,6 +96,18 @@ def line_style(arm: str) -> dict[str, Any]:
 def arms_in(frame: pd.DataFrame) -> list[str]:
     """The arms of a frame in the fixed order."""
     return sorted(frame["arm"].unique(), key=arm_key)
+
+
+def lead_arms(arms: list[str]) -> list[str]:
+    """All arms, or the main ones where lines of all of them could not be told apart."""
+    if len(arms) <= MOST_LINES:
+        return arms
+    return [arm for arm in arms if arm in LEAD_ARMS] or arms[:MOST_LINES]
+
+
+def wrapped(text: str, width: int) -> str:
+    """A title in lines of at most `width` characters, so that it keeps to its panel."""
+    return textwrap.fill(text, width)
 
 
 def has(frame: pd.DataFrame, *columns: str) -> bool:

@@ -11,32 +11,41 @@ from moe_rl.experiments.arms import arm_label
 
 @style.styled
 def reward_by_arm(steps: pd.DataFrame) -> Figure:
-    """Reward against rollout step: the medians of all arms in one panel, then one panel an arm.
+    """Reward against rollout step: the main arms' medians in one panel, then one panel an arm.
 
-    In an arm's panel every seed is a thin line and the median thick, the other medians are grey,
-    and a triangle on the axis marks the time of collapse of each collapsed seed.
+    In an arm's panel every seed is a thin line and the median thick, the main arms' medians are
+    grey, and a triangle on the axis marks the time of collapse of each collapsed seed.
     """
     arms = style.arms_in(steps)
+    main = style.lead_arms(arms)
     count = len(arms) + 1 if len(arms) > 1 else 1
     figure, panels = style.grid(count, columns=4, height=1.55)
     if len(arms) > 1:
-        for arm in arms:
+        for arm in main:
             _median(panels[0], steps, arm, style.colour(arm), 1.9)
         panels[0].set_title("medians")
-        style.legend(figure, arms)
+        style.legend(figure, main)
     for axes, arm in zip(panels[-len(arms) :], arms, strict=True):
-        for other in arms:
-            if other != arm:
-                _median(axes, steps, other, style.GHOST, 0.9)
-        style.draw_arm(axes, steps, arm, "step", "reward")
-        _mark_collapses(axes, steps, [arm])
-        axes.set_title(arm_label(arm))
-    for axes in panels:
-        axes.set_ylim(-0.03, max(1.0, float(steps["reward"].astype(float).max())) + 0.03)
+        reward_panel(axes, steps, arm, ghosts=main)
+        axes.set_title(style.wrapped(arm_label(arm), 22))
     style.whole_numbers(panels[0])
     figure.supxlabel("rollout step", fontsize=8)
     figure.supylabel("reward", fontsize=8)
     return figure
+
+
+def reward_panel(axes: Axes, steps: pd.DataFrame, arm: str, *, ghosts: list[str]) -> None:
+    """The reward of one arm, with the medians of other arms in grey behind it."""
+    for other in ghosts:
+        if other != arm:
+            _median(axes, steps, other, style.GHOST, 0.9)
+    style.draw_arm(axes, steps, arm, "step", "reward")
+    _mark_collapses(axes, steps, [arm])
+    axes.set_ylim(*_reward_limits(steps))
+
+
+def _reward_limits(steps: pd.DataFrame) -> tuple[float, float]:
+    return -0.03, max(1.0, float(steps["reward"].astype(float).max())) + 0.03
 
 
 @style.styled
@@ -87,7 +96,7 @@ def chain(steps: pd.DataFrame, updates: pd.DataFrame) -> Figure:
         for arm in arms:
             for time in _collapse_times(steps, arm):
                 axes.axvline(time, color=style.colour(arm), linewidth=0.7, linestyle=":", alpha=0.8)
-    panels[-1].set_ylim(-0.03, max(1.0, float(steps["reward"].astype(float).max())) + 0.03)
+    panels[-1].set_ylim(*_reward_limits(steps))
     panels[-1].set_ylabel("reward")
     style.step_axis(panels[-1])
     figure.align_ylabels(panels)

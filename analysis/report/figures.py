@@ -11,13 +11,23 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moe_rl.analysis.data.load import StudyRuns
-from moe_rl.analysis.plots import frontier, noise, ratios, routing, summary, training
+from moe_rl.analysis.plots import (
+    branches,
+    frontier,
+    noise,
+    ratios,
+    remedies,
+    routing,
+    summary,
+    tails,
+    training,
+)
 from moe_rl.analysis.plots.style import has
 
 
 @dataclass(frozen=True, kw_only=True)
 class FigureSpec:
-    """A figure of one setting or of a map; `draw(study, run_measures(study))`."""
+    """A figure of a study, a setting or a map; `draw(study, run_measures(study))`."""
 
     key: str
     title: str
@@ -29,6 +39,8 @@ class FigureSpec:
     """Router noises with complete runs at one learning rate and number of updates."""
     half_width: bool = False
     """Half as wide as the text; two stand side by side."""
+    every_arm: bool = False
+    """A panel or row an arm. Others draw the main arms alone where there are too many lines."""
 
     def missing(self, study: StudyRuns) -> list[str]:
         """What it needs that no run of the study has."""
@@ -41,6 +53,43 @@ class FigureSpec:
 
 
 SEEDS = "Thin lines are seeds, thick lines the median over seeds."
+
+STUDY_FIGURES = [
+    FigureSpec(
+        key="main-arms",
+        title="The collapse and its cures",
+        caption=f"Mean reward of each rollout, the main arms side by side. {SEEDS} A triangle "
+        "marks the step at which a seed collapses.",
+        draw=lambda study, _: remedies.reward_side_by_side(study.steps, study.settings),
+        needs=("reward",),
+        every_arm=True,
+    ),
+    FigureSpec(
+        key="final-rewards",
+        title="Final reward of every arm",
+        caption="Mean reward over the last eighth of the steps, complete runs. Every dot is a "
+        "seed, open where it collapsed; seeds of an arm are spread upwards in their order. The "
+        "tick is the interquartile mean, the bar its 95% bootstrap interval, the dotted line the "
+        "interquartile mean of GRPO.",
+        draw=lambda study, measures: remedies.final_rewards(measures, study.settings),
+        needs=("reward",),
+        every_arm=True,
+    ),
+]
+
+TWIST_FIGURE = FigureSpec(
+    key="twist",
+    title="One thing changed",
+    caption="GRPO as in the paper, with its unbounded branch bounded (dual clip), and with the "
+    "sampling engine's log-probs in the ratio's denominator. Left: reward. Middle: share of tokens "
+    "whose ratio exceeds t, before a run's collapse; the lowest tick stands for 0, and in the "
+    "shaded region lies no ratio over the policy that sampled, unless it learnt from these very "
+    "tokens. Right: share of the gradient's mass, the sum of |dL/dlogprob| over tokens, in the "
+    f"branch that the paper's surrogate leaves unbounded. {SEEDS}",
+    draw=lambda study, measures: tails.twist(study.steps, study.updates, measures),
+    needs=("reward", "ratio/survival_10", branches.UNBOUNDED),
+    every_arm=True,
+)
 
 SETTING_FIGURES = [
     FigureSpec(
@@ -55,9 +104,10 @@ SETTING_FIGURES = [
         key="reward",
         title="Reward by arm",
         caption=f"Mean reward of each rollout. {SEEDS} In an arm's panel the grey lines are the "
-        "other arms' medians, and a triangle marks the step at which a seed collapses.",
+        "main arms' medians, and a triangle marks the step at which a seed collapses.",
         draw=lambda study, _: training.reward_by_arm(study.steps),
         needs=("reward",),
+        every_arm=True,
     ),
     FigureSpec(
         key="chain",
@@ -86,6 +136,28 @@ SETTING_FIGURES = [
         f"clamp. Log scale, shared. {SEEDS}",
         draw=lambda study, _: ratios.ratio_variance(study.updates),
         needs=("ratio/token_var", "ratio/sequence_var"),
+    ),
+    FigureSpec(
+        key="survival",
+        title="Right tail of the token ratio",
+        caption="Share of tokens whose ratio w exceeds t, mean over the updates before a run's "
+        "collapse; log scales, the lowest tick stands for 0. Left: over the old log-probs that the "
+        "loss divides by; right: over those of the engine that sampled. There the share cannot "
+        "exceed 1/t (dashed; Markov's inequality for a ratio of mean 1) for any policy that has "
+        f"not learnt from these very tokens, whatever routing does. {SEEDS}",
+        draw=lambda study, measures: tails.survival(study.updates, measures),
+        needs=("ratio/survival_10", "rollout_ratio/survival_10"),
+    ),
+    FigureSpec(
+        key="branch-mass",
+        title="Where the gradient comes from",
+        caption="Share of the gradient's mass, the sum of |dL/dlogprob| over tokens, by sign of "
+        "the advantage A and place of the ratio w, below, inside or above 0.8 to 1.27; mean over "
+        "a rollout's updates and over seeds. Dark red: the branch that the surrogate of PPO and "
+        "GRPO leaves unbounded, thin lines its single seeds. Dashed: the part of it on tokens with "
+        "a router that chose other experts than the old policy's.",
+        draw=lambda study, _: branches.branch_mass(study.updates),
+        needs=(branches.UNBOUNDED,),
     ),
     FigureSpec(
         key="routing-against-weights",

@@ -8,6 +8,7 @@ import pandas as pd
 from moe_rl.analysis.data.collapse import stability_frontier
 from moe_rl.analysis.data.load import StudyRuns
 from moe_rl.analysis.plots.frontier import CELL_KEYS
+from moe_rl.analysis.plots.style import lead_arms
 from moe_rl.analysis.report.page import NONE, bounds, number
 from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from moe_rl.experiments.arms import STORY_ARMS, arm_label
@@ -31,9 +32,12 @@ def headline(setting: str, measures: pd.DataFrame, arms: pd.DataFrame, claims: p
     fewest, most = int(done["runs"].min()), int(done["runs"].max())
     seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
     plural = "seed" if most == 1 else "seeds"
-    sentences = [f"In {setting} ({seeds} {plural} an arm):"]
-    sentences += [_arm_sentence(row) for row in done.to_dict("records")]
-    sentences += [_order_sentence(measures), _control_sentence(claims), _count_sentence(claims)]
+    leads = lead_arms(done["arm"].tolist())
+    sentences = [f"In {setting} ({seeds} {plural} an arm) {_verdict_sentence(claims)}"]
+    sentences += [_arm_sentence(row) for row in done.to_dict("records") if row["arm"] in leads]
+    if len(leads) < len(done):
+        sentences.append(f"{len(done) - len(leads)} more arms are in the figure and the table.")
+    sentences += [_order_sentence(measures), _control_sentence(claims)]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -76,14 +80,18 @@ def _control_sentence(claims: pd.DataFrame) -> str:
     return CONTROL_SENTENCES.get(str(row["verdict"]), unsettled)
 
 
-def _count_sentence(claims: pd.DataFrame) -> str:
+def _verdict_sentence(claims: pd.DataFrame) -> str:
+    """The paper's claims by verdict, those that were reproduced first and by name."""
     paper = claims[claims["source"].str.startswith("GSPO")]
-    counts = paper["verdict"].value_counts()
-    parts = [
-        f"{int(counts.get(verdict, 0))} {verdict}"
+    named = {
+        verdict: paper.loc[paper["verdict"] == verdict, "claim"].tolist()
         for verdict in (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE)
-    ]
-    return f"Of the paper's {len(paper)} claims: {', '.join(parts)}."
+    }
+    words = f"{len(named[REPRODUCED])} of the paper's {len(paper)} claims are reproduced"
+    words += f": {'; '.join(named[REPRODUCED])}." if named[REPRODUCED] else "."
+    if named[NOT_REPRODUCED]:
+        words += f" Not reproduced: {'; '.join(named[NOT_REPRODUCED])}."
+    return f"{words} {len(named[INCONCLUSIVE])} are inconclusive."
 
 
 def map_headline(study: StudyRuns, measures: pd.DataFrame) -> str:

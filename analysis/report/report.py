@@ -1,5 +1,6 @@
 """One self-contained HTML report of a study, redrawn from its files alone."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,17 @@ from moe_rl.analysis.data.collapse import stability_frontier
 from moe_rl.analysis.data.load import StudyRuns, load_study
 from moe_rl.analysis.data.measures import run_measures, summarize
 from moe_rl.analysis.plots.frontier import map_cells
+from moe_rl.analysis.plots.style import lead_arms
 from moe_rl.analysis.report import sections
-from moe_rl.analysis.report.figures import MAP_FIGURES, SETTING_FIGURES, FigureSpec, has_map
+from moe_rl.analysis.report.figures import (
+    MAP_FIGURES,
+    SETTING_FIGURES,
+    STUDY_FIGURES,
+    TWIST_FIGURE,
+    FigureSpec,
+    has_map,
+)
+from moe_rl.analysis.report.first_page import answers, twist_setting, twist_words
 from moe_rl.analysis.report.narrative import config_line, headline, map_headline, pooled_fields
 from moe_rl.analysis.report.page import GENERATOR, render
 from moe_rl.analysis.report.svg import inline, settle, to_png, to_svg
@@ -47,17 +57,19 @@ def write_report(run_dir: str | Path, study: StudyRuns | None = None) -> Path:
     many = len(study.settings) > CHAPTERS
     names = [] if mapped and many else study.settings
     verdicts = tables["claims"].groupby("setting", sort=False)["verdict"].apply(list)
-    headlines = [map_headline(study, measures)] if mapped else []
     map_chapter = mapped and {
         "figures": _figures(study, measures, MAP_FIGURES, "map", out),
         "pooled": pooled_fields(study.runs),
     }
-    headlines += [headline(name, *_rows_of(name, tables)[:3]) for name in names]
     context = {
         "study": study,
         "complete": int(study.runs["complete"].sum()),
         "planned": len(study.runs) + len(sections.absent_runs(study)),
-        "headlines": headlines,
+        "headlines": [headline(name, *_rows_of(name, tables)[:3]) for name in names],
+        "map_headline": map_headline(study, measures) if mapped else "",
+        "answers": answers(measures) if names else [],
+        "overview": _overview(study, measures, out) if names else None,
+        "twist": _twist(study, tables, out),
         "map": map_chapter,
         "many_settings": many,
         "matrix": list(verdicts.items()),
@@ -70,6 +82,22 @@ def write_report(run_dir: str | Path, study: StudyRuns | None = None) -> Path:
     index = out / "index.html"
     index.write_text(render(context), encoding="utf-8")
     return index
+
+
+def _overview(study: StudyRuns, measures: pd.DataFrame, out: Path) -> dict[str, Any]:
+    """The first figures of the page; at most `CHAPTERS` settings have room for a panel."""
+    some = study.settings[:CHAPTERS]
+    return _figures(dataclasses.replace(study, settings=some), measures, STUDY_FIGURES, "all", out)
+
+
+def _twist(study: StudyRuns, tables: dict[str, pd.DataFrame], out: Path) -> dict[str, Any] | None:
+    """What one change of GRPO does, in the setting that shows it best: sentences and a figure."""
+    setting = twist_setting(tables["runs"])
+    if setting is None:
+        return None
+    measures, arms, claims, _ = _rows_of(setting, tables)
+    figures = _figures(study.setting(setting), measures, [TWIST_FIGURE], "one-change", out)
+    return {"words": twist_words(setting, arms, claims), "figures": figures}
 
 
 def _remove_last_report(out: Path) -> None:
@@ -117,18 +145,22 @@ def _figures(
 ) -> dict[str, Any]:
     """Draw every figure the data allows and write its files; those left out are named."""
     drawn, left_out = [], []
+    leads = study.with_arms(lead_arms(study.arms))
+    shown = measures[measures["arm"].isin(leads.arms)]
     for spec in specs:
         missing = spec.missing(study)
         if missing:
             left_out.append(f"{spec.title} (no {', '.join(missing)})")
             continue
         name = f"{slug}-{spec.key}"
-        figure = settle(spec.draw(study, measures))
+        every = spec.every_arm or leads.arms == study.arms
+        figure = settle(spec.draw(study, measures) if every else spec.draw(leads, shown))
         svg = to_svg(figure)
         (out / "figures" / f"{name}.svg").write_text(svg, encoding="utf-8")
         (out / "figures" / f"{name}.png").write_bytes(to_png(figure))
         drawing = inline(svg, name, spec.title)
-        drawn.append({"spec": spec, "drawing": drawing, "files": f"figures/{name}"})
+        note = "" if every else f"{len(leads.arms)} of {len(study.arms)} arms. "
+        drawn.append({"spec": spec, "drawing": drawing, "files": f"figures/{name}", "note": note})
     config = config_line(study)
     if len(study.settings) > CHAPTERS:  # whose names alone would fill a page
         config = config.split(": ", 1)[-1]

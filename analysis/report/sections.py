@@ -91,9 +91,8 @@ def arm_differences(study: StudyRuns) -> tuple[list[str], list[tuple[str, list[s
     first: dict[str, dict[str, Any]] = {}
     for (_, arm, _), config in study.configs.items():
         first.setdefault(arm, config)
-    arms = [arm for arm in study.arms if arm in first]
-    fields = _differing([first[arm] for arm in arms], {"arm", "seed", "setting"})
-    return [arm_label(arm) for arm in arms], fields
+    fields = _differing([first[arm] for arm in study.arms], {"arm", "seed", "setting"})
+    return [arm_label(arm) for arm in study.arms], fields
 
 
 def _differing(configs: list[dict[str, Any]], labels: set[str]) -> list[tuple[str, list[str]]]:

@@ -1,8 +1,8 @@
 """The rules by which the claims are judged, one function a claim.
 
 Each takes the rows of `run_measures` for the complete runs of one setting (for a claim with `alike`
-in `claims.py` of all settings that agree in those columns) and returns a `Judgement`. The docstring IS the rule: the report prints it. Final
-rewards are compared between arms on the same seeds.
+in `claims.py` of all settings that agree in those columns) and returns a `Judgement`. The docstring
+IS the rule: the report prints it. Final rewards are compared between arms on the same seeds.
 """
 
 import math

@@ -30,16 +30,24 @@ class Profile:
     routing_share: float = 0.6
     grad_norm: float = 0.5
     spread: float = 0.02  # standard deviation over seeds of the plateau
+    tail: float = 0.1  # P(w > 10) at the last update, over the sampling engine's at all times
+    unbounded: float = 0.05  # share of the gradient's mass with A < 0 and w above the clip range
 
 
 PROFILES = {
-    "grpo": Profile(plateau=0.78, collapse_at=0.6, final=0.12, token_log_sd=0.6, grad_norm=1.0),
+    "grpo": Profile(
+        plateau=0.78, collapse_at=0.6, final=0.12, token_log_sd=0.6, grad_norm=1.0,
+        tail=3.0, unbounded=0.4,
+    ),
+    "grpo+dual-clip": Profile(plateau=0.86, token_log_sd=0.5, tail=2.5, unbounded=0.1),
+    "grpo+rollout-old": Profile(plateau=0.85, token_log_sd=0.2),
     "grpo+replay": Profile(plateau=0.88, token_log_sd=0.2, churn=0.08, clip=0.002),
     "gspo": Profile(plateau=0.93, token_log_sd=0.15, churn=0.06, clip=0.32, grad_norm=0.3),
     "gspo+replay": Profile(plateau=0.93, token_log_sd=0.12, churn=0.06, clip=0.3, grad_norm=0.3),
     "dense": Profile(plateau=0.97, churn=0.0, routing_share=0.0, token_log_sd=0.1),
+    "dense-gspo": Profile(plateau=0.96, churn=0.0, routing_share=0.0, token_log_sd=0.1),
     "frozen-router": Profile(plateau=0.9, churn=0.05, token_log_sd=0.2, routing_share=0.4),
-}
+}  # fmt: skip
 MAIN_ARMS = ["grpo", "grpo+replay", "gspo"]
 
 
@@ -54,8 +62,9 @@ def write_study(
     mode: str = "full",
     profiles: dict[str, Profile] | None = None,
     mismatch: bool = False,
+    config: dict[str, Any] | None = None,
 ) -> Path:
-    """A finished study; returns its folder."""
+    """A finished study; returns its folder. `config` overrides fields of every run's config."""
     arms = list(PROFILES) if arms is None else arms
     root.mkdir(parents=True, exist_ok=True)
     study = {
@@ -70,7 +79,7 @@ def write_study(
             for seed in range(1, seeds + 1):
                 write_run(
                     root, setting, arm, seed, profile,
-                    steps=steps, updates=updates, mismatch=mismatch,
+                    steps=steps, updates=updates, mismatch=mismatch, config=config,
                 )  # fmt: skip
     return root
 
@@ -143,7 +152,7 @@ def write_run(
 
 def run_config(setting: str, arm: str, seed: int, steps: int, updates: int) -> dict[str, Any]:
     """A nested config with the fields that the analysis reads, and a few it does not."""
-    dense = arm == "dense"
+    dense = arm.startswith("dense")
     return {
         "arm": arm,
         "setting": setting,
@@ -154,7 +163,7 @@ def run_config(setting: str, arm: str, seed: int, steps: int, updates: int) -> d
             "hidden_size": 96,
         },
         "task": {"task": "running_sum", "digits": 16},
-        "algorithm": "gspo" if arm.startswith("gspo") else "grpo",
+        "algorithm": "gspo" if "gspo" in arm else "grpo",
         "routing_replay": "R2" if arm.endswith("replay") else "disabled",
         "router_noise": 0.0,
         "freeze_router": arm == "frozen-router",
@@ -223,6 +232,7 @@ def _update_row(
         "routing/router_disagreement": 1.7 * churn, "routing/token_disagreement": min(1, 4 * churn),
         "routing/margin": 0.5, "routing/shift": 0.98,
     }  # fmt: skip
+    row |= _tails(profile, stale) | _branches(profile.unbounded * stale * min(1.0, jitter))
     if update == updates - 1:
         routing = profile.routing_share * log_var
         weight = max(0.0, 0.9 - profile.routing_share) * log_var
@@ -234,6 +244,27 @@ def _update_row(
             ],
         }  # fmt: skip
     return row
+
+
+def _tails(profile: Profile, stale: float) -> dict[str, float]:
+    """Power laws: the loss's with the profile's tail, the sampling engine's below 1/t."""
+    shares = {}
+    for t in (2, 10, 100, 1000):
+        shares[f"ratio/survival_{t}"] = 0.1 * profile.tail * stale / t**0.7
+        shares[f"rollout_ratio/survival_{t}"] = 0.0 if t == 1000 else 0.1 * stale / t
+    return {"ratio/mean": 1 + profile.tail * stale, "rollout_ratio/mean": 1.0, **shares}
+
+
+def _branches(unbounded: float) -> dict[str, float]:
+    """Six shares that add up to 1; three in four tokens have a flipped router."""
+    rest = 1 - unbounded
+    shares = {
+        "negative_above": unbounded, "negative_inside": 0.4 * rest, "negative_below": 0.0,
+        "positive_below": 0.1 * rest, "positive_inside": 0.5 * rest, "positive_above": 0.0,
+    }  # fmt: skip
+    flipped = {f"branch/{name}_flipped": 0.75 * value for name, value in shares.items()}
+    plain = {f"branch/{name}": value for name, value in shares.items()}
+    return plain | flipped | {"branch/largest_token": 0.5 * unbounded}
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

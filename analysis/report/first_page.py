@@ -1,0 +1,179 @@
+"""The first page of the report: three questions and one twist, answered by the data alone."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+
+from moe_rl.analysis.data.stats import iqm, separation
+from moe_rl.analysis.plots.tails import TWIST_ARMS
+from moe_rl.analysis.report.page import bounds, number, share
+from moe_rl.analysis.verdicts import rules
+from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, MIN_SEEDS, NOT_REPRODUCED, REPRODUCED
+from moe_rl.experiments.arms import RESTARTS, arm_label
+
+ENOUGH = {REPRODUCED: "Enough", NOT_REPRODUCED: "Not enough", INCONCLUSIVE: "Open"}
+MOE = {REPRODUCED: "Yes", NOT_REPRODUCED: "No", INCONCLUSIVE: "Open"}
+SHOWN_SIGNALS = 3
+# Links of the chain that a run logs as it goes, and their names in a sentence.
+SIGNALS = {
+    "mean_ratio": "mean of w",
+    "survival_10": "P(w > 10)",
+    "negative_above": "unbounded branch's share of the gradient",
+    "largest_token": "largest single token's share of it",
+    "token_var": "variance of the token ratio",
+    "token_ess": "effective sample size",
+    "clip_share": "clipped share",
+    "grad_norm": "gradient norm",
+    "churn_last": "routing churn",
+}
+
+
+def answers(measures: pd.DataFrame) -> list[tuple[str, list[str]]]:
+    """The questions that a reader comes with, each with its answers, a sentence or two each.
+
+    `measures` is `run_measures(study)`; incomplete runs do not count.
+    """
+    done = measures[measures["complete"]]
+    per_setting: list[tuple[str, Callable[[str, pd.DataFrame], str]]] = [
+        ("Does GRPO collapse because the model is a MoE?", _cause),
+        ("Which cure is enough, for which disease?", _cures),
+    ]
+    settings = [(str(name), own) for name, own in done.groupby("setting", sort=False)]
+    found = [
+        (question, [words for name, own in settings if (words := answer(name, own))])
+        for question, answer in per_setting
+    ]
+    return [*found, ("What would you watch?", [_watch(done)])]
+
+
+def _cause(setting: str, runs: pd.DataFrame) -> str:
+    """GRPO on the MoE against GRPO on the dense control."""
+    moe, dense = (runs[runs["arm"] == arm] for arm in ("grpo", "dense"))
+    if moe.empty or dense.empty:
+        return ""
+    finding = rules.dense_is_stable(runs)
+    counts = (
+        f"GRPO on the MoE ended at {_final(moe)} and was unstable in {_count(moe, 'unstable')}, "
+        f"on the dense control at {_final(dense)} and in {_count(dense, 'unstable')}"
+    )
+    why = f" ({finding.reason})" if finding.verdict == INCONCLUSIVE else ""
+    return f"{MOE[finding.verdict]} in {setting}{why}: {counts}."
+
+
+def _cures(setting: str, runs: pd.DataFrame) -> str:
+    """Every arm but controls and restarts, judged by what it gives back of what GRPO lost."""
+    grpo = runs[runs["arm"] == "grpo"]
+    if grpo.empty:
+        return ""
+    noisy = bool((grpo["router_noise"].astype(float) > 0).any())
+    disease = "two passes that route differently" if noisy else "staleness alone"
+    start = f"In {setting} ({disease})"
+    if not rules.fails(runs, "grpo"):
+        return f"{start} GRPO ended at {_final(grpo)}, near its peak: nothing to cure."
+    moe = runs[runs["num_experts"] > runs["experts_per_token"]]
+    arms = [arm for arm in moe["arm"].unique() if arm != "grpo" and arm not in RESTARTS]
+    verdicts = {arm: rules.restores(runs, arm).verdict for arm in arms}
+    finals = {arm: float(iqm(runs.loc[runs["arm"] == arm, "final"])) for arm in arms}
+    parts = []
+    for verdict, word in ENOUGH.items():
+        own = sorted((a for a in arms if verdicts[a] == verdict), key=lambda a: -finals[a])
+        if own:
+            named = ", ".join(f"{arm_label(a)} {number(finals[a])}" for a in own)
+            parts.append(f"{word}: {named}.")
+    sentences = [f"{start} GRPO ended at {_final(grpo)}.", *parts, _dense_cure(runs)]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _dense_cure(runs: pd.DataFrame) -> str:
+    """GSPO where there is no routing at all."""
+    dense, cured = (runs[runs["arm"] == arm] for arm in ("dense", "dense-gspo"))
+    if dense.empty or cured.empty:
+        return ""
+    verdict = rules.stale_cure_is_not_routing(runs).verdict
+    return (
+        f"On the dense control GSPO ended at {_final(cured)}, GRPO at {_final(dense)}: a cure that "
+        f"is not about routing ({verdict})."
+    )
+
+
+def _watch(done: pd.DataFrame) -> str:
+    """The numbers in which runs that collapsed differ most from those that did not, before it."""
+    scores = {}
+    for name, words in SIGNALS.items():
+        known = done[done[name].notna()]
+        fallen = known["collapsed"].astype(bool)
+        if min(fallen.sum(), (~fallen).sum()) >= MIN_SEEDS:
+            scores[words] = separation(known.loc[fallen, name], known.loc[~fallen, name])
+    k, n = int(done["collapsed"].sum()), len(done)
+    if not scores:
+        return (
+            f"Not settled: {k} of {n} runs collapsed, and a comparison needs {MIN_SEEDS} that did "
+            f"and {MIN_SEEDS} that did not."
+        )
+    order = sorted(scores, key=lambda words: -abs(scores[words] - 0.5))
+    named = [
+        f"{words} ({'higher' if scores[words] >= 0.5 else 'lower'}, AUC "
+        f"{max(scores[words], 1 - scores[words]):.2f})"
+        for words in order
+    ]
+    rest = f"; least in {named[-1]}" if len(named) > SHOWN_SIGNALS else ""
+    return (
+        f"Before their collapse the {k} runs that collapsed differ from the {n - k} others most in "
+        f"{', '.join(named[:SHOWN_SIGNALS])}{rest}. This pools arms and settings and picks the "
+        "best after the fact, so it ranks signals and is no test of a warning."
+    )
+
+
+def twist_setting(measures: pd.DataFrame) -> str | None:
+    """Where one change of GRPO is compared: the first setting in which GRPO fails, else the first.
+
+    None where GRPO was run beside none of the changes.
+    """
+    done = measures[measures["complete"]]
+    settings = {}
+    for name, own in done.groupby("setting", sort=False):
+        if "grpo" in set(own["arm"]) and set(TWIST_ARMS[1:]) & set(own["arm"]):
+            settings[str(name)] = rules.fails(own, "grpo")
+    failing = [name for name, fails in settings.items() if fails]
+    return next(iter([*failing, *settings]), None)
+
+
+def twist_words(setting: str, arms: pd.DataFrame, claims: pd.DataFrame) -> str:
+    """What becomes of GRPO when one thing of it is changed: the branch, or the denominator.
+
+    `arms` and `claims` are the rows of `summarize` and `claims_table` for this setting.
+    """
+    rows = arms.set_index("arm").reindex([a for a in TWIST_ARMS if a in set(arms["arm"])])
+    sentences = [f"In {setting} one thing of GRPO is changed and nothing else."]
+    for arm, row in rows.iterrows():
+        interval = bounds(row["final_low"], row["final_high"])
+        sentences.append(
+            f"{arm_label(str(arm))} ended at {number(row['final'])} {interval}".rstrip()
+            + f" and collapsed in {row['collapsed']} of {row['runs']}."
+        )
+    for column, start, print_value in (
+        ("mean_ratio", "Mean w was", number),
+        ("survival_10", "Tokens with w > 10 were", lambda value: share(value, 2)),
+        ("negative_above", "The unbounded branch carried", share),
+    ):
+        values = rows[column].dropna()
+        if len(values):
+            listed = ", ".join(
+                f"{print_value(value)} ({arm_label(str(arm))})" for arm, value in values.items()
+            )
+            sentences.append(f"{start} {listed}.")
+    keys = ["bounded_branch_holds", "sampling_denominator_holds"]
+    for row in claims[claims["key"].isin(keys)].to_dict("records"):
+        if math.isfinite(row["value"]):
+            sentences.append(f"{row['claim']}: {row['verdict']}.")
+    return " ".join(sentences)
+
+
+def _final(runs: pd.DataFrame) -> str:
+    return number(float(iqm(np.asarray(runs["final"], dtype=float))))
+
+
+def _count(runs: pd.DataFrame, column: str) -> str:
+    return f"{int(runs[column].sum())} of {len(runs)}"
