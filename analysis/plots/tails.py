@@ -98,9 +98,8 @@ def _tail(axes: Axes, rows: pd.DataFrame, prefix: str, arms: list[str], floor: f
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(style.plain_number))
     style.log_axis(axes)
-    axes.set_yticks(
-        [floor, *(tick for tick in axes.get_yticks() if floor * 5 < tick <= 1)],
-    )
+    axes.set_yticks([floor, *(tick for tick in axes.get_yticks() if floor * 5 < tick <= 1)])
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(
         FuncFormatter(lambda value, _: "0" if value <= floor * 1.01 else style.plain_number(value))
     )

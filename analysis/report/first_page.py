@@ -93,8 +93,8 @@ def _dense_cure(runs: pd.DataFrame) -> str:
         return ""
     verdict = rules.stale_cure_is_not_routing(runs).verdict
     return (
-        f"On the dense control GSPO ended at {_final(cured)}, GRPO at {_final(dense)}: a cure that "
-        f"is not about routing ({verdict})."
+        f"On the dense control, where nothing is routed, GSPO ended at {_final(cured)} and GRPO at "
+        f"{_final(dense)}; that the cure is not about routing is {verdict}."
     )
 
 
@@ -153,17 +153,15 @@ def twist_words(setting: str, arms: pd.DataFrame, claims: pd.DataFrame) -> str:
             f"{arm_label(str(arm))} ended at {number(row['final'])} {interval}".rstrip()
             + f" and collapsed in {row['collapsed']} of {row['runs']}."
         )
-    for column, start, print_value in (
-        ("mean_ratio", "Mean w was", number),
-        ("survival_10", "Tokens with w > 10 were", lambda value: share(value, 2)),
-        ("negative_above", "The unbounded branch carried", share),
+    for column, words, print_value in (
+        ("mean_ratio", "Mean w was {}.", number),
+        ("survival_10", "A ratio above 10 had {} of the tokens.", lambda value: share(value, 2)),
+        ("negative_above", "The unbounded branch carried {} of the gradient's mass.", share),
     ):
         values = rows[column].dropna()
         if len(values):
-            listed = ", ".join(
-                f"{print_value(value)} ({arm_label(str(arm))})" for arm, value in values.items()
-            )
-            sentences.append(f"{start} {listed}.")
+            listed = [f"{print_value(v)} ({arm_label(str(a))})" for a, v in values.items()]
+            sentences.append(words.format(", ".join(listed)))
     keys = ["bounded_branch_holds", "sampling_denominator_holds"]
     for row in claims[claims["key"].isin(keys)].to_dict("records"):
         if math.isfinite(row["value"]):

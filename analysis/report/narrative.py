@@ -91,7 +91,7 @@ def _verdict_sentence(claims: pd.DataFrame) -> str:
     words += f": {'; '.join(named[REPRODUCED])}." if named[REPRODUCED] else "."
     if named[NOT_REPRODUCED]:
         words += f" Not reproduced: {'; '.join(named[NOT_REPRODUCED])}."
-    return f"{words} {len(named[INCONCLUSIVE])} are inconclusive."
+    return f"{words} Inconclusive: {len(named[INCONCLUSIVE])}."
 
 
 def map_headline(study: StudyRuns, measures: pd.DataFrame) -> str:

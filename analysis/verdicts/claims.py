@@ -68,7 +68,7 @@ CLAIMS = [
         judge=rules.churn_after_one_update,
     ),
     Claim(
-        text="The same, between old and new policy over a whole rollout",
+        text="About 10% of activated experts change over all updates of a rollout",
         source=f"{_PAPER}, 5.3 (48 layers)",
         paper=f"roughly {rules.PAPER_CHURN:.0%}",
         judge=rules.churn_over_rollout,
