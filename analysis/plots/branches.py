@@ -61,4 +61,4 @@ def _stack(axes: Axes, own: pd.DataFrame) -> None:
     if seeds.shape[1] > 1:
         axes.plot(seeds.index, seeds, color=style.INK, linewidth=0.5, alpha=0.45)
     axes.plot(mean.index, mean[FLIPPED], color=style.INK, linestyle="--", linewidth=1.1)
-    axes.set_xlim(mean.index.min(), mean.index.max())
+    axes.margins(x=0)

@@ -18,7 +18,8 @@ def _arm(arm, seeds=SEEDS, **values):
         "final": 0.9, "collapsed": False, "unstable": False, "churn_one": 0.05, "churn_last": 0.1,
         "churn_early": 0.1, "routing_share": 0.6, "clip_share": 0.002, "learning_rate": 3e-4,
         "updates_per_rollout": 8, "router_noise": 0.0, "num_experts": 16, "num_layers": 4,
-        "deepest_fall": 0.1, "steps": 40, "collapse_step": 12.0,
+        "deepest_fall": 0.1, "steps": 40, "collapse_step": 12.0, "token_var": 0.1,
+        "sequence_var": 0.01, "response_length": 17.0, "experts_per_token": 2,
     } | values  # fmt: skip
     return pd.DataFrame(
         [
@@ -67,6 +68,49 @@ def test_what_router_noise_makes_is_not_judged(judge):
     assert judge(_arm("grpo", **values)).verdict == REPRODUCED
     noisy = judge(_arm("grpo", router_noise=0.1, **values))
     assert noisy.verdict == INCONCLUSIVE and "not judged" in noisy.reason
+
+
+RESCUES = [
+    ("grpo", "grpo+dual-clip", rules.bounded_branch_holds),
+    ("grpo", "grpo+rollout-old", rules.sampling_denominator_holds),
+    ("dense", "dense-gspo", rules.stale_cure_is_not_routing),
+]
+
+
+@pytest.mark.parametrize(("baseline", "arm", "judge"), RESCUES)
+def test_a_cure_must_restore_and_stay_up_and_have_something_to_restore(baseline, arm, judge):
+    assert judge(_runs(_arm(baseline, **FAILS), _arm(arm))).verdict == REPRODUCED
+    assert judge(_runs(_arm(baseline, **FAILS), _arm(arm, final=0.24))).verdict == NOT_REPRODUCED
+    fallen = _arm(arm, final=0.4, collapsed=True)
+    assert judge(_runs(_arm(baseline, **FAILS), fallen)).verdict == NOT_REPRODUCED
+    stable = judge(_runs(_arm(baseline), _arm(arm, final=1.0)))
+    assert stable.verdict == INCONCLUSIVE and "nothing to restore" in stable.reason
+    absent = judge(_arm(baseline, **FAILS))
+    assert absent.verdict == INCONCLUSIVE and absent.ours == "not measured"
+
+
+def test_staleness_is_judged_without_noise_alone():
+    arms = [_arm("dense", router_noise=0.1, **FAILS), _arm("dense-gspo", router_noise=0.1)]
+    finding = rules.stale_cure_is_not_routing(_runs(*arms))
+    assert finding.verdict == INCONCLUSIVE and "not judged" in finding.reason
+
+
+@pytest.mark.parametrize(("left", "verdict"), [(0.049, REPRODUCED), (0.051, NOT_REPRODUCED)])
+def test_replay_removes_the_routing_part_when_less_than_half_the_variance_is_left(left, verdict):
+    runs = _runs(_arm("grpo", token_var=0.1), _arm("grpo+replay", token_var=left))
+    assert rules.replay_removes_routing(runs).verdict == verdict
+
+
+@pytest.mark.parametrize(("power", "verdict"), [(-1.0, REPRODUCED), (0.5, NOT_REPRODUCED)])
+def test_the_slope_of_the_sequence_variance_is_that_of_the_power_law(power, verdict):
+    lengths = (9.0, 17.0, 33.0)
+    arms = [_arm("grpo", response_length=n, sequence_var=3 * n**power) for n in lengths]
+    finding = rules.sequence_variance_falls(_runs(*arms))
+    assert finding.verdict == verdict and finding.interval.value == pytest.approx(power)
+    one_length = rules.sequence_variance_falls(_runs(arms[0], arms[0]))
+    assert one_length.verdict == INCONCLUSIVE and one_length.ours == "not measured"
+    deeper = _arm("grpo", num_layers=8, response_length=33.0, sequence_var=1e-4)
+    assert rules.sequence_variance_falls(_runs(arms[0], deeper)).interval.n == 0
 
 
 def test_replay_that_helps_by_less_than_the_margin_restores_nothing():
@@ -217,6 +261,19 @@ def test_the_table_judges_complete_runs_of_each_setting(tmp_path):
     assert table.loc[("b", "grpo_collapses"), "verdict"] == INCONCLUSIVE
     assert table.loc[("b", "grpo_collapses"), "n"] == 2
     assert len(table) == 2 * len(CLAIMS)
+
+
+def test_a_claim_over_settings_pools_those_that_agree_in_all_else(tmp_path):
+    root = tmp_path / "s"
+    for setting, length in (("short", 8.0), ("long", 32.0)):
+        synthetic.write_study(
+            root, arms=["grpo"], seeds=5, steps=12, updates=2, settings=(setting,), mode="full"
+        )
+        for file in (root / "runs" / setting).rglob("steps.jsonl"):
+            file.write_text(file.read_text().replace("17.0", str(length)))
+    (root / "study.json").unlink()
+    table = claims_table(load_study(root)).set_index(["setting", "key"])
+    assert table.loc[("short", "sequence_variance_falls"), "n"] == 5
 
 
 def test_a_study_in_which_nothing_fails_reproduces_no_collapse(tmp_path):

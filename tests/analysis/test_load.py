@@ -60,6 +60,14 @@ def test_any_other_malformed_line_is_an_error_with_its_file_and_line(study_dir, 
         load_study(study_dir)
 
 
+def test_steps_without_a_reward_are_refused_in_one_line_that_names_the_file(study_dir):
+    file = _run(study_dir, arm="gspo") / "steps.jsonl"
+    file.write_text(file.read_text().replace('"reward"', '"score"'))
+    with pytest.raises(AnalysisError, match=r"gspo/seed1/steps\.jsonl: no line has a reward") as no:
+        load_study(study_dir)
+    assert "\n" not in str(no.value)
+
+
 def test_a_run_without_summary_is_kept_and_flagged(study_dir):
     (_run(study_dir) / "summary.json").unlink()
     runs = load_study(study_dir).runs
@@ -131,6 +139,12 @@ def test_one_setting_of_a_study_has_only_its_rows(tmp_path):
     one = load_study(root).setting("b")
     assert one.settings == ["b"] and set(one.updates["setting"]) == {"b"}
     assert set(one.configs) == {("b", "grpo", 1)} == set(one.planned)
+
+
+def test_some_arms_of_a_study_have_only_their_rows(study_dir):
+    some = load_study(study_dir).with_arms(["gspo"])
+    assert some.arms == ["gspo"] and set(some.steps["arm"]) == set(some.runs["arm"]) == {"gspo"}
+    assert set(some.configs) == set(some.planned) == {("staleness", "gspo", k) for k in (1, 2)}
 
 
 def test_a_checkpoint_inside_a_run_is_no_run(study_dir):

@@ -46,6 +46,20 @@ def test_the_chain_is_measured_before_the_collapse(tmp_path):
     assert run_measures(load_study(root))["clip_share"].iloc[0] == pytest.approx(0.01)
 
 
+def test_tails_are_shares_of_all_tokens_and_branches_those_of_the_usual_update(tmp_path):
+    root = synthetic.write_study(tmp_path, arms=["gspo"], seeds=1, steps=3, updates=1)
+    file = root / "runs/staleness/gspo/seed1/updates.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row, value in zip(rows, (0.1, 0.1, 0.7), strict=True):
+        row |= {"ratio/mean": value, "ratio/survival_10": value, "branch/negative_above": value}
+        row |= {"rollout_ratio/survival_10": value / 2, "branch/largest_token": value / 4}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    measured = run_measures(load_study(root)).iloc[0]
+    assert measured["mean_ratio"] == measured["survival_10"] == pytest.approx(0.3)
+    assert measured["rollout_survival_10"] == pytest.approx(0.15)
+    assert (measured["negative_above"], measured["largest_token"]) == (0.1, 0.025)
+
+
 def test_churn_is_taken_one_step_and_all_steps_after_the_old_policy(tmp_path):
     root = synthetic.write_study(tmp_path, arms=["gspo"], seeds=1, steps=3, updates=4)
     study = load_study(root)

@@ -9,12 +9,23 @@ import synthetic
 
 from moe_rl.analysis.data.load import load_study
 from moe_rl.analysis.data.measures import run_measures
-from moe_rl.analysis.plots import noise, ratios, routing, summary, training
+from moe_rl.analysis.plots import (
+    branches,
+    noise,
+    ratios,
+    remedies,
+    routing,
+    summary,
+    tails,
+    training,
+)
 from moe_rl.analysis.plots.style import (
     COLUMN,
     DARK_PARTNERS,
+    LEAD_ARMS,
     WIDE,
     colour,
+    lead_arms,
     legend,
     plain_number,
     styled,
@@ -80,8 +91,8 @@ def test_drawing_leaves_matplotlib_as_it_was(study):
     assert dict(mpl.rcParams) == before
 
 
-def test_every_arm_has_its_own_colour_with_a_dark_partner():
-    assert len({arm.colour for arm in ARMS.values()}) == len(ARMS)
+def test_arms_that_share_a_panel_have_their_own_colours_with_dark_partners():
+    assert len({colour(arm) for arm in LEAD_ARMS}) == len(LEAD_ARMS)
     assert {arm.colour for arm in ARMS.values()} <= set(DARK_PARTNERS)
     assert colour("an arm of yours") in DARK_PARTNERS
 
@@ -134,8 +145,59 @@ def test_the_summary_shows_the_arms_that_tell_the_story(tmp_path):
     assert "frozen router" in _words(summary.summary(*other))
 
 
+def test_every_complete_seed_is_a_dot_open_where_it_collapsed(study):
+    measures = run_measures(study)
+    measures.loc[0, "complete"] = False
+    axes = remedies.final_rewards(measures, study.settings).axes[0]
+    dots = [dot for row in axes.collections for dot in row.get_offsets()]
+    assert len(dots) == len(measures) - 1
+    assert sum(len(row.get_facecolors()) for row in axes.collections if len(row.get_offsets())) == 4
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "GRPO", "GSPO", "dense control"
+    ]  # fmt: skip
+
+
+def test_an_arm_that_a_setting_lacks_is_said_to_be_absent(tmp_path):
+    for setting, arms in (("a", ["grpo", "gspo"]), ("b", ["grpo"])):
+        synthetic.write_study(tmp_path, arms=arms, seeds=1, steps=4, updates=1, settings=(setting,))
+    (tmp_path / "study.json").unlink()
+    study = load_study(tmp_path)
+    assert _words(remedies.final_rewards(run_measures(study), study.settings)).count("not run") == 1
+    assert _words(remedies.reward_side_by_side(study.steps, study.settings)).count("not run") == 1
+
+
+def test_tails_lie_where_they_were_measured_and_zeros_on_a_tick_of_their_own(study):
+    measures = run_measures(study)
+    own, engine = tails.survival(study.updates, measures).axes
+    for axes, prefix in ((own, "ratio"), (engine, "rollout_ratio")):
+        at = study.updates[study.updates["arm"] == "gspo"]
+        want = [at[f"{prefix}/survival_{t}"].mean() for t in tails.RATIOS]
+        drawn = [line.get_ydata() for line in axes.lines if line.get_color() == colour("gspo")]
+        floor = axes.get_ylim()[0]
+        assert any(np.allclose(line, np.maximum(want, floor)) for line in drawn)
+        labels = dict(zip(axes.get_yticks(), axes.get_yticklabels(), strict=True))
+        assert labels[floor].get_text() == "0"
+    assert (np.array(engine.lines[0].get_ydata()) == 1 / np.array(tails.RATIOS)).all()
+
+
+def test_the_unbounded_branch_stands_on_the_axis_and_all_branches_add_up_to_one(study):
+    panel = branches.branch_mass(study.updates).axes[0]  # GRPO's
+    own = study.updates[study.updates["arm"] == "grpo"]
+    areas = [np.asarray(area.get_paths()[0].vertices) for area in panel.collections]
+    highest = own.groupby("step")[branches.UNBOUNDED].mean().max()
+    assert areas[0][:, 1].min() == 0 and areas[0][:, 1].max() == pytest.approx(highest)
+    assert max(area[:, 1].max() for area in areas) == pytest.approx(1)
+
+
+def test_a_panel_of_lines_keeps_the_main_arms_where_there_are_too_many():
+    assert lead_arms(["a", "b"]) == ["a", "b"]
+    assert lead_arms(list(ARMS)) == [arm for arm in ARMS if arm in LEAD_ARMS]
+    others = [arm for arm in ARMS if arm not in LEAD_ARMS]
+    assert lead_arms(others) == others[:8]
+
+
 @pytest.mark.parametrize("width", [WIDE, COLUMN])
-@pytest.mark.parametrize("count", [2, 3, 4, 6, 7])
+@pytest.mark.parametrize("count", [2, 3, 4, 6, 8])
 @styled
 def test_a_legend_lies_inside_its_figure(width, count):
     figure = mpl.figure.Figure(figsize=(width, 3), layout="constrained")

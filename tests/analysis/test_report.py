@@ -17,14 +17,18 @@ from moe_rl.analysis import (
     terminal_table,
     write_report,
 )
-from moe_rl.analysis.report.figures import SETTING_FIGURES, has_map
+from moe_rl.analysis.data.measures import run_measures
+from moe_rl.analysis.report.figures import SETTING_FIGURES, STUDY_FIGURES, has_map
+from moe_rl.analysis.report.first_page import answers
 from moe_rl.analysis.report.page import bounds
+from moe_rl.analysis.report.sections import paired_tests
 
 
 @pytest.fixture
 def one_figure(monkeypatch):
     """Reports with a single figure, for tests that are about the words."""
     monkeypatch.setattr("moe_rl.analysis.report.report.SETTING_FIGURES", SETTING_FIGURES[-4:-3])
+    monkeypatch.setattr("moe_rl.analysis.report.report.STUDY_FIGURES", [])
 
 
 class Page(HTMLParser):
@@ -103,11 +107,13 @@ def test_ids_are_unique_over_all_inlined_figures(html):
 
 
 def test_every_figure_is_inlined_and_written_as_svg_and_png(index, html):
-    for spec in SETTING_FIGURES:
+    figures = [("staleness", spec) for spec in SETTING_FIGURES]
+    figures += [("all", spec) for spec in STUDY_FIGURES]
+    for place, spec in figures:
         for suffix in ("svg", "png"):
-            assert (index.parent / "figures" / f"staleness-{spec.key}.{suffix}").stat().st_size
+            assert (index.parent / "figures" / f"{place}-{spec.key}.{suffix}").stat().st_size
         assert spec.caption.split(".")[0].replace("'", "&#39;") in html
-    assert html.count("<svg") == len(SETTING_FIGURES)
+    assert html.count("<svg") == len(figures)
 
 
 def test_the_data_are_written_as_csv(index):
@@ -179,6 +185,98 @@ def test_metrics_that_no_run_recorded_are_named_not_drawn(tmp_path):
     file.write_text("".join(json.dumps({k: row[k] for k in kept}) + "\n" for row in rows))
     html = write_report(root).read_text()
     assert "Churn by layer over time (no routing/churn_per_layer)" in html
+
+
+NEW = ("branch/", "ratio/survival", "ratio/mean", "rollout_ratio/")
+
+
+def test_logs_from_before_tails_and_branches_were_measured_are_loaded_and_drawn(tmp_path):
+    arms = ["grpo", "grpo+dual-clip"]
+    root = synthetic.write_study(tmp_path / "s", arms=arms, seeds=2, steps=12, updates=2)
+    for file in root.rglob("updates.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        old = [{k: v for k, v in row.items() if not k.startswith(NEW)} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in old))
+    html = write_report(root).read_text()
+    Page(html)
+    assert "Right tail of the token ratio (no ratio/survival_10" in html
+    assert "One thing changed (no ratio/survival_10, branch/negative_above)" in html
+    assert "At a glance" in html and "unbounded branch carried" not in html
+
+
+TWIST = ["grpo", "grpo+dual-clip", "grpo+rollout-old", "gspo", "dense", "dense-gspo"]
+
+
+def _done(tmp_path, **profiles):
+    """Measures of five seeds of the arms that answer the three questions."""
+    root = synthetic.write_study(
+        tmp_path / "s", arms=TWIST, seeds=5, steps=24, updates=2, profiles=profiles
+    )
+    return run_measures(load_study(root))
+
+
+def test_the_first_page_answers_by_what_was_measured(tmp_path):
+    measures = _done(tmp_path)
+    (_, (cause,)), (_, (cures,)), (_, (watch,)) = answers(measures)
+    assert cause.startswith("Yes in staleness: GRPO on the MoE ended at 0.1")
+    assert "unstable in 5 of 5" in cause and "in 0 of 5" in cause
+    assert "Enough: GSPO 0.9" in cures and "Not enough" not in cures
+    assert "staleness alone" in cures and "routing is inconclusive" in cures
+    assert watch.startswith("Before their collapse the 5 runs that collapsed differ from the 25")
+    # The same question with the reward of GRPO and of the dense control exchanged.
+    names = {"grpo": "dense", "dense": "grpo"}
+    swapped = measures.assign(arm=measures["arm"].replace(names))
+    (_, (cause,)), (_, (cures,)), _ = answers(swapped)
+    assert cause.startswith("No in staleness") and "nothing to cure" in cures
+
+
+def test_the_first_page_settles_nothing_on_few_seeds(tmp_path):
+    measures = _done(tmp_path)
+    (_, (cause,)), (_, (cures,)), (_, (watch,)) = answers(measures[measures["seed"] < 3])
+    assert cause.startswith("Open in staleness (GRPO unstable in 2 of 2 seeds")
+    assert "Enough" not in cures and "Open: GSPO" in cures
+    assert watch.startswith("Not settled: 2 of 12 runs collapsed")
+
+
+def test_the_twist_is_told_where_its_arms_were_run(tmp_path, one_figure, html):
+    assert "The twist" not in html
+    root = synthetic.write_study(tmp_path / "s", arms=TWIST[:3], seeds=5, steps=12, updates=2)
+    page = write_report(root).read_text()
+    assert page.index("The twist") < page.index("Three questions") < page.index('id="staleness"')
+    assert "GRPO + dual clip ended at 0.8" in page and "One thing changed." in page
+    assert "GRPO does not collapse: reproduced." in page
+
+
+def test_the_arms_against_grpo_are_one_family_of_tests(tmp_path):
+    tests = paired_tests(_done(tmp_path)).set_index("b")
+    family = tests[tests["a"] == "grpo"]
+    assert len(family) >= 4 and (family["p_value"] == 2 / 2**5).all()
+    assert (family["p_holm"] == len(family) * 2 / 2**5).all()
+    assert tests.loc[tests["a"] != "grpo", "p_holm"].isna().all()
+    assert (family["wins"] == 5).all() and (family["reading"] == "above").all()
+
+
+def test_a_null_and_a_reversal_are_results(tmp_path):
+    same, worse = synthetic.Profile(plateau=0.9), synthetic.Profile(plateau=0.4)
+    profiles = {"grpo": same, "gspo": worse, "grpo+dual-clip": same}
+    tests = paired_tests(_done(tmp_path, **profiles)).set_index(["a", "b"])["reading"]
+    assert tests[("grpo", "gspo")] == "below"
+    assert tests[("grpo", "grpo+dual-clip")] == "equal within 0.05"
+
+
+def test_a_study_of_many_arms_keeps_its_lines_to_the_main_ones(tmp_path, monkeypatch):
+    kept = [spec for spec in SETTING_FIGURES if spec.key in ("gradient-norm", "reward")]
+    monkeypatch.setattr("moe_rl.analysis.report.report.SETTING_FIGURES", kept)
+    arms = [*synthetic.PROFILES, "mine"]
+    mine = {"mine": synthetic.Profile()}
+    root = synthetic.write_study(
+        tmp_path / "s", arms=arms, seeds=1, steps=4, updates=1, profiles=mine
+    )
+    figures = root / "report" / "figures"
+    html = write_report(root).read_text()
+    drawn = {file.stem: file.read_text() for file in figures.glob("*.svg")}
+    assert "mine" not in drawn["staleness-gradient-norm"] and "6 of 9 arms." in html
+    assert "mine" in drawn["staleness-reward"] and "mine" in drawn["all-final-rewards"]
 
 
 def test_figures_beside_no_page_of_ours_are_kept(tmp_path, one_figure):

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from moe_rl.analysis.data.stats import (
     bootstrap_interval,
+    holm,
     iqm,
     paired_test,
     seeds_to_settle_fraction,
+    separation,
     sign_flip_p_value,
     student_interval,
     wilson_interval,
@@ -96,3 +98,26 @@ def test_the_seeds_that_settle_a_fraction_are_the_fewest(share):
 def test_four_unanimous_seeds_settle_a_fraction():
     assert seeds_to_settle_fraction(1.0) == seeds_to_settle_fraction(0.0) == 4
     assert seeds_to_settle_fraction(0.5) is None
+
+
+@given(st.lists(st.floats(1e-6, 1), min_size=1, max_size=12))
+def test_holm_rejects_what_its_step_down_procedure_rejects(p_values):
+    corrected = holm(p_values)
+    for alpha in (0.01, 0.05, 0.3):
+        rejected, left = set(), sorted(range(len(p_values)), key=lambda i: p_values[i])
+        while left and p_values[left[0]] * len(left) <= alpha:
+            rejected.add(left.pop(0))
+        assert {i for i, p in enumerate(corrected) if p <= alpha} == rejected
+
+
+def test_one_test_needs_no_correction():
+    assert holm([0.03]).tolist() == [0.03] and holm([]).size == 0
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+@given(*[st.lists(st.integers(0, 5), min_size=1, max_size=8)] * 2)
+def test_a_separation_is_the_chance_that_one_is_above_the_other(one, two):
+    pairs = [(a > b) + 0.5 * (a == b) for a in one for b in two]
+    assert separation(one, two) == pytest.approx(sum(pairs) / len(pairs))
+    assert separation(two, one) == pytest.approx(1 - separation(one, two))
+    assert math.isnan(separation([], two))
