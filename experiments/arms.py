@@ -67,7 +67,7 @@ _TABLE = (
     Arm(
         name="grpo+dual-clip",
         label="GRPO + dual clip",
-        colour="#c49a00",
+        colour="#b08a00",
         dark_colour="#f0c52e",
         paper="dual-clip PPO (arXiv 1912.09729); on by default in verl",
         change=_with(algorithm="dual_clip"),

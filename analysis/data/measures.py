@@ -26,6 +26,7 @@ CHAIN = [
     "negative_above", "largest_token", "clip_share", "grad_norm", "routing_share",
     "response_length",
 ]  # fmt: skip
+WHOLE = ["skipped", "pass_at_1", "operations"]  # of all steps, collapsed by then or not
 
 
 def run_measures(study: StudyRuns) -> pd.DataFrame:
@@ -49,6 +50,8 @@ def run_measures(study: StudyRuns) -> pd.DataFrame:
     clip_share           mean share of tokens whose gradient the clip removes
     grad_norm            median norm before clipping
     skipped              updates skipped because their gradient was NaN or inf
+    pass_at_1            the last held-out pass@1
+    operations           floating-point operations of the run
     routing_share        share of Var(log w) due to routing, see attribution.py
     response_length      mean tokens of a response
     seconds, seconds_per_step, instruments_share     of summary.json
@@ -85,14 +88,14 @@ def _of_run(frame: pd.DataFrame, measures: pd.DataFrame, name: str) -> NDArray[n
 
 
 def _links(study: StudyRuns, measures: pd.DataFrame) -> pd.DataFrame:
-    """The links of the chain and `skipped`, one row a run; NaN where a run did not record one."""
+    """The links of the chain and `WHOLE`, one row a run; NaN where a run did not record one."""
     updates = study.updates
     before = before_collapse(updates, measures)
     # The same steps of every run: windows that end at a collapse cannot be compared.
     first = np.maximum(1, _of_run(updates, measures, "steps") // EARLY_FRACTION)
     early = updates[updates["step"].to_numpy(float) < first]
     runs = pd.MultiIndex.from_frame(updates[KEYS]).unique()
-    table = pd.DataFrame(index=runs, columns=[*CHAIN, "skipped"], dtype=float)
+    table = pd.DataFrame(index=runs, columns=[*CHAIN, *WHOLE], dtype=float)
     at_last = _last_updates(before)
     for name, frame, column, statistic in (
         ("churn_one", before[before["update"] == 1], "routing/churn", "mean"),
@@ -109,6 +112,8 @@ def _links(study: StudyRuns, measures: pd.DataFrame) -> pd.DataFrame:
         ("clip_share", before, "clip_ratio/region", "mean"),
         ("grad_norm", before, "grad_norm", "median"),
         ("skipped", updates, "skipped", "sum"),
+        ("pass_at_1", study.steps, "pass_at_1", "last"),
+        ("operations", study.steps, "operations", "sum"),
         ("response_length", before_collapse(study.steps, measures), "response_length", "mean"),
     ):
         if column in frame:

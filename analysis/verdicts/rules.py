@@ -28,9 +28,12 @@ MIN_EFFECT = 0.05  # a difference of final reward (share of prompts solved) that
 PAPER_CHURN = 0.10  # GSPO paper (arXiv 2507.18071), 5.3: "roughly 10% of the experts activated"
 CHURN_FACTOR = 2.0  # "about": within a factor of two
 CLIP_ORDERS = 1.5  # log10; nearer to two orders of magnitude (or more) than to one
+MAX_COST = 1.05  # GSPO's operations over GRPO's that still count as equal compute
 MIN_LENGTHS = 1.5  # longest over shortest mean response, from which a slope can be read
 # What settings of two depths have in common.
 ALIKE = ("learning_rate", "updates_per_rollout", "router_noise", "num_experts")
+# And settings of several response lengths; coarser tokens are other tokens, not fewer.
+ALIKE_BUT_LENGTH = (*ALIKE, "num_layers", "digits_per_token")
 # GRPO started again from a checkpoint before the collapse: at half the rate, and at the whole.
 RESTART_ARM, FULL_RATE_ARM = "grpo-restart", "grpo-restart-full-rate"
 
@@ -155,7 +158,7 @@ def sequence_variance_falls(study_runs: pd.DataFrame) -> Judgement:
     """
     runs = _arm(study_runs, "grpo")
     slopes: list[float] = []
-    for _, own in runs.groupby([*ALIKE, "num_layers", "seed"], dropna=False):
+    for _, own in runs.groupby([*ALIKE_BUT_LENGTH, "seed"], dropna=False):
         points = own[["response_length", "sequence_var"]].astype(float)
         points = points[(points > 0).all(axis=1) & np.isfinite(points).all(axis=1)]
         lengths = points["response_length"]
@@ -163,6 +166,23 @@ def sequence_variance_falls(study_runs: pd.DataFrame) -> Judgement:
             slopes.append(float(np.polyfit(*np.log(points.to_numpy()).T, 1)[0]))
     interval = student_interval(slopes)
     return _with_ours(judge_interval(interval, high=0.0), f"slope {interval.value:+.2f}")
+
+
+def gspo_converges_faster(runs: pd.DataFrame) -> Judgement:
+    """Held-out pass@1 of gspo minus grpo+replay (minus grpo where that was not run) at the end of
+    one budget of steps, same seeds: reproduced when the interval of the mean is above 0 and gspo
+    spent at most 5% more floating-point operations; not judged where it spent more.
+    """
+    other = "grpo+replay" if len(_arm(runs, "grpo+replay")) else "grpo"
+    pairs = _pairs(runs, other, "gspo", "pass_at_1")
+    gain = student_interval(pairs["gspo"] - pairs[other])
+    cost = _pairs(runs, other, "gspo", "operations").mean()
+    finding = judge_interval(gain, low=0.0)
+    if gain.n and not cost["gspo"] <= MAX_COST * cost[other]:
+        reason = "not judged: GSPO spent more operations, or none were counted"
+        finding = replace(finding, verdict=INCONCLUSIVE, reason=reason)
+    ours = f"pass@1 {gain.value:+.2f} at {cost['gspo'] / cost[other]:.2f} times the operations"
+    return _with_ours(finding, ours)
 
 
 def dense_is_stable(runs: pd.DataFrame) -> Judgement:

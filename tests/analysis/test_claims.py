@@ -20,6 +20,7 @@ def _arm(arm, seeds=SEEDS, **values):
         "updates_per_rollout": 8, "router_noise": 0.0, "num_experts": 16, "num_layers": 4,
         "deepest_fall": 0.1, "steps": 40, "collapse_step": 12.0, "token_var": 0.1,
         "sequence_var": 0.01, "response_length": 17.0, "experts_per_token": 2,
+        "digits_per_token": None, "pass_at_1": 0.8, "operations": 1e15,
     } | values  # fmt: skip
     return pd.DataFrame(
         [
@@ -101,6 +102,21 @@ def test_replay_removes_the_routing_part_when_less_than_half_the_variance_is_lef
     assert rules.replay_removes_routing(runs).verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("score", "cost", "verdict"),
+    [
+        (0.9, 1e15, REPRODUCED),
+        (0.7, 1e15, NOT_REPRODUCED),
+        (0.9, 2e15, INCONCLUSIVE),
+        (0.9, float("nan"), INCONCLUSIVE),
+        (float("nan"), 1e15, INCONCLUSIVE),
+    ],
+)
+def test_gspo_converges_faster_when_it_scores_higher_for_no_more_operations(score, cost, verdict):
+    runs = _runs(_arm("grpo"), _arm("gspo", pass_at_1=score, operations=cost))
+    assert rules.gspo_converges_faster(runs).verdict == verdict
+
+
 @pytest.mark.parametrize(("power", "verdict"), [(-1.0, REPRODUCED), (0.5, NOT_REPRODUCED)])
 def test_the_slope_of_the_sequence_variance_is_that_of_the_power_law(power, verdict):
     lengths = (9.0, 17.0, 33.0)
@@ -109,8 +125,9 @@ def test_the_slope_of_the_sequence_variance_is_that_of_the_power_law(power, verd
     assert finding.verdict == verdict and finding.interval.value == pytest.approx(power)
     one_length = rules.sequence_variance_falls(_runs(arms[0], arms[0]))
     assert one_length.verdict == INCONCLUSIVE and one_length.ours == "not measured"
-    deeper = _arm("grpo", num_layers=8, response_length=33.0, sequence_var=1e-4)
-    assert rules.sequence_variance_falls(_runs(arms[0], deeper)).interval.n == 0
+    for other in ({"num_layers": 8}, {"digits_per_token": 2}):
+        longer = _arm("grpo", response_length=33.0, sequence_var=1e-4, **other)
+        assert rules.sequence_variance_falls(_runs(arms[0], longer)).interval.n == 0
 
 
 def test_replay_that_helps_by_less_than_the_margin_restores_nothing():

@@ -192,13 +192,12 @@ NEW = ("branch/", "ratio/survival", "ratio/mean", "rollout_ratio/")
 
 def test_logs_from_before_tails_and_branches_were_measured_are_loaded_and_drawn(tmp_path):
     arms = ["grpo", "grpo+dual-clip"]
-    root = synthetic.write_study(tmp_path / "s", arms=arms, seeds=2, steps=12, updates=2)
+    root = synthetic.write_study(tmp_path / "s", arms=arms, seeds=1, steps=4, updates=2)
     for file in root.rglob("updates.jsonl"):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         old = [{k: v for k, v in row.items() if not k.startswith(NEW)} for row in rows]
         file.write_text("".join(json.dumps(row) + "\n" for row in old))
     html = write_report(root).read_text()
-    Page(html)
     assert "Right tail of the token ratio (no ratio/survival_10" in html
     assert "One thing changed (no ratio/survival_10, branch/negative_above)" in html
     assert "At a glance" in html and "unbounded branch carried" not in html
@@ -233,7 +232,7 @@ def test_the_first_page_answers_by_what_was_measured(tmp_path):
 def test_the_first_page_settles_nothing_on_few_seeds(tmp_path):
     measures = _done(tmp_path)
     (_, (cause,)), (_, (cures,)), (_, (watch,)) = answers(measures[measures["seed"] < 3])
-    assert cause.startswith("Open in staleness (GRPO unstable in 2 of 2 seeds")
+    assert cause.startswith("Open in staleness (") and "a share of seeds needs 5" in cause
     assert "Enough" not in cures and "Open: GSPO" in cures
     assert watch.startswith("Not settled: 2 of 12 runs collapsed")
 
@@ -267,16 +266,18 @@ def test_a_null_and_a_reversal_are_results(tmp_path):
 def test_a_study_of_many_arms_keeps_its_lines_to_the_main_ones(tmp_path, monkeypatch):
     kept = [spec for spec in SETTING_FIGURES if spec.key in ("gradient-norm", "reward")]
     monkeypatch.setattr("moe_rl.analysis.report.report.SETTING_FIGURES", kept)
-    arms = [*synthetic.PROFILES, "mine"]
-    mine = {"mine": synthetic.Profile()}
+    arms = [*synthetic.PROFILES, "my-own-arm"]
+    mine = {"my-own-arm": synthetic.Profile()}
     root = synthetic.write_study(
         tmp_path / "s", arms=arms, seeds=1, steps=4, updates=1, profiles=mine
     )
     figures = root / "report" / "figures"
     html = write_report(root).read_text()
     drawn = {file.stem: file.read_text() for file in figures.glob("*.svg")}
-    assert "mine" not in drawn["staleness-gradient-norm"] and "6 of 9 arms." in html
-    assert "mine" in drawn["staleness-reward"] and "mine" in drawn["all-final-rewards"]
+    assert "my-own-arm" not in drawn["staleness-gradient-norm"]
+    assert f"6 of {len(arms)} arms." in html
+    for every in ("staleness-reward", "all-final-rewards"):
+        assert "my-own-arm" in drawn[every]
 
 
 def test_figures_beside_no_page_of_ours_are_kept(tmp_path, one_figure):
@@ -308,7 +309,7 @@ def test_a_map_is_drawn_as_map_and_frontier(tmp_path):
     assert (root / "report/data/frontier.csv").is_file()
 
 
-def test_three_noises_are_a_map_and_two_settings_are_none(tmp_path):
+def test_three_noises_are_a_map_and_two_settings_are_none(tmp_path, one_figure):
     settings = {"quiet": 0.0, "loud": 0.1, "louder": 0.2}
     root = synthetic.write_study(
         tmp_path / "s",
