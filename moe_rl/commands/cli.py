@@ -30,6 +30,8 @@ from moe_rl.commands.report import Report
 from moe_rl.commands.reproduce import Reproduce
 from moe_rl.commands.study import Study
 from moe_rl.commands.train import Train
+from moe_rl.commands.warning import Warning as EarlyWarning
+from moe_rl.commands.watch import Watch
 
 INTERRUPTED = 130
 READER_GONE = 141
@@ -44,6 +46,8 @@ COMMANDS: tuple[type[Command], ...] = (
     DebugCrash,
     Report,
     Compare,
+    Watch,
+    EarlyWarning,
     CheckReplay,
     Churn,
     Doctor,

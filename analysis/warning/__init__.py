@@ -1,0 +1,1 @@
+"""Early warning: which signal of a run's first steps tells that its reward will collapse."""

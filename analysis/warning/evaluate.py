@@ -1,0 +1,330 @@
+"""How well a signal of the first n steps tells a coming collapse.
+
+A collapse is that of `analysis/data/collapse.py`. The score of a run is the WORST value of a signal
+in its first n steps: it passes a threshold exactly when an alarm has sounded by then, so that AUC
+and alarms speak of one rule; a mean would dilute one bad step by the calm ones before it.
+
+AUC, at a horizon of n steps, is the share of pairs (a run that collapses later, a run that does
+not) in which the first has the worse score; ties count half. Runs that have collapsed by step n
+are left out: theirs is no forecast. Pairs are formed within a setting (`auc`), and within a
+setting and an arm (`within_arm`): a signal that only recognises the arm has 0.5 there, however
+well it does among arms. Only settings with 3 collapses and 3 survivors count.
+
+Alarms: one sounds at the first of n steps whose value passes a threshold, the smallest with at most
+10% false alarms over all settings but one, and is tried on that one. A collapse is caught if the
+alarm comes before it, whenever it comes.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from moe_rl.analysis.data.collapse import outcome
+from moe_rl.analysis.data.load import KEYS, StudyRuns, flatten
+from moe_rl.analysis.data.stats import LEVEL, RNG_SEED
+from moe_rl.analysis.warning.signals import SIGNALS, STATED, Signal, signal_table
+
+HORIZONS = (3, 5, 8, 10)
+FALSE_ALARMS = 0.1
+FEWEST = 3  # collapses, and survivors, of a setting that counts
+# Five collapses all worse than five survivors have a chance of 1/252; three and three 1/20, which
+# one of so many signals reaches by luck.
+FEWEST_TO_JUDGE = 5
+RESAMPLES = 2000
+
+
+def first_steps(signals: pd.DataFrame, horizon: int) -> pd.DataFrame:
+    """The rows of the first `horizon` steps of a `signal_table`."""
+    return signals[signals.index < horizon]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchedRun:
+    """What the evaluation needs of one complete run."""
+
+    setting: str
+    arm: str
+    seed: int
+    collapse_step: float
+    """NaN: it did not collapse."""
+    signals: pd.DataFrame
+    """See `signal_table`."""
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether its reward collapsed."""
+        return not math.isnan(self.collapse_step)
+
+    def bad(self, signal: Signal, horizon: int) -> "pd.Series[float]":
+        """The first values of a signal, times its sign: larger is worse."""
+        return first_steps(self.signals, horizon)[signal.name] * signal.sign
+
+    def score(self, signal: Signal, horizon: int) -> float:
+        """The worst of the first values, times the sign; NaN where there is none."""
+        return float(self.bad(signal, horizon).max())
+
+    def lead(self, signal: Signal, horizon: int, threshold: float) -> float:
+        """Steps from the alarm to the collapse; inf without a collapse, NaN without an alarm."""
+        values = self.bad(signal, horizon)
+        end = math.inf if math.isnan(self.collapse_step) else self.collapse_step
+        alarms = values.index[(values > threshold * signal.sign) & (values.index < end)]
+        return end - float(alarms[0]) if len(alarms) else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auc:
+    """An AUC with its 95% interval, and the runs that are in a pair."""
+
+    value: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    collapses: int = 0
+    survivors: int = 0
+
+    @property
+    def above_chance(self) -> bool:
+        """Whether there are enough runs, and the interval lies above one half."""
+        return min(self.collapses, self.survivors) >= FEWEST_TO_JUDGE and self.low > 0.5
+
+
+def watched_runs(studies: Iterable[StudyRuns]) -> list[WatchedRun]:
+    """The complete runs of studies, each training once.
+
+    Studies share runs under other names of setting and arm: counted twice, a run would be judged by
+    a threshold that was chosen on itself.
+    """
+    found: dict[str, WatchedRun] = {}
+    for study in studies:
+        steps, updates = (dict(tuple(f.groupby(KEYS))) for f in (study.steps, study.updates))
+        for run in study.runs[study.runs["complete"]].to_dict("records"):
+            key = (run["setting"], run["arm"], run["seed"])
+            settings = flatten(study.configs[key])
+            training = repr(sorted((k, v) for k, v in settings.items() if k not in KEYS[:2]))
+            if training in found or key not in steps:
+                continue
+            own = steps[key]
+            found[training] = WatchedRun(
+                **dict(zip(KEYS, key, strict=True)),
+                collapse_step=outcome(own["reward"].astype(float), own["step"]).collapse_step,
+                signals=signal_table(own, updates.get(key, study.updates.iloc[:0])),
+            )
+    return list(found.values())
+
+
+def settings_that_count(runs: Sequence[WatchedRun]) -> list[str]:
+    """Settings with at least `FEWEST` collapses and as many survivors, in order of appearance."""
+    counts = pd.DataFrame(
+        {"setting": [r.setting for r in runs], "collapsed": [r.collapsed for r in runs]}
+    )
+    table = pd.crosstab(counts["setting"], counts["collapsed"]).reindex(
+        index=counts["setting"].unique(), columns=[False, True], fill_value=0
+    )
+    return list(table.index[table.min(axis=1) >= FEWEST])
+
+
+def stratified_auc(
+    scores: Sequence[float], collapsed: Sequence[bool], strata: Sequence[object]
+) -> Auc:
+    """Share of pairs within a stratum in which the collapsed run has the larger score.
+
+    Mann-Whitney's statistic, summed over strata; ties count half, runs with a NaN are left out. The
+    interval is a percentile bootstrap that draws the runs of each stratum with replacement.
+    """
+    frame = pd.DataFrame({"score": scores, "bad": collapsed, "stratum": strata})
+    kernels = []
+    for _, own in frame.dropna(subset=["score"]).groupby("stratum", sort=False):
+        values, bad = own["score"].to_numpy(float), own["bad"].to_numpy(bool)
+        if bad.any() and not bad.all():
+            kernels.append(
+                (values[bad][:, None] > values[~bad]) + 0.5 * (values[bad][:, None] == values[~bad])
+            )
+    if not kernels:
+        return Auc()
+    draw = np.random.default_rng(RNG_SEED)
+    wins, pairs = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
+    for kernel in kernels:
+        first, n = len(kernel), sum(kernel.shape)
+        # How often each run was drawn, in every resample at once.
+        times = draw.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+        wins += ((times[:, :first] @ kernel) * times[:, first:]).sum(1)
+        pairs += times[:, :first].sum(1) * times[:, first:].sum(1)
+    drawn = wins[pairs > 0] / pairs[pairs > 0]
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Auc(
+        value=float(sum(k.sum() for k in kernels) / sum(k.size for k in kernels)),
+        low=float(low),
+        high=float(high),
+        collapses=sum(k.shape[0] for k in kernels),
+        survivors=sum(k.shape[1] for k in kernels),
+    )
+
+
+def evidence(pooled: Auc, within: Auc) -> str:
+    """What a signal has been shown to tell.
+
+    run         a collapsing run from its siblings of the same arm and setting
+    arm         a run of an arm that collapses from others: siblings are not told apart, or too few
+    too few     less than 5 collapses or 5 survivors
+    nothing     no better than chance
+    """
+    if pooled.above_chance:
+        return "run" if within.above_chance else "arm"
+    return "too few" if min(pooled.collapses, pooled.survivors) < FEWEST_TO_JUDGE else "nothing"
+
+
+def auc_table(runs: Sequence[WatchedRun]) -> pd.DataFrame:
+    """One row a horizon and signal: AUC among the runs of a setting, and of a setting and arm."""
+    rows = []
+    for horizon in HORIZONS:
+        ahead = [
+            run for run in runs
+            if len(run.signals) >= horizon and not run.collapse_step < horizon
+        ]  # fmt: skip
+        counted = settings_that_count(ahead)
+        cases = [run for run in ahead if run.setting in counted]
+        for signal in SIGNALS.values():
+            scores = [run.score(signal, horizon) for run in cases]
+            ends = [run.collapsed for run in cases]
+            pooled = stratified_auc(scores, ends, [run.setting for run in cases])
+            within = stratified_auc(scores, ends, [f"{r.setting}/{r.arm}" for r in cases])
+            rows.append(
+                {
+                    "horizon": horizon,
+                    "signal": signal.name,
+                    "bad": signal.bad,
+                    "settings": len(counted),
+                    "collapses": pooled.collapses,
+                    "survivors": pooled.survivors,
+                    "auc": pooled.value,
+                    "auc_low": pooled.low,
+                    "auc_high": pooled.high,
+                    "within_arm": within.value,
+                    "within_arm_low": within.low,
+                    "within_arm_high": within.high,
+                    "within_arm_collapses": within.collapses,
+                    "within_arm_survivors": within.survivors,
+                    "evidence": evidence(pooled, within),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def choose_threshold(signal: Signal, survivors: Sequence[float]) -> float:
+    """The threshold nearest to calm with at most 10% of the survivors' scores beyond it.
+
+    Args:
+        survivors: scores of runs that do not collapse (larger is worse, NaN is left out).
+
+    Returns:
+        In the signal's own sign; NaN without a survivor.
+    """
+    ordered = sorted((score for score in survivors if not math.isnan(score)), reverse=True)
+    if not ordered:
+        return math.nan
+    # Alarms sound strictly beyond it, so the survivor that sets it is silent.
+    return ordered[int(FALSE_ALARMS * len(ordered))] * signal.sign
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarms:
+    """What an alarm rule did on runs that it was not chosen on."""
+
+    hits: int = 0
+    collapses: int = 0
+    false_alarms: int = 0
+    survivors: int = 0
+    leads: list[float] = field(default_factory=list)
+
+    def row(self) -> dict[str, float]:
+        """Counts, rates (NaN without a run) and the median lead of the hits, in steps."""
+        return {
+            "hits": self.hits,
+            "collapses": self.collapses,
+            "hit_rate": self.hits / self.collapses if self.collapses else math.nan,
+            "false_alarms": self.false_alarms,
+            "survivors": self.survivors,
+            "false_alarm_rate": self.false_alarms / self.survivors if self.survivors else math.nan,
+            "median_lead": float(np.median(self.leads)) if self.leads else math.nan,
+        }
+
+
+def try_alarm(runs: Sequence[WatchedRun], signal: Signal, horizon: int, threshold: float) -> Alarms:
+    """Sound alarms over runs; those that did not log the signal are left out."""
+    known = [run for run in runs if not math.isnan(run.score(signal, horizon))]
+    leads = [(run.collapsed, run.lead(signal, horizon, threshold)) for run in known]
+    caught = [lead for collapsed, lead in leads if collapsed and not math.isnan(lead)]
+    collapses = sum(run.collapsed for run in known)
+    return Alarms(
+        hits=len(caught),
+        collapses=collapses,
+        false_alarms=sum(not collapsed and not math.isnan(lead) for collapsed, lead in leads),
+        survivors=len(known) - collapses,
+        leads=caught,
+    )
+
+
+def _counted(runs: Sequence[WatchedRun]) -> list[WatchedRun]:
+    settings = settings_that_count(runs)
+    return [run for run in runs if run.setting in settings]
+
+
+def thresholds_of(runs: Sequence[WatchedRun], horizon: int) -> dict[str, float]:
+    """The threshold of every signal, chosen on all settings that count."""
+    calm = [run for run in _counted(runs) if not run.collapsed]
+    return {
+        name: choose_threshold(signal, [run.score(signal, horizon) for run in calm])
+        for name, signal in SIGNALS.items()
+    }
+
+
+def leave_one_out(runs: Sequence[WatchedRun]) -> pd.DataFrame:
+    """One row a horizon, signal and setting left out: a threshold of the others tried on it.
+
+    The last row of a signal, with `left_out` "all", sums the others up. No rows for a signal that
+    fewer than two settings have: nothing is left to choose a threshold on.
+    """
+    counted = _counted(runs)
+    settings = list(dict.fromkeys(run.setting for run in counted))
+    rows = []
+    for horizon in HORIZONS:
+        for signal in SIGNALS.values():
+            tried: list[Alarms] = []
+            for setting in settings:
+                others = [run for run in counted if run.setting != setting]
+                calm = [run.score(signal, horizon) for run in others if not run.collapsed]
+                threshold = choose_threshold(signal, calm)
+                alarms = try_alarm(
+                    [run for run in counted if run.setting == setting], signal, horizon, threshold
+                )
+                if math.isnan(threshold) or not alarms.collapses + alarms.survivors:
+                    continue
+                tried.append(alarms)
+                key = {"horizon": horizon, "signal": signal.name, "left_out": setting}
+                rows.append(key | {"threshold": threshold} | alarms.row())
+            if tried:
+                whole = Alarms(
+                    hits=sum(a.hits for a in tried),
+                    collapses=sum(a.collapses for a in tried),
+                    false_alarms=sum(a.false_alarms for a in tried),
+                    survivors=sum(a.survivors for a in tried),
+                    leads=[lead for a in tried for lead in a.leads],
+                )
+                key = {"horizon": horizon, "signal": signal.name, "left_out": "all"}
+                rows.append(key | {"threshold": math.nan} | whole.row())
+    columns = ["horizon", "signal", "left_out", "threshold", *Alarms().row()]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def stated_table(runs: Sequence[WatchedRun]) -> pd.DataFrame:
+    """One row a horizon and published threshold: what it does on all settings that count."""
+    counted = _counted(runs)
+    rows = [
+        {"horizon": horizon} | vars(stated)
+        | try_alarm(counted, SIGNALS[stated.signal], horizon, stated.threshold).row()
+        for horizon in HORIZONS
+        for stated in STATED
+    ]  # fmt: skip
+    return pd.DataFrame(rows)

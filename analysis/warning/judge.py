@@ -1,0 +1,130 @@
+"""The verdict on one run, finished or running, from the lines that it has logged so far."""
+
+import math
+from dataclasses import dataclass
+
+import pandas as pd
+
+from moe_rl.analysis.data.collapse import outcome
+from moe_rl.analysis.warning.evaluate import first_steps
+from moe_rl.analysis.warning.signals import SIGNALS, signal_table
+from moe_rl.analysis.warning.thresholds import Threshold, Thresholds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """The worst value of a signal so far, beside its threshold."""
+
+    rule: Threshold
+    value: float
+    """NaN: the run does not log it."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value is beyond the threshold."""
+        sign = SIGNALS[self.rule.signal].sign
+        return self.value * sign > self.rule.threshold * sign
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the first steps of a run foretell."""
+
+    steps: int
+    """Steps that have ended."""
+    horizon: int
+    readings: list[Reading]
+    fallen_since: float
+    """Step since which the reward is below half of its peak; NaN: it is not."""
+
+    @property
+    def alarms(self) -> list[Threshold]:
+        """Signals beyond their threshold, of those whose alarm means anything."""
+        return [reading.rule for reading in self.readings if reading.passed and reading.rule.warns]
+
+    @property
+    def warning(self) -> bool:
+        """Whether the reward has fallen, or a signal foretells it."""
+        return bool(self.alarms) or not math.isnan(self.fallen_since)
+
+    @property
+    def words(self) -> str:
+        """The verdict in one line."""
+        if not math.isnan(self.fallen_since):
+            since = f"since step {self.fallen_since:g}"
+            return f"WARNING: the reward is below half of its peak {since}"
+        if self.alarms:
+            return warning_words(self.alarms)
+        if not any(reading.rule.warns for reading in self.readings):
+            return "no verdict: nothing here predicts a collapse better than chance"
+        usable = [r for r in self.readings if r.rule.warns and not math.isnan(r.value)]
+        if not usable:
+            return "no verdict: the run logs none of the signals that predict better than chance"
+        return f"calm: none of {len(usable)} signals that predict a collapse passes its threshold"
+
+
+def judge(steps: pd.DataFrame, updates: pd.DataFrame, thresholds: Thresholds) -> Verdict:
+    """The verdict on ONE run.
+
+    Steps beyond the horizon are not judged, as no study has measured what they foretell; a reward
+    that has fallen is told at any step. Only a signal that does better than chance warns.
+
+    Args:
+        steps: lines of its steps.jsonl, with `step` and `reward`.
+        updates: lines of its updates.jsonl, with `step`.
+    """
+    seen = first_steps(signal_table(steps, updates), thresholds.horizon)
+    readings = []
+    for rule in thresholds.signals:
+        sign = SIGNALS[rule.signal].sign
+        worst = float((seen[rule.signal] * sign).max()) * sign
+        readings.append(Reading(rule=rule, value=worst))
+    return Verdict(
+        steps=len(steps),
+        horizon=thresholds.horizon,
+        readings=readings,
+        fallen_since=outcome(steps["reward"].astype(float), steps["step"]).collapse_step,
+    )
+
+
+def warning_words(alarms: list[Threshold]) -> str:
+    """What alarms have meant in the studies, in one line."""
+    proven = [rule for rule in alarms if rule.evidence == "run"]
+    named = ", ".join(SIGNALS[rule.signal].label for rule in proven or alarms)
+    if proven:
+        return f"WARNING: this told runs that collapsed later from others of their arm: {named}"
+    return (
+        "WARNING: the run looks like those of arms that collapse; nothing shows that this tells it "
+        f"from a run of the same arm that does not: {named}"
+    )
+
+
+def meaning(rule: Threshold) -> str:
+    """What a signal's threshold has meant in settings that it was not chosen on."""
+    if not rule.collapses + rule.survivors:
+        return "not measured"
+    within = "-" if math.isnan(rule.within_arm) else f"{rule.within_arm:.2f}"
+    return (
+        f"caught {rule.hits}/{rule.collapses}, false {rule.false_alarms}/{rule.survivors}, "
+        f"AUC {rule.auc:.2f}, in an arm {within}"
+    )
+
+
+def text(verdict: Verdict) -> str:
+    """A table of the signals that the run logs, and the verdict below it."""
+    judged = min(verdict.steps, verdict.horizon)
+    lines = [
+        f"{verdict.steps} steps done; signals are judged on {judged} of the first "
+        f"{verdict.horizon}",
+        f"{'signal':<26} {'worst':>9} {'threshold':>11}         in settings left out",
+    ]
+    for reading in verdict.readings:
+        rule = reading.rule
+        if math.isnan(reading.value):
+            continue
+        limit = f"{'<' if rule.bad == 'low' else '>'} {rule.threshold:.3g}"
+        limit = "-" if math.isnan(rule.threshold) else limit
+        mark = "passed" if reading.passed else ""
+        label = SIGNALS[rule.signal].label
+        lines.append(f"{label:<26} {reading.value:>9.3g} {limit:>11} {mark:<7} {meaning(rule)}")
+    return "\n".join([*lines, verdict.words])

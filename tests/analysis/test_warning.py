@@ -1,0 +1,297 @@
+"""Early warning: signals with a known worth get it, and only what predicts warns."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from synthetic import PROFILES, write_run, write_study
+
+from moe_rl.analysis.data.load import AnalysisError, load_study
+from moe_rl.analysis.warning.evaluate import (
+    FEWEST_TO_JUDGE,
+    HORIZONS,
+    WatchedRun,
+    auc_table,
+    choose_threshold,
+    leave_one_out,
+    stated_table,
+    stratified_auc,
+    watched_runs,
+)
+from moe_rl.analysis.warning.judge import judge
+from moe_rl.analysis.warning.signals import SIGNALS, signal_table
+from moe_rl.analysis.warning.thresholds import Threshold, make_thresholds, read_thresholds
+from moe_rl.commands.cli import main
+
+STEPS = 12
+PREDICTS, ARM, NOISE = "churn", "clip_share", "kl_k3"
+
+
+def run_with(setting: str, arm: str, seed: int, collapse_step: float, **values: Any) -> WatchedRun:
+    """A run whose signals are the given numbers, or lists of them by step."""
+    index = pd.Index(range(STEPS), name="step")
+    columns = {name: values.get(name, math.nan) for name in SIGNALS}
+    signals = pd.DataFrame(columns, index=index, dtype=float)
+    return WatchedRun(
+        setting=setting, arm=arm, seed=seed, collapse_step=collapse_step, signals=signals
+    )
+
+
+def three_signals(seeds: int = 6) -> list[WatchedRun]:
+    """In each setting arm x collapses in all seeds but one, arm y in one.
+
+    One signal knows the runs, one the arm alone, one nothing.
+    """
+    draw = np.random.default_rng(3)
+    runs = []
+    for setting in "abcd":
+        for arm in "xy":
+            for seed in range(seeds):
+                falls = (seed == 0) != (arm == "x")
+                signals = {
+                    PREDICTS: draw.random() + falls,
+                    ARM: float(arm == "x"),
+                    NOISE: draw.random(),
+                }
+                step = float(11 if falls else math.nan)
+                runs.append(run_with(setting, arm, seed, step, **signals))
+    return runs
+
+
+def test_a_signal_is_worth_what_it_knows() -> None:
+    table = auc_table(three_signals()).set_index(["horizon", "signal"])
+    for horizon in HORIZONS:
+        predicts, arm, noise = (table.loc[horizon, name] for name in (PREDICTS, ARM, NOISE))
+        assert (predicts.auc, predicts.within_arm, predicts.evidence) == (1, 1, "run")
+        # Of 36 pairs in a setting 25 are of the two arms in their order, 10 tied, 1 reversed.
+        assert (arm.auc, arm.within_arm, arm.evidence) == (30 / 36, 0.5, "arm")
+        assert noise.auc_low < 0.5 < noise.auc_high and noise.evidence == "nothing"
+        assert table.loc[horizon, "entropy_low"].evidence == "too few"
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=25))
+def test_the_auc_of_one_stratum_is_mann_whitneys(cases: list[tuple[int, bool]]) -> None:
+    bad = [score for score, collapsed in cases if collapsed]
+    good = [score for score, collapsed in cases if not collapsed]
+    found = stratified_auc(*zip(*cases, strict=True), ["one"] * len(cases))
+    if not bad or not good:
+        assert math.isnan(found.value) and found.collapses == 0
+        return
+    expected = stats.mannwhitneyu(bad, good).statistic / (len(bad) * len(good))
+    assert found.value == pytest.approx(expected)
+    assert (found.collapses, found.survivors) == (len(bad), len(good))
+    assert found.low <= found.value <= found.high
+
+
+def test_pairs_are_formed_within_a_stratum_alone() -> None:
+    """Each stratum is perfect; pooled without strata the scores would be wrong half the time."""
+    scores, bad = [1, 2, 101, 102], [False, True, False, True]
+    assert stratified_auc(scores, bad, list("aabb")).value == 1
+    assert stratified_auc(scores, bad, list("aaaa")).value == 0.75
+
+
+def test_a_perfect_signal_of_few_runs_proves_nothing() -> None:
+    few = stratified_auc([1.0] * 4 + [0.0] * 9, [True] * 4 + [False] * 9, ["s"] * 13)
+    enough = stratified_auc([1.0] * 5 + [0.0] * 9, [True] * 5 + [False] * 9, ["s"] * 14)
+    assert FEWEST_TO_JUDGE == 5 and few.value == enough.value == 1
+    assert not few.above_chance and enough.above_chance
+
+
+def test_runs_that_have_collapsed_are_no_forecast() -> None:
+    """Of 6 collapses of a setting 3 come at step 4: later horizons count the others."""
+    runs = [run_with("a", "x", s, 4.0 if s < 3 else 11.0, churn=1.0) for s in range(6)]
+    runs += [run_with("a", "y", s, math.nan, churn=0.0) for s in range(6)]
+    table = auc_table(runs).set_index(["horizon", "signal"])["collapses"]
+    assert [table[horizon, "churn"] for horizon in HORIZONS] == [6, 3, 3, 3]
+
+
+@given(st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=40))
+def test_a_threshold_is_the_nearest_with_a_tenth_of_false_alarms(scores: list[float]) -> None:
+    def alarms(threshold: float) -> int:
+        return sum(score > threshold for score in scores)
+
+    threshold = choose_threshold(SIGNALS["churn"], scores)
+    assert alarms(threshold) <= len(scores) / 10
+    assert alarms(np.nextafter(threshold, -math.inf)) > len(scores) / 10
+    assert choose_threshold(SIGNALS["entropy_low"], scores) == -threshold
+
+
+def test_a_threshold_is_tried_on_the_setting_that_it_was_not_chosen_on() -> None:
+    """Setting c lives on another scale: what is calm there alarms by the rule of a and b."""
+    runs = []
+    for setting, scale in (("a", 1.0), ("b", 1.0), ("c", 100.0)):
+        for seed in range(5):
+            rising = [0.1 * scale] * 3 + [2.0 * scale] * (STEPS - 3)
+            runs.append(run_with(setting, "x", seed, 9.0, churn=rising))
+            runs.append(run_with(setting, "y", seed, math.nan, churn=scale))
+    table = leave_one_out(runs).set_index(["horizon", "signal", "left_out"])
+    a, c, whole = (table.loc[8, "churn", name] for name in ("a", "c", "all"))
+    assert (a.hits, a.false_alarms) == (0, 0) and a.threshold == 100
+    assert (c.hits, c.false_alarms, c.threshold) == (5, 5, 1.0)
+    assert math.isnan(a.median_lead) and c.median_lead == 9
+    assert (whole.hits, whole.collapses, whole.false_alarms, whole.survivors) == (5, 15, 5, 15)
+    assert "entropy_low" not in table.index.get_level_values("signal")
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_lead_is_counted_from_the_first_alarm_to_the_collapse(sign: float) -> None:
+    signal = SIGNALS["churn" if sign > 0 else "router_shift"]
+    late = {signal.name: [0.0] * 4 + [sign] * 8}
+    run = run_with("a", "x", 0, 9.0, **late)
+    assert run.lead(signal, 8, sign / 2) == 5
+    assert math.isnan(run.lead(signal, 4, sign / 2))  # it rises later
+    assert math.isnan(run_with("a", "x", 0, 4.0, **late).lead(signal, 8, sign / 2))  # too late
+
+
+def test_published_thresholds_are_tried_as_they_are_stated() -> None:
+    runs = [run_with("a", "x", s, 9.0, mismatch_kl_k3=0.05, router_shift=0.6) for s in range(3)]
+    runs += [
+        run_with("a", "y", s, math.nan, mismatch_kl_k3=0.012, router_shift=0.8) for s in range(3)
+    ]
+    table = stated_table(runs).query("horizon == 5").set_index(["signal", "threshold"])
+    rates = table[["hit_rate", "false_alarm_rate"]]
+    assert list(rates.loc["mismatch_kl_k3", 0.01]) == [1, 1]
+    assert list(rates.loc["mismatch_kl_k3", 0.015]) == [1, 0]
+    assert list(rates.loc["mismatch_kl_k3", 0.1]) == [0, 0]
+    assert list(rates.loc["router_shift", 0.7]) == [1, 0]
+
+
+def test_signals_worked_out_by_hand() -> None:
+    steps = pd.DataFrame({"step": [0, 1, 2, 3], "reward": [0.1, 0.3, 0.5, 0.7], "entropy": 0.4})
+    updates = pd.DataFrame(
+        {
+            "step": [0, 0, 1, 1, 2, 2, 3, 3],
+            "ratio/token_var": [0.0, 0.0, 1.0, 199.0, 1, 1, 1, math.inf],
+            "ratio/token_ess": [1, 1, 0.5, 0.25, 1, 1, 1, 1],
+            "grad_norm": [1, 1, 2, 2, 3, 3, 8, 8],
+        }
+    )
+    table = signal_table(steps, updates)
+    assert list(table["ratio_log_var"]) == [-12, 2, 0, math.inf]
+    assert table["lost_sample_size"][1] == 0.625
+    assert table["reward_slope"].tolist()[2:] == pytest.approx([0.2, 0.2])
+    # Before step 3 the norms are 1, 2, 3: mean 2, deviation 1.
+    assert table["grad_norm_jump"][3] == 6 and table["grad_norm_jump"][:3].isna().all()
+    assert set(table.columns[table.isna().all()]) == set(SIGNALS) - {
+        *("ratio_log_var", "lost_sample_size", "grad_norm", "grad_norm_jump"),
+        *("entropy_low", "entropy_high", "reward_slope"),
+    }
+
+
+def test_a_training_that_two_studies_share_counts_once(tmp_path: Path) -> None:
+    first = write_study(tmp_path / "a", arms=["grpo", "gspo"], seeds=2, steps=12, updates=1)
+    shutil.copytree(first, tmp_path / "b")
+    for file in (tmp_path / "b").glob("runs/*/*/*/config.json"):
+        whole = json.loads(file.read_text())
+        whole["config"] |= {"setting": "other", "arm": f"{whole['config']['arm']}-again"}
+        file.write_text(json.dumps(whole))
+    write_run(tmp_path / "b", "staleness", "grpo", 9, PROFILES["grpo"], steps=12, updates=1)
+    study, again = load_study(tmp_path / "a"), load_study(tmp_path / "b")
+    found = [(run.setting, run.arm, run.seed) for run in watched_runs([study, again])]
+    ours = [("staleness", arm, seed) for arm in ("grpo", "gspo") for seed in (1, 2)]
+    assert sorted(found) == sorted([*ours, ("staleness", "grpo", 9)])
+
+
+def thresholds_for(runs: list[WatchedRun]) -> Any:
+    return make_thresholds(runs, ["made up"], 5, auc_table(runs), leave_one_out(runs))
+
+
+def lines(reward: list[float], churn: list[float]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    steps = pd.DataFrame({"step": range(len(reward)), "reward": reward})
+    return steps, pd.DataFrame({"step": range(len(churn)), "routing/churn": churn})
+
+
+def test_only_a_signal_that_predicts_warns() -> None:
+    rules = thresholds_for(three_signals())
+    assert {rule.signal for rule in rules.signals if rule.warns} == {PREDICTS, ARM}
+    calm = judge(*lines([0.5] * 8, [0.1] * 8), rules)
+    assert not calm.warning and calm.words.startswith("calm: none of 1 signal")
+    told = judge(*lines([0.5] * 8, [0.1] * 4 + [1.9] + [0.1] * 3), rules)
+    assert told.warning and "from others of their arm: routing churn" in told.words
+    beyond = judge(*lines([0.5] * 8, [0.1] * 5 + [1.9] * 3), rules)  # no study has judged it
+    assert not beyond.warning
+    noisy = lines([0.5] * 8, [math.nan] * 8)
+    noisy[1]["kl_k3"] = 1e9
+    assert not judge(*noisy, rules).warning
+    fallen = judge(*lines([0.5] * 5 + [0.1] * 3, [0.1] * 8), rules)
+    assert fallen.warning and "since step 5" in fallen.words and not fallen.alarms
+
+
+def test_a_threshold_that_does_not_carry_over_warns_of_nothing() -> None:
+    """The signal orders the runs of every setting, but each setting has its own scale."""
+    runs = []
+    for place, setting in enumerate("abcdef"):
+        for seed in range(5):
+            calm = 10.0**place
+            runs.append(run_with(setting, "x", seed, 11.0, churn=2 * calm))
+            runs.append(run_with(setting, "x", seed + 5, math.nan, churn=calm))
+    rule = next(rule for rule in thresholds_for(runs).signals if rule.signal == "churn")
+    assert (rule.evidence, rule.within_arm) == ("run", 1)
+    assert not rule.warns
+    assert "nothing here predicts" in judge(*lines([0.5], [1e9]), thresholds_for(runs)).words
+
+
+def test_thresholds_are_read_as_they_were_written(tmp_path: Path) -> None:
+    ours = thresholds_for(three_signals())
+    ours.write(tmp_path / "t.json")
+    again = read_thresholds(tmp_path / "t.json")
+    assert repr(again) == repr(ours)  # NaN is not equal to itself
+    assert ours.preliminary and not replace(ours, preliminary=False).preliminary
+
+
+def test_the_committed_thresholds_know_every_signal() -> None:
+    rules = read_thresholds()
+    assert [rule.signal for rule in rules.signals] == list(SIGNALS)
+    assert rules.horizon in HORIZONS and rules.settings
+    assert {rule.bad for rule in rules.signals} == {"high", "low"}
+    assert isinstance(rules.signals[0], Threshold)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 1}', '{"schema": 2, "signals": []}'])
+def test_a_file_without_thresholds_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(content)
+    with pytest.raises(AnalysisError, match="no thresholds"):
+        read_thresholds(tmp_path / "t.json")
+
+
+def test_from_studies_to_the_verdict_on_a_run(tmp_path: Path, capsys: Any) -> None:
+    """In every setting GRPO collapses and GSPO does not: only the arm can be learnt."""
+    study = write_study(
+        tmp_path / "study", arms=["grpo", "gspo"], settings=("a", "b", "c"), steps=16, updates=2
+    )
+    out = tmp_path / "out"
+    assert main(["warning", str(study), "--out", str(out)]) == 0
+    assert "tells only the arm: " in capsys.readouterr().out
+    assert {file.name for file in out.iterdir()} == {
+        *("auc.csv", "alarms.csv", "stated.csv", "auc.png", "thresholds.json")
+    }
+    auc = pd.read_csv(out / "auc.csv").set_index(["horizon", "signal"])
+    assert auc.loc[5, "ratio_log_var"].auc == 1
+    assert math.isnan(auc.loc[5, "ratio_log_var"].within_arm)
+
+    def watch(folder: Path, *words: str) -> tuple[int, str, str]:
+        code = main(["watch", str(folder), "--thresholds", str(out / "thresholds.json"), *words])
+        return code, *capsys.readouterr()
+
+    code, said, _ = watch(study / "runs/a/gspo/seed1", "--follow")
+    assert code == 0 and said.splitlines()[-1].startswith("calm: ")
+    running = write_run(tmp_path / "new", "a", "grpo", 7, PROFILES["grpo"], complete=False, steps=8)
+    code, said, _ = watch(running, "--follow")  # ends at the warning, not with the run
+    assert code == 1 and "looks like those of arms that collapse" in said.splitlines()[-1]
+    code, _, error = watch(study)
+    assert code == 2 and "holds 30 runs; give the folder of one" in error
+    (running / "steps.jsonl").write_text("")
+    code, _, error = watch(running)
+    assert code == 2 and "no step has ended yet" in error
+    survivors = write_study(tmp_path / "calm", arms=["gspo"], seeds=3, steps=12, updates=1)
+    assert main(["warning", str(survivors), "--out", str(out)]) == 2
+    assert "no setting of 3 runs has 3 that collapse" in capsys.readouterr().err
