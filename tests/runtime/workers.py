@@ -32,6 +32,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "updates_per_rollout": 2,
         "prompts_per_forward": 1,
     },
+    "token mean": {
+        "algorithm": "dapo",
+        "prompts_per_rollout": 6,
+        "updates_per_rollout": 2,
+        "prompts_per_forward": 1,
+    },
+    "fixed length": {"algorithm": "dr_grpo", "prompts_per_rollout": 6, "updates_per_rollout": 2},
+    "reads routers": {
+        "algorithm": "rspo",
+        "router_noise": 0.3,
+        "prompts_per_rollout": 6,
+        "updates_per_rollout": 2,
+        "prompts_per_forward": 1,
+    },
     "R2, noise": {"routing_replay": "R2", "router_noise": 0.3},
     "R3, gspo": {"routing_replay": "R3", "router_noise": 0.3, "algorithm": "gspo"},
     "engine's log-probs": {"old_logprobs": "rollout"},
@@ -153,8 +167,10 @@ def nan_on_one_rank(ranks: Ranks, folder: Path) -> None:
     def gradients(self: Learner, *arguments: Any) -> Any:
         calls[0] += 1
         if calls[0] == 6 and self.ranks.rank == 1:
-            loss = self.loss
-            self.loss = lambda logprobs, *a, **k: loss(logprobs * float("nan"), *a, **k)
+            loss = self.algorithm.loss
+            self.algorithm = self.algorithm._replace(
+                loss=lambda *inputs, **options: loss(*inputs, **options) * float("nan")
+            )
         return real(self, *arguments)
 
     Learner.gradients = gradients  # type: ignore[method-assign]

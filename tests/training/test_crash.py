@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,7 @@ def test_a_nan_loss_with_a_finite_gradient_is_not_learnt_from(
 
     def gradients(self: Learner, *arguments: Any) -> list[Passed]:
         return [
-            dataclasses.replace(
-                part, loss=dataclasses.replace(part.loss, loss=part.loss.loss + torch.nan)
-            )
-            for part in real(self, *arguments)
+            dataclasses.replace(part, loss=part.loss + math.nan) for part in real(self, *arguments)
         ]
 
     monkeypatch.setattr(Learner, "gradients", gradients)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moe_rl.config import ConfigError, RunConfig, preset
+from moe_rl.losses import ALGORITHMS
 from moe_rl.policy.forward import ForwardOptions, response_pass
 from moe_rl.policy.policy import Policy
 from moe_rl.run_folder.log import RunLog, check_run_folder, is_complete, lock_run_folder
@@ -144,9 +145,13 @@ def test_instruments_do_not_change_the_run(tmp_path: Path, cold: Path) -> None:
     assert weights[0] == weights[1]
 
 
-def test_gradient_accumulation_gives_the_gradient_of_one_pass(tmp_path: Path, cold: Path) -> None:
-    one = run(tiny(steps=1, updates_per_rollout=1), tmp_path / "one", cold)
-    two = run(tiny(steps=1, updates_per_rollout=1, prompts_per_forward=1), tmp_path / "two", cold)
+@pytest.mark.parametrize("algorithm", ["grpo", "dapo", "dr_grpo", "rspo"])
+def test_gradient_accumulation_gives_the_gradient_of_one_pass(
+    algorithm: str, tmp_path: Path, cold: Path
+) -> None:
+    config = tiny(steps=1, updates_per_rollout=1, algorithm=algorithm, router_noise=0.2)
+    one = run(config, tmp_path / "one", cold)
+    two = run(config.replace(prompts_per_forward=1), tmp_path / "two", cold)
     for key in ("loss", "grad_norm"):
         assert one[1][0][key] == pytest.approx(two[1][0][key], rel=1e-4, abs=1e-6)
 
@@ -182,6 +187,86 @@ def test_old_log_probs_straight_from_the_engine_make_the_same_first_update(
     engine = run(tiny(steps=1, old_logprobs="rollout"), tmp_path / "rollout", cold)[1][0]
     assert engine["ratio/token_log_var"] < 1e-9
     assert engine["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("noisy", ["rollout", "old", "update", "all"])
+def test_noise_is_drawn_in_the_pass_that_is_named_and_in_no_other(
+    noisy: str, tmp_path: Path, cold: Path
+) -> None:
+    """A run without noise makes each of the other passes over the same batch bit for bit."""
+    config = tiny(router_noise=0.5, router_noise_passes=noisy)
+    trainer = trainer_of(config, tmp_path / "noisy", cold)
+    clean = trainer_of(tiny(), tmp_path / "clean", cold)
+    experience, _ = trainer.experience(0)
+    batch = experience.batch
+    sampled = clean.experience(0)[0].batch.rollout_logprobs
+    assert torch.equal(batch.rollout_logprobs, sampled) == (noisy not in ("rollout", "all"))
+    old = clean.learner.old_pass(batch, 0).logprobs
+    assert torch.equal(experience.old_logprobs, old) == (noisy not in ("old", "all"))
+    ours, theirs = (
+        [part.output.logprobs for part in each.learner.gradients(experience, 0, 0)]
+        for each in (trainer, clean)
+    )
+    assert torch.equal(torch.cat(ours), torch.cat(theirs)) == (noisy not in ("update", "all"))
+
+
+def test_several_old_passes_give_the_mean_of_their_probabilities(
+    tmp_path: Path, cold: Path
+) -> None:
+    trainer = trainer_of(tiny(router_noise=0.5, old_passes=3), tmp_path / "three", cold)
+    experience, _ = trainer.experience(0)
+    mask = experience.batch.response_mask
+    passes = [
+        trainer.learner._old_forward(experience.batch, 0, number).logprobs[mask].double()
+        for number in (None, 1, 2)
+    ]
+    assert not torch.equal(passes[0], passes[1]) and not torch.equal(passes[1], passes[2])
+    mean = sum(logprobs.exp() for logprobs in passes) / 3
+    torch.testing.assert_close(
+        experience.old_logprobs[mask].double().exp(), mean, rtol=1e-5, atol=1e-7
+    )
+    one, _ = trainer_of(tiny(router_noise=0.5), tmp_path / "one", cold).experience(0)
+    assert torch.equal(one.old_logprobs[mask].double(), passes[0])
+    assert torch.equal(one.old_routes, experience.old_routes), "routes are those of the first"
+
+
+def test_without_noise_several_old_passes_are_one(tmp_path: Path, cold: Path) -> None:
+    one, three = (
+        trainer_of(tiny(old_passes=count), tmp_path / str(count), cold).experience(0)[0]
+        for count in (1, 3)
+    )
+    mask = one.batch.response_mask
+    torch.testing.assert_close(
+        one.old_logprobs[mask], three.old_logprobs[mask], rtol=1e-6, atol=1e-6
+    )
+
+
+def test_the_engines_log_probs_with_r2_replay_the_trainers_routes(
+    tmp_path: Path, cold: Path
+) -> None:
+    config = tiny(router_noise=0.5, routing_replay="R2", old_logprobs="rollout")
+    experience, _ = trainer_of(config, tmp_path / "engine", cold).experience(0)
+    own, _ = trainer_of(
+        config.replace(old_logprobs="trainer"), tmp_path / "trainer", cold
+    ).experience(0)
+    assert torch.equal(experience.old_logprobs, experience.batch.rollout_logprobs)
+    assert not torch.equal(experience.old_logprobs, own.old_logprobs)
+    assert experience.replay is not None and own.replay is not None
+    assert torch.equal(experience.replay, own.replay)
+    assert not torch.equal(experience.replay, experience.batch.routed_experts)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_trains(algorithm: str, tmp_path: Path, cold: Path) -> None:
+    config = tiny(algorithm=algorithm, router_noise=0.2, updates_per_rollout=2)
+    _, updates, _ = run(config, tmp_path / "run", cold)
+    assert len(updates) == 4 and not any(update["skipped"] for update in updates)
+    assert max(update["grad_norm"] for update in updates) > 1e-4
+    branches = ("positive_below", "positive_inside", "positive_above")
+    branches += tuple(name.replace("positive", "negative") for name in branches)
+    for update in updates:
+        total = sum(update[f"branch/{name}"] for name in branches)
+        assert total == pytest.approx(1.0) or (total == 0.0 and update["grad_norm"] < 1e-8)
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "gspo", "gspo_token"])
