@@ -300,8 +300,7 @@ def find_arm(name: str) -> Arm:
     label = name.rpartition(":")[2]
     light, dark = SPARE_COLOURS[sum(label.encode()) % len(SPARE_COLOURS)]
     change = _with(algorithm="grpo", loss=name) if OWN_LOSS.fullmatch(name) else _with()
-    colours = {"colour": light, "dark_colour": dark}
-    return Arm(name=label, label=label, paper="", change=change, **colours)
+    return Arm(name=label, label=label, colour=light, dark_colour=dark, paper="", change=change)
 
 
 def arm_label(name: str) -> str:
