@@ -215,8 +215,8 @@ class RunConfig(Settings):
     gae_lambda: Probability = 1.0
     """For ppo: lambda of generalised advantage estimation, 0 to 1. 1: no bootstrapping, as in verl;
     0.95, as in TRL, lets the reward fade towards the beginning of a response."""
-    value_rate: PositiveFloat = 1.0
-    """For ppo: learning rate of the value head over that of the policy (> 0)."""
+    value_rate: PositiveFloat = 10.0
+    """For ppo: learning rate of the value head over that of the policy (> 0); verl has 10."""
     value_trains_policy: bool = True
     """For ppo: pass the value loss's gradient on into the policy's layers below the value head."""
     routing_replay: RoutingReplay = "disabled"

@@ -20,9 +20,10 @@ def ppo_loss(
         A_it   whitened advantages of `losses.advantages.gae`
         v_it   `value_loss`
 
-    Source: PPO (arXiv 1707.06347), eq. 7 and 9, without an entropy bonus; the four defaults are
-    those of its first use on language models, arXiv 1909.08593 (the class PpoHParams of its code),
-    which TRL took over. The clip is a no-op on policy.
+    Source: PPO (arXiv 1707.06347), eq. 7 and 9, without an entropy bonus; the four defaults, and a
+    value head on the policy's own layers which trains them too, are those of the code of arXiv
+    1909.08593 (class PpoHParams), which TRL took over. verl has a network of its own for values.
+    The clip is a no-op on policy.
     """
     values, old_values, returns = inputs.values, inputs.old_values, inputs.returns
     assert values is not None and old_values is not None and returns is not None
