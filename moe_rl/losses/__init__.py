@@ -136,7 +136,8 @@ def resolve_options(
         if key not in options:
             has = ", ".join(options) or "none"
             raise ValueError(f"{key}={value:g}: no option of {name}, which has {has}; leave it out")
-        if key not in ("clip_low", "clip_high") and not value > 0:
+        own = algorithm.sha256 is not None  # what its options mean is the user's to say
+        if not own and key not in ("clip_low", "clip_high") and not value > 0:
             raise ValueError(
                 f"{key}={value:g}: not above 0; the default of {name} is {options[key]:g}"
             )

@@ -54,6 +54,8 @@ def test_options_are_the_keyword_arguments_on_any_scale(tmp_path: Path) -> None:
     name = write(tmp_path, GRPO)
     assert load_loss(name).options == {"clip_low": 0.2, "clip_high": 0.27}
     assert resolve(tiny(loss=name, clip_high=4e-4)).loss_sha256 == load_loss(name).sha256
+    assert resolve(tiny(loss=write(tmp_path, PLAIN), loss_options={"scale": -1.0})).arm == "my_loss"
+    name = write(tmp_path, GRPO)
     with pytest.raises(ValueError, match=r"bound=4: no option of .*own.py:my_loss, which has clip"):
         resolve(tiny(loss=name, loss_options={"bound": 4.0}))
 
