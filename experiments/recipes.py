@@ -11,10 +11,13 @@ else from the arm's config.
 import inspect
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_rl.config import RunConfig
 from moe_rl.experiments.arms import ARMS, Arm, check_arms, find_arm
+
+if TYPE_CHECKING:
+    from moe_rl.losses import Algorithm
 
 NONE = "none"
 SEQUENCE_MEAN = "actor.loss_agg_mode=seq-mean-token-mean"
@@ -260,14 +263,19 @@ def card(name: str) -> Card:
         text=text,
         denominator=recipe.denominator or _denominator(config),
         aggregation=config.aggregation or algorithm.aggregation,
-        advantages="of the group, divided by its standard deviation"
-        if algorithm.scale_advantages
-        else "of the group, not divided by its standard deviation",
+        advantages=_advantages(algorithm),
         defaults=", ".join(options) or NONE,
         no_op=recipe.no_op or _no_op(text),
         settings=_settings(config, base),
         recipe=recipe,
     )
+
+
+def _advantages(algorithm: "Algorithm") -> str:
+    if algorithm.learns_value:
+        return "of each token, against the value that a head of the policy expects"
+    divided = "" if algorithm.scale_advantages else "not "
+    return f"of the group, {divided}divided by its standard deviation"
 
 
 def _denominator(config: RunConfig) -> str:
