@@ -46,7 +46,8 @@ def run_measures(study: StudyRuns) -> pd.DataFrame:
                          rollout engine's log-probs in the denominator, whatever the loss used
     negative_above       median share of the gradient's mass in the branch that PPO's surrogate
                          leaves unbounded: A < 0 with w above the clip range
-    largest_token        median share of the gradient's mass of the largest single token
+    largest_token        median share of the gradient's mass of the largest single token; both
+                         over updates that have a gradient
     clip_share           mean share of tokens whose gradient the clip removes
     grad_norm            median norm before clipping
     skipped              updates skipped because their gradient was NaN or inf
@@ -95,6 +96,9 @@ def _links(study: StudyRuns, measures: pd.DataFrame) -> pd.DataFrame:
     first = np.maximum(1, _of_run(updates, measures, "steps") // EARLY_FRACTION)
     early = updates[updates["step"].to_numpy(float) < first]
     runs = pd.MultiIndex.from_frame(updates[KEYS]).unique()
+    moved = (
+        before[before["branch/largest_token"] > 0] if "branch/largest_token" in before else before
+    )
     table = pd.DataFrame(index=runs, columns=[*CHAIN, *WHOLE], dtype=float)
     at_last = _last_updates(before)
     for name, frame, column, statistic in (
@@ -107,8 +111,8 @@ def _links(study: StudyRuns, measures: pd.DataFrame) -> pd.DataFrame:
         ("mean_ratio", before, "ratio/mean", "mean"),
         ("survival_10", before, "ratio/survival_10", "mean"),
         ("rollout_survival_10", before, "rollout_ratio/survival_10", "mean"),
-        ("negative_above", before, "branch/negative_above", "median"),
-        ("largest_token", before, "branch/largest_token", "median"),
+        ("negative_above", moved, "branch/negative_above", "median"),
+        ("largest_token", moved, "branch/largest_token", "median"),
         ("clip_share", before, "clip_ratio/region", "mean"),
         ("grad_norm", before, "grad_norm", "median"),
         ("skipped", updates, "skipped", "sum"),

@@ -26,7 +26,7 @@ STACK = (
 def branch_mass(updates: pd.DataFrame) -> Figure:
     """Share of the gradient's mass by branch against rollout step, one panel an arm.
 
-    Areas are means over a rollout's updates and over seeds; thin lines are the unbounded branch of
+    Areas are means over the updates with a gradient and over seeds; thin lines are the unbounded branch of
     single seeds, the dashed line is its part on tokens with a flipped router, mean over seeds.
     """
     arms = style.arms_in(updates)
@@ -47,9 +47,15 @@ def branch_mass(updates: pd.DataFrame) -> Figure:
     return figure
 
 
-def _stack(axes: Axes, own: pd.DataFrame) -> None:
+def with_gradient(updates: pd.DataFrame) -> pd.DataFrame:
+    """The updates that have a gradient; all shares of one without, as of equal rewards, are 0."""
+    return updates[updates["branch/largest_token"] > 0]
+
+
+def _stack(axes: Axes, updates: pd.DataFrame) -> None:
     names = [name for name, _, _ in STACK]
-    if not own[names].notna().to_numpy().any():
+    own = with_gradient(updates)
+    if own.empty:
         style.say(axes, "not measured")
         return
     per_seed = own.groupby(["step", "seed"])[[*names, FLIPPED]].mean()

@@ -8,7 +8,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from moe_rl.analysis.data.measures import before_collapse
 from moe_rl.analysis.plots import style
-from moe_rl.analysis.plots.branches import UNBOUNDED
+from moe_rl.analysis.plots.branches import UNBOUNDED, with_gradient
 from moe_rl.experiments.arms import arm_label
 
 RATIOS = (2, 10, 100, 1000)  # at which P(w > t) is logged
@@ -47,9 +47,10 @@ def twist(steps: pd.DataFrame, updates: pd.DataFrame, measures: pd.DataFrame) ->
     figure, panels = style.grid(3, columns=3, height=2.1, sharex=False, sharey=False)
     rows = before_collapse(updates, measures)
     rows = rows[rows["arm"].isin(arms)]
+    unbounded = style.per_step(with_gradient(updates), UNBOUNDED)
     for arm in arms:
         style.draw_arm(panels[0], steps, arm, "step", "reward")
-        style.draw_arm(panels[2], style.per_step(updates, UNBOUNDED), arm, "step", UNBOUNDED)
+        style.draw_arm(panels[2], unbounded, arm, "step", UNBOUNDED)
     panels[0].set_ylim(-0.03, 1.03)
     panels[0].set_title("reward")
     _tail(panels[1], rows, OWN, arms, _lowest(rows, OWN) / 10)

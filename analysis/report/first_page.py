@@ -36,19 +36,19 @@ def answers(measures: pd.DataFrame) -> list[tuple[str, list[str]]]:
     `measures` is `run_measures(study)`; incomplete runs do not count.
     """
     done = measures[measures["complete"]]
-    per_setting: list[tuple[str, Callable[[str, pd.DataFrame], str]]] = [
+    per_setting: list[tuple[str, Callable[[str, pd.DataFrame, pd.DataFrame], str]]] = [
         ("Does GRPO collapse because the model is a MoE?", _cause),
         ("Which cure is enough, for which disease?", _cures),
     ]
     settings = [(str(name), own) for name, own in done.groupby("setting", sort=False)]
     found = [
-        (question, [words for name, own in settings if (words := answer(name, own))])
+        (question, [words for name, own in settings if (words := answer(name, own, done))])
         for question, answer in per_setting
     ]
     return [*found, ("What would you watch?", [_watch(done)])]
 
 
-def _cause(setting: str, runs: pd.DataFrame) -> str:
+def _cause(setting: str, runs: pd.DataFrame, _done: pd.DataFrame) -> str:
     """GRPO on the MoE against GRPO on the dense control."""
     moe, dense = (runs[runs["arm"] == arm] for arm in ("grpo", "dense"))
     if moe.empty or dense.empty:
@@ -62,26 +62,42 @@ def _cause(setting: str, runs: pd.DataFrame) -> str:
     return f"{MOE[finding.verdict]} in {setting}{why}: {counts}."
 
 
-def _cures(setting: str, runs: pd.DataFrame) -> str:
-    """Every arm but controls and restarts, judged by what it gives back of what GRPO lost."""
+def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
+    """Every arm on GRPO's model but restarts, judged by what it loses to the setting.
+
+    Beside a mild setting an arm is enough that ends near its own reward there (`rules.keeps`), else
+    one that ends above GRPO (`rules.restores`).
+    """
     grpo = runs[runs["arm"] == "grpo"]
     if grpo.empty:
         return ""
-    noisy = bool((grpo["router_noise"].astype(float) > 0).any())
-    disease = "two passes that route differently" if noisy else "staleness alone"
-    start = f"In {setting} ({disease})"
+    noise, updates = (grpo[name].iloc[0] for name in ("router_noise", "updates_per_rollout"))
+    experts = grpo["num_experts"].iloc[0]
+    is_dense = experts == grpo["experts_per_token"].iloc[0]
+    disease = f"passes that route differently, noise {noise:g}" if noise else "no router noise"
+    model = "a dense model, " if is_dense else ""
+    start = f"In {setting} ({model}{disease}, {updates:g} updates a rollout)"
     if not rules.fails(runs, "grpo"):
         return f"{start} GRPO ended at {_final(grpo)}, near its peak: nothing to cure."
-    moe = runs[runs["num_experts"] > runs["experts_per_token"]]
-    arms = [arm for arm in moe["arm"].unique() if arm != "grpo" and arm not in RESTARTS]
-    verdicts = {arm: rules.restores(runs, arm).verdict for arm in arms}
-    finals = {arm: float(iqm(runs.loc[runs["arm"] == arm, "final"])) for arm in arms}
-    parts = []
-    for verdict, word in ENOUGH.items():
-        own = sorted((a for a in arms if verdicts[a] == verdict), key=lambda a: -finals[a])
-        if own:
-            named = ", ".join(f"{arm_label(a)} {number(finals[a])}" for a in own)
-            parts.append(f"{word}: {named}.")
+    name = "mild-dense" if is_dense else "mild-stale"
+    mild = done[(done["setting"] == name) & (name != setting)]
+    alike = runs[(runs["num_experts"] == experts) & ~runs["arm"].isin(["grpo", *RESTARTS])]
+    by_verdict: dict[str, list[tuple[str, str]]] = {}
+    for arm, own in alike.groupby("arm"):
+        judged = rules.restores(runs, str(arm))
+        if (mild["arm"] == arm).any():
+            judged = rules.keeps(runs, mild, str(arm))
+        by_verdict.setdefault(judged.verdict, []).append((_final(own), arm_label(str(arm))))
+    measure = (
+        f" by {name}, within {rules.MILD_MARGIN:g} and without a collapse" if len(mild) else ""
+    )
+    parts = [
+        f"{word}{measure}: "
+        + ", ".join(f"{label} {final}" for final, label in sorted(by_verdict[verdict])[::-1])
+        + "."
+        for verdict, word in ENOUGH.items()
+        if verdict in by_verdict
+    ]
     sentences = [f"{start} GRPO ended at {_final(grpo)}.", *parts, _dense_cure(runs)]
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -150,7 +166,7 @@ def twist_words(setting: str, arms: pd.DataFrame, claims: pd.DataFrame) -> str:
     for arm, row in rows.iterrows():
         interval = bounds(row["final_low"], row["final_high"])
         sentences.append(
-            f"{arm_label(str(arm))} ended at {number(row['final'])} {interval}".rstrip()
+            f"{arm_label(str(arm))} ended at {row['final']:.2f} {interval}".rstrip()
             + f" and collapsed in {row['collapsed']} of {row['runs']}."
         )
     for column, words, print_value in (
@@ -170,7 +186,7 @@ def twist_words(setting: str, arms: pd.DataFrame, claims: pd.DataFrame) -> str:
 
 
 def _final(runs: pd.DataFrame) -> str:
-    return number(float(iqm(np.asarray(runs["final"], dtype=float))))
+    return f"{float(iqm(np.asarray(runs['final'], dtype=float))):.2f}"
 
 
 def _count(runs: pd.DataFrame, column: str) -> str:

@@ -44,7 +44,7 @@ def headline(setting: str, measures: pd.DataFrame, arms: pd.DataFrame, claims: p
 def _arm_sentence(row: dict[str, Any]) -> str:
     interval = bounds(row["final_low"], row["final_high"])
     name = arm_label(row["arm"])
-    words = f"{name[0].upper()}{name[1:]} ended at {number(row['final'])}"
+    words = f"{name[0].upper()}{name[1:]} ended at {row['final']:.2f}"
     words += f" {interval}" if interval else ""
     if math.isfinite(row["drawdown"]) and row["drawdown"] > 0.05:
         words += f" after a peak of {number(row['peak'])}"

@@ -28,6 +28,7 @@ MIN_EFFECT = 0.05  # a difference of final reward (share of prompts solved) that
 PAPER_CHURN = 0.10  # GSPO paper (arXiv 2507.18071), 5.3: "roughly 10% of the experts activated"
 CHURN_FACTOR = 2.0  # "about": within a factor of two
 CLIP_ORDERS = 1.5  # log10; nearer to two orders of magnitude (or more) than to one
+MILD_MARGIN = 0.1  # of final reward; the plan of experiments/studies/remedies.py
 MAX_COST = 1.05  # GSPO's operations over GRPO's that still count as equal compute
 MIN_LENGTHS = 1.5  # longest over shortest mean response, from which a slope can be read
 # What settings of two depths have in common.
@@ -253,9 +254,25 @@ def restores(runs: pd.DataFrame, arm: str, baseline: str = "grpo") -> Judgement:
     seeds, and most seeds do not collapse; inconclusive where the baseline is stable.
     """
     finding = _reward_gain(runs, baseline, arm, low=MIN_EFFECT)
-    if finding.interval.n and not fails(runs, baseline):
+    if not finding.interval.n:
+        needed = f"{arm_label(baseline)} and {arm_label(arm)}"
+        return replace(finding, reason=f"not measured: needs both {needed} on the same seeds")
+    if not fails(runs, baseline):
         reason = f"{arm_label(baseline)} is stable here: there is nothing to restore"
         return replace(finding, verdict=INCONCLUSIVE, reason=reason)
+    return finding
+
+
+def keeps(runs: pd.DataFrame, mild: pd.DataFrame, arm: str) -> Judgement:
+    """Does an arm lose nothing to a disease: its final reward in a setting is within MILD_MARGIN of
+    its own in the mild setting `mild`, on the same seeds, and no seed collapses.
+    """
+    column = pd.concat([_arm(runs, arm).assign(arm="hard"), _arm(mild, arm).assign(arm="mild")])
+    pairs = _pairs(column, "mild", "hard", "final")
+    finding = judge_interval(student_interval(pairs["hard"] - pairs["mild"]), low=-MILD_MARGIN)
+    k = int(_arm(runs, arm)["collapsed"].sum())
+    if finding.verdict == REPRODUCED and k:
+        return replace(finding, verdict=NOT_REPRODUCED, reason=f"{k} seeds collapsed")
     return finding
 
 
