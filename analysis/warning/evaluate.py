@@ -18,9 +18,11 @@ alarm comes before it, whenever it comes.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from moe_rl.analysis.data.collapse import outcome
 from moe_rl.analysis.data.load import KEYS, StudyRuns, flatten
@@ -35,10 +37,7 @@ FEWEST = 3  # collapses, and survivors, of a setting that counts
 FEWEST_TO_JUDGE = 5
 RESAMPLES = 2000
 
-
-def first_steps(signals: pd.DataFrame, horizon: int) -> pd.DataFrame:
-    """The rows of the first `horizon` steps of a `signal_table`."""
-    return signals[signals.index < horizon]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +57,29 @@ class WatchedRun:
         """Whether its reward collapsed."""
         return not math.isnan(self.collapse_step)
 
-    def bad(self, signal: Signal, horizon: int) -> "pd.Series[float]":
-        """The first values of a signal, times its sign: larger is worse."""
-        return first_steps(self.signals, horizon)[signal.name] * signal.sign
+    @cached_property
+    def _columns(self) -> dict[str, Floats]:
+        return {name: self.signals[name].to_numpy(float) for name in self.signals}
+
+    @cached_property
+    def _steps(self) -> Floats:
+        return self.signals.index.to_numpy(float)
+
+    def bad(self, signal: Signal, horizon: int) -> Floats:
+        """The values of the first steps, times the signal's sign: larger is worse."""
+        return self._columns[signal.name][self._steps < horizon] * signal.sign
 
     def score(self, signal: Signal, horizon: int) -> float:
         """The worst of the first values, times the sign; NaN where there is none."""
-        return float(self.bad(signal, horizon).max())
+        values = self.bad(signal, horizon)
+        return float(np.fmax.reduce(values)) if len(values) else math.nan
 
     def lead(self, signal: Signal, horizon: int, threshold: float) -> float:
         """Steps from the alarm to the collapse; inf without a collapse, NaN without an alarm."""
         values = self.bad(signal, horizon)
-        end = math.inf if math.isnan(self.collapse_step) else self.collapse_step
-        alarms = values.index[(values > threshold * signal.sign) & (values.index < end)]
+        steps = self._steps[: len(values)]
+        end = self.collapse_step if self.collapsed else math.inf
+        alarms = steps[(values > threshold * signal.sign) & (steps < end)]
         return end - float(alarms[0]) if len(alarms) else math.nan
 
 
@@ -291,16 +300,16 @@ def leave_one_out(runs: Sequence[WatchedRun]) -> pd.DataFrame:
     rows = []
     for horizon in HORIZONS:
         for signal in SIGNALS.values():
+            scores = [(run, run.score(signal, horizon)) for run in counted]
+            known = [(run, score) for run, score in scores if not math.isnan(score)]
             tried: list[Alarms] = []
             for setting in settings:
-                others = [run for run in counted if run.setting != setting]
-                calm = [run.score(signal, horizon) for run in others if not run.collapsed]
+                calm = [s for run, s in known if run.setting != setting and not run.collapsed]
                 threshold = choose_threshold(signal, calm)
-                alarms = try_alarm(
-                    [run for run in counted if run.setting == setting], signal, horizon, threshold
-                )
-                if math.isnan(threshold) or not alarms.collapses + alarms.survivors:
+                own = [run for run, _ in known if run.setting == setting]
+                if math.isnan(threshold) or not own:
                     continue
+                alarms = try_alarm(own, signal, horizon, threshold)
                 tried.append(alarms)
                 key = {"horizon": horizon, "signal": signal.name, "left_out": setting}
                 rows.append(key | {"threshold": threshold} | alarms.row())

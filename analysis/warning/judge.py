@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import pandas as pd
 
 from moe_rl.analysis.data.collapse import outcome
-from moe_rl.analysis.warning.evaluate import first_steps
 from moe_rl.analysis.warning.signals import SIGNALS, signal_table
 from moe_rl.analysis.warning.thresholds import Threshold, Thresholds
 
@@ -73,7 +72,8 @@ def judge(steps: pd.DataFrame, updates: pd.DataFrame, thresholds: Thresholds) ->
         steps: lines of its steps.jsonl, with `step` and `reward`.
         updates: lines of its updates.jsonl, with `step`.
     """
-    seen = first_steps(signal_table(steps, updates), thresholds.horizon)
+    signals = signal_table(steps, updates)
+    seen = signals[signals.index < thresholds.horizon]
     readings = []
     for rule in thresholds.signals:
         sign = SIGNALS[rule.signal].sign

@@ -3,14 +3,13 @@
 import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from synthetic import PROFILES, write_run, write_study
@@ -29,7 +28,7 @@ from moe_rl.analysis.warning.evaluate import (
 )
 from moe_rl.analysis.warning.judge import judge
 from moe_rl.analysis.warning.signals import SIGNALS, signal_table
-from moe_rl.analysis.warning.thresholds import Threshold, make_thresholds, read_thresholds
+from moe_rl.analysis.warning.thresholds import Thresholds, make_thresholds, read_thresholds
 from moe_rl.commands.cli import main
 
 STEPS = 12
@@ -78,6 +77,7 @@ def test_a_signal_is_worth_what_it_knows() -> None:
         assert table.loc[horizon, "entropy_low"].evidence == "too few"
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=25))
 def test_the_auc_of_one_stratum_is_mann_whitneys(cases: list[tuple[int, bool]]) -> None:
     bad = [score for score, collapsed in cases if collapsed]
@@ -201,7 +201,7 @@ def test_a_training_that_two_studies_share_counts_once(tmp_path: Path) -> None:
     assert sorted(found) == sorted([*ours, ("staleness", "grpo", 9)])
 
 
-def thresholds_for(runs: list[WatchedRun]) -> Any:
+def thresholds_for(runs: list[WatchedRun]) -> Thresholds:
     return make_thresholds(runs, ["made up"], 5, auc_table(runs), leave_one_out(runs))
 
 
@@ -210,9 +210,13 @@ def lines(reward: list[float], churn: list[float]) -> tuple[pd.DataFrame, pd.Dat
     return steps, pd.DataFrame({"step": range(len(churn)), "routing/churn": churn})
 
 
-def test_only_a_signal_that_predicts_warns() -> None:
-    rules = thresholds_for(three_signals())
-    assert {rule.signal for rule in rules.signals if rule.warns} == {PREDICTS, ARM}
+@pytest.fixture(scope="module")
+def rules() -> Thresholds:
+    return thresholds_for(three_signals())
+
+
+def test_only_a_signal_that_predicts_warns(rules: Thresholds) -> None:
+    assert {rule.signal for rule in rules.signals if rule.warns} == {PREDICTS}
     calm = judge(*lines([0.5] * 8, [0.1] * 8), rules)
     assert not calm.warning and calm.words.startswith("calm: none of 1 signal")
     told = judge(*lines([0.5] * 8, [0.1] * 4 + [1.9] + [0.1] * 3), rules)
@@ -234,18 +238,17 @@ def test_a_threshold_that_does_not_carry_over_warns_of_nothing() -> None:
             calm = 10.0**place
             runs.append(run_with(setting, "x", seed, 11.0, churn=2 * calm))
             runs.append(run_with(setting, "x", seed + 5, math.nan, churn=calm))
-    rule = next(rule for rule in thresholds_for(runs).signals if rule.signal == "churn")
+    scaled = thresholds_for(runs)
+    rule = next(rule for rule in scaled.signals if rule.signal == "churn")
     assert (rule.evidence, rule.within_arm) == ("run", 1)
     assert not rule.warns
-    assert "nothing here predicts" in judge(*lines([0.5], [1e9]), thresholds_for(runs)).words
+    assert "nothing here predicts" in judge(*lines([0.5], [1e9]), scaled).words
 
 
-def test_thresholds_are_read_as_they_were_written(tmp_path: Path) -> None:
-    ours = thresholds_for(three_signals())
-    ours.write(tmp_path / "t.json")
-    again = read_thresholds(tmp_path / "t.json")
-    assert repr(again) == repr(ours)  # NaN is not equal to itself
-    assert ours.preliminary and not replace(ours, preliminary=False).preliminary
+def test_thresholds_are_read_as_they_were_written(rules: Thresholds, tmp_path: Path) -> None:
+    rules.write(tmp_path / "t.json")
+    assert repr(read_thresholds(tmp_path / "t.json")) == repr(rules)  # NaN is not equal to itself
+    assert rules.preliminary and rules.settings == list("abcd") and rules.runs == 48
 
 
 def test_the_committed_thresholds_know_every_signal() -> None:
@@ -253,7 +256,6 @@ def test_the_committed_thresholds_know_every_signal() -> None:
     assert [rule.signal for rule in rules.signals] == list(SIGNALS)
     assert rules.horizon in HORIZONS and rules.settings
     assert {rule.bad for rule in rules.signals} == {"high", "low"}
-    assert isinstance(rules.signals[0], Threshold)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": 1}', '{"schema": 2, "signals": []}'])
@@ -265,9 +267,13 @@ def test_a_file_without_thresholds_is_refused(content: str, tmp_path: Path) -> N
 
 def test_from_studies_to_the_verdict_on_a_run(tmp_path: Path, capsys: Any) -> None:
     """In every setting GRPO collapses and GSPO does not: only the arm can be learnt."""
-    study = write_study(
-        tmp_path / "study", arms=["grpo", "gspo"], settings=("a", "b", "c"), steps=16, updates=2
-    )
+    study = tmp_path / "study"
+    for place, setting in enumerate("abc"):
+        rate = {"learning_rate": 1e-4 * (place + 1)}  # or they would be one training
+        for arm in ("grpo", "gspo"):
+            for seed in range(5):
+                profile = PROFILES[arm]
+                write_run(study, setting, arm, seed, profile, steps=16, updates=2, config=rate)
     out = tmp_path / "out"
     assert main(["warning", str(study), "--out", str(out)]) == 0
     assert "tells only the arm: " in capsys.readouterr().out
@@ -284,11 +290,15 @@ def test_from_studies_to_the_verdict_on_a_run(tmp_path: Path, capsys: Any) -> No
 
     code, said, _ = watch(study / "runs/a/gspo/seed1", "--follow")
     assert code == 0 and said.splitlines()[-1].startswith("calm: ")
-    running = write_run(tmp_path / "new", "a", "grpo", 7, PROFILES["grpo"], complete=False, steps=8)
+    running = write_run(study, "a", "grpo", 7, PROFILES["grpo"], steps=16, updates=2)
+    (running / "summary.json").unlink()
+    for name, count in (("steps.jsonl", 6), ("updates.jsonl", 12)):
+        kept = (running / name).read_text().splitlines(keepends=True)[:count]
+        (running / name).write_text("".join(kept))
     code, said, _ = watch(running, "--follow")  # ends at the warning, not with the run
     assert code == 1 and "looks like those of arms that collapse" in said.splitlines()[-1]
     code, _, error = watch(study)
-    assert code == 2 and "holds 30 runs; give the folder of one" in error
+    assert code == 2 and "holds 31 runs; give the folder of one" in error
     (running / "steps.jsonl").write_text("")
     code, _, error = watch(running)
     assert code == 2 and "no step has ended yet" in error
