@@ -5,6 +5,7 @@ This room depends on torch and transformers only, so it can be lifted into any t
     routed_experts.py  the record `[B, S, L, K]`: its checks, and where a forward lies in it
     taps.py            find the routers of a model
     router_call.py     listen to, or answer, the topk of one router call
+    gate_weights.py    find, and replace, the gate weights in what a router returns
     switchboard.py     the taps on a model, shared by every context on it
     recomputation.py   gradient checkpointing: which forward's routes a recomputation gets
     record.py, replay.py, noise.py   the contexts that a user opens

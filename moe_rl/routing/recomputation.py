@@ -1,9 +1,9 @@
 """Gradient checkpointing recomputes routers, and must get the routes of the forward.
 
 A router call outside a forward of the model is a recomputation. It is never recorded, and is
-answered with the ids that the forward being recomputed has used. A gradient hook on that forward's
-outputs tells which it is: backward passes through them before it reaches a layer. The hooks also
-hold the ids, so these live as long as the graph and no longer.
+answered with the ids and gate weights that the forward being recomputed was served. A gradient hook
+on that forward's outputs tells which it is: backward passes through them before it reaches a layer.
+The hooks also hold the routes, so these live as long as the graph and no longer.
 
 State lives on plain attributes, because on CUDA recomputation runs in threads of the autograd
 engine, where ContextVars and thread-locals are empty.
@@ -12,11 +12,12 @@ engine, where ContextVars and thread-locals are empty.
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .gate_weights import FixedWeights
 from .taps import RouterTap
 
 
@@ -25,13 +26,20 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+class Served(NamedTuple):
+    """What one router of a forward was answered with."""
+
+    ids: Tensor
+    weights: FixedWeights | None
+
+
 class UsedRoutes:
-    """The ids that one forward has used, kept where a backward may recompute its routers."""
+    """The routes that one forward was served, kept where a backward may recompute its routers."""
 
     def __init__(self) -> None:
         self.with_grad = torch.is_grad_enabled()
         self.checkpointed = False
-        self.ids: dict[int, Tensor] = {}
+        self.served: dict[int, Served] = {}
         self.backward: int | None = None
         self.recomputed: set[int] = set()
 
@@ -39,7 +47,7 @@ class UsedRoutes:
         """Notice, from inside a router of the forward, that its layer is under checkpointing.
 
         Reentrant checkpointing turns gradients off around the layer, the other kind sets hooks
-        for saved tensors. Offloading of activations sets them too; then ids are kept in vain.
+        for saved tensors. Offloading of activations sets them too; then routes are kept in vain.
         """
         if self.with_grad and not self.checkpointed:
             hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -65,7 +73,7 @@ class Recomputations:
         reached = [tensor for tensor in _tensors(output) if tensor.requires_grad]
         for tensor in reached:
             tensor.register_hook(functools.partial(self._begin, used))
-        if reached and used.ids:
+        if reached and used.served:
             self.pending += 1
             weakref.finalize(used, self._gone).atexit = False
 
@@ -73,10 +81,10 @@ class Recomputations:
         """No backward is under way: a forward begins, or the backward has ended."""
         self._begun = None
 
-    def ids(self, layer: int, tap: RouterTap) -> Tensor | None:
-        """Ids for the router of `layer`, which is being recomputed; None for its own choice."""
+    def served(self, layer: int, tap: RouterTap) -> Served | None:
+        """What the router of `layer`, being recomputed, was served; None for its own choice."""
         used = None if self._begun is None else self._begun()
-        if used is None or not used.ids:
+        if used is None or not used.served:
             return None
         if layer in used.recomputed:
             raise ValueError(
@@ -86,7 +94,7 @@ class Recomputations:
                 "forward by itself"
             )
         used.recomputed.add(layer)
-        return used.ids[layer]
+        return used.served[layer]
 
     def _begin(self, used: UsedRoutes, grad: Tensor) -> None:
         task = torch._C._current_graph_task_id()

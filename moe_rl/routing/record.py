@@ -5,12 +5,15 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from .gate_weights import check_has_gate_weights
 from .routed_experts import Cursor, RecordedRouting
 from .switchboard import tapped
 
 
 @contextmanager
-def record_routing(model: nn.Module, *, router_logits: bool = False) -> Iterator[RecordedRouting]:
+def record_routing(
+    model: nn.Module, *, router_logits: bool = False, gate_weights: bool = False
+) -> Iterator[RecordedRouting]:
     """Record the experts that every token of every forward in the block is sent to.
 
         with record_routing(model) as recorded:
@@ -25,12 +28,22 @@ def record_routing(model: nn.Module, *, router_logits: bool = False) -> Iterator
 
     Args:
         router_logits: keep the raw router logits `[B, S, L, E]` too.
+        gate_weights: keep the weights `[B, S, L, K]` too that the chosen experts counted with.
 
     Raises:
-        ValueError: the model has no router that can be recorded, see `find_routers`.
+        ValueError: the model has no router that can be recorded, see `find_routers`; or one whose
+            gate weights cannot be told (Inkling, or a router of your own that does not return
+            them beside its ids).
     """
     with tapped(model) as board:
-        recorded = RecordedRouting(len(board.taps), router_logits=router_logits, cursor=Cursor())
+        if gate_weights:
+            check_has_gate_weights(board.taps)
+        recorded = RecordedRouting(
+            len(board.taps),
+            router_logits=router_logits,
+            gate_weights=gate_weights,
+            cursor=Cursor(),
+        )
         board.recorders.append(recorded)
         try:
             yield recorded

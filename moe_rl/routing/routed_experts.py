@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .gate_weights import FixedWeights
+
 NO_RECORD = -1
 
 
@@ -153,20 +155,37 @@ class Cursor:
 class RecordedRouting:
     """What L routers did, forward by forward; can be read inside the block and after it."""
 
-    def __init__(self, num_layers: int, *, router_logits: bool, cursor: Cursor) -> None:
-        self.keeps_logits = router_logits
+    def __init__(
+        self,
+        num_layers: int,
+        *,
+        router_logits: bool,
+        gate_weights: bool = False,
+        cursor: Cursor,
+    ) -> None:
+        self.keeps_logits, self.keeps_weights = router_logits, gate_weights
         self.cursor = cursor
         self._ids: list[tuple[Span, Tensor]] = []
         self._logits: list[tuple[Span, Tensor]] = []
+        self._weights: list[tuple[Span, Tensor]] = []
         # Of the forward under way, by layer; a later forward overwrites what a failed one left.
         self._layer_ids: list[Tensor] = [torch.empty(0)] * num_layers
         self._layer_logits = list(self._layer_ids)
+        self._layer_weights = list(self._layer_ids)
 
-    def keep(self, layer: int, ids: Tensor, logits: Tensor | None) -> None:
-        """Note the ids `[..., K]` and, if they are kept, the logits `[..., E]` of one router."""
+    def keep(self, layer: int, ids: Tensor, logits: Tensor | None, weights: Tensor | None) -> None:
+        """Note what one router did.
+
+        Args:
+            ids: `[..., K]`.
+            logits: raw, `[..., E]`; None unless they are kept.
+            weights: gate weights `[N, K]`; None unless they are kept.
+        """
         self._layer_ids[layer] = ids.detach().flatten(0, -2).to(torch.int16)
         if logits is not None:
             self._layer_logits[layer] = logits.detach().flatten(0, -2).float()
+        if weights is not None:
+            self._layer_weights[layer] = weights.detach().float()
 
     def close(self, cache: Any) -> None:
         """End a forward that passed every layer. A second pass over the first rows replaces all."""
@@ -174,9 +193,12 @@ class RecordedRouting:
         if span.row == span.start == 0:
             self._ids.clear()
             self._logits.clear()
+            self._weights.clear()
         self._ids.append((span, _stack(self._layer_ids)))
         if self.keeps_logits:
             self._logits.append((span, _stack(self._layer_logits)))
+        if self.keeps_weights:
+            self._weights.append((span, _stack(self._layer_weights)))
         if cache is not None:
             self.cursor.rows_of[cache] = span.row
 
@@ -194,16 +216,31 @@ class RecordedRouting:
         """
         return _assemble(self._logits, fill=float("nan"))
 
+    @property
+    def gate_weights(self) -> Tensor:
+        """Gate weights `[B, S, L, K]` float32 in the order of the ids, NaN where nothing ran.
+
+        What each chosen expert counted with; float64 weights are rounded.
+
+        Raises:
+            ValueError: the context was opened without `gate_weights=True`.
+        """
+        return _assemble(self._weights, fill=float("nan"))
+
 
 class ReplayedRouting:
     """A record to serve, and what the routers would have done. Readable inside and after."""
 
     def __init__(
-        self, routed_experts: Tensor, *, device: torch.device, router_logits: bool
+        self,
+        routed_experts: Tensor,
+        gate_weights: Tensor | None = None,
+        *,
+        device: torch.device,
+        router_logits: bool,
     ) -> None:
-        # [L, B, S, K]. A copy, even of a record that lies so: whoever made it may change it.
-        routes = routed_experts.detach().permute(2, 0, 1, 3)
-        self.routes = routes.to(device).clone(memory_format=torch.contiguous_format)
+        self.routes = _by_layer(routed_experts, device)
+        self.weights = None if gate_weights is None else _by_layer(gate_weights, device)
         num_layers, num_rows, length, _ = self.routes.shape
         self.has_gaps: list[bool] = (self.routes < 0).flatten(1).any(dim=1).tolist()
         cursor = Cursor(num_rows, length)
@@ -224,15 +261,32 @@ class ReplayedRouting:
 
     def ids(self, layer: int, live: Tensor) -> Tensor:
         """Ids of the shape of `live`: recorded, and live where there is no record."""
-        span = self.live.cursor.span
-        routes = self.routes[layer, span.row : span.row + span.batch, span.start : span.end]
-        beyond = span.length - routes.shape[1]
-        if beyond:
-            routes = torch.nn.functional.pad(routes, (0, 0, 0, beyond), value=NO_RECORD)
-        ids = routes.to(live.device, live.dtype).reshape(live.shape)
-        if beyond or self.has_gaps[layer]:
+        ids = self._rows(self.routes[layer]).to(live.device, live.dtype).view(live.shape)
+        if self.live.cursor.span.end > self.routes.shape[2] or self.has_gaps[layer]:
             ids = torch.where((ids < 0).any(dim=-1, keepdim=True), live, ids)
         return ids
+
+    def fixed_weights(self, layer: int) -> FixedWeights | None:
+        """The recorded gate weights of the forward under way; None if ids alone are replayed."""
+        if self.weights is None:
+            return None
+        recorded = (self._rows(self.routes[layer]) >= 0).all(dim=-1, keepdim=True)
+        return FixedWeights(weights=self._rows(self.weights[layer]), recorded=recorded)
+
+    def _rows(self, record: Tensor) -> Tensor:
+        """Of one layer's record `[B, S, K]` the tokens `[N, K]` of the forward under way."""
+        span = self.live.cursor.span
+        rows = record[span.row : span.row + span.batch, span.start : span.end]
+        beyond = span.length - rows.shape[1]
+        if beyond:
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, beyond), value=NO_RECORD)
+        return rows.flatten(0, 1)
+
+
+def _by_layer(record: Tensor, device: torch.device) -> Tensor:
+    """`[B, S, L, K]` as `[L, B, S, K]`. A copy: whoever made the record may change it."""
+    laid_out = record.detach().permute(2, 0, 1, 3)
+    return laid_out.to(device).clone(memory_format=torch.contiguous_format)
 
 
 def _stack(layers: list[Tensor]) -> Tensor:
@@ -246,7 +300,7 @@ def _assemble(pieces: list[tuple[Span, Tensor]], *, fill: float) -> Tensor:
         raise ValueError(
             "nothing is recorded: no forward of the model has completed in this context; run the "
             "model inside the `with` block before reading, and open it with router_logits=True to "
-            "read logits"
+            "read logits, with gate_weights=True to read gate weights"
         )
     # The last piece of a block says how long it is: a cache may have been cut back before it.
     ends = {span.row: span.end for span, _ in pieces}

@@ -6,6 +6,8 @@ router was about to choose from. Scoring, normalisation, bias and scaling stay t
 code, and the gate weights are gathered from the FULL scores, so the router receives the gradient
 it would receive had it chosen those ids itself. Of a router that is a `ChoosesExperts`, the method
 `select_experts` is answered instead.
+
+What a router returns is looked at only where its gate weights are asked for (`gate_weights.py`).
 """
 
 from collections.abc import Callable
@@ -16,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-from .taps import RouterTap
+from .gate_weights import find_gate_weights
+from .taps import ROUTING_METHOD, RouterTap
 from .top_k import top_k
 
 _TOPKS = frozenset({torch.topk, Tensor.topk, top_k})
@@ -36,6 +39,7 @@ class RouterCall(TorchFunctionMode):
             of groups comes first: the groups of the ids must be open, or their scores are masked
             away and neither weights nor gradients survive.
         perturb: given the raw logits `[..., E]`, what the router is to see in their place.
+        weigh: given the router's own gate weights `[N, K]`, those to use; the same to keep them.
     """
 
     def __init__(
@@ -45,27 +49,35 @@ class RouterCall(TorchFunctionMode):
         decide: Callable[[Callable[[], Tensor]], Tensor] | None = None,
         ids: Tensor | None = None,
         perturb: Callable[[Tensor], Tensor] | None = None,
+        weigh: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.tap = tap
         self.decide = decide
         self.ids = ids
         self.perturb = perturb
+        self.weigh = weigh
         self.logits: Tensor | None = None
         self.chosen: Tensor | None = None
 
     def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call the router."""
         module: Any = self.tap.module
+        inside = self.weigh is not None and hasattr(type(module), ROUTING_METHOD)
         if self.tap.has_method:
             select = module.select_experts
             module.select_experts = lambda scores: self._choose(scores, lambda: select(scores))
+        if inside:
+            route = getattr(module, ROUTING_METHOD)
+            setattr(module, ROUTING_METHOD, lambda *a, **k: self._weighed(route(*a, **k)))
         try:
             with self:
                 output = forward(*args, **kwargs)
         finally:
             if self.tap.has_method:
                 del module.select_experts
+            if inside:
+                delattr(module, ROUTING_METHOD)
         if self.chosen is None:
             call = "select_experts" if self.tap.has_method else f"topk(k={self.tap.top_k})"
             raise ValueError(
@@ -73,7 +85,7 @@ class RouterCall(TorchFunctionMode):
                 f"over {self.tap.num_experts} experts, so its choice can be neither recorded nor "
                 "replayed; give it the method of moe_rl.routing.ChoosesExperts"
             )
-        return output
+        return output if inside else self._weighed(output)
 
     def raw_logits(self) -> Tensor:
         """The raw logits `[..., E]`, for a context that cannot do without them."""
@@ -84,6 +96,14 @@ class RouterCall(TorchFunctionMode):
                 "router_logits, load_balance_coef and router_noise off"
             )
         return self.logits
+
+    def _weighed(self, output: Any) -> Any:
+        """What the router returned, with the gate weights to use."""
+        if self.weigh is None or self.chosen is None:
+            return output
+        own, put = find_gate_weights(self.tap, output, self.chosen, self.logits)
+        weights = self.weigh(own)
+        return output if weights is own else put(weights)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

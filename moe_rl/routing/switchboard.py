@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from .recomputation import Recomputations, UsedRoutes, in_backward
+from .gate_weights import FixedWeights
+from .recomputation import Recomputations, Served, UsedRoutes, in_backward
 from .routed_experts import RecordedRouting, ReplayedRouting
 from .router_call import RouterCall
 from .taps import RouterTap, survey
@@ -45,7 +46,7 @@ class Contexts:
 
 
 class ModelForward(Contexts):
-    """One forward of the model: who listens, and which ids it used."""
+    """One forward of the model: who listens, and which routes it was served."""
 
     def __init__(self, num_layers: int) -> None:
         super().__init__()
@@ -109,9 +110,10 @@ class Switchboard(Contexts):
         if self._running is not None:
             return self._route(self._running, layer, forward, args, kwargs)
         tap = self.taps[layer]
-        ids = self._recomputations.ids(layer, tap)
-        if ids is not None:
-            return RouterCall(tap, ids=ids).run(forward, args, kwargs)
+        served = self._recomputations.served(layer, tap)
+        if served is not None:
+            call = RouterCall(tap, ids=served.ids, weigh=served.weights)
+            return call.run(forward, args, kwargs)
         if self.open and not in_backward():
             raise ValueError(
                 f"model: router {tap.name!r} was called outside of a forward of "
@@ -201,6 +203,13 @@ class Switchboard(Contexts):
         running.calls[layer] += 1
         tap, noise = self.taps[layer], running.noise
         live: Tensor | None = None
+        weights: Tensor | None = None
+        fixed = None if running.replay is None else running.replay.fixed_weights(layer)
+
+        def weigh(own: Tensor) -> Tensor:
+            nonlocal weights
+            weights = own if fixed is None else fixed(own)
+            return weights
 
         def perturb(logits: Tensor) -> Tensor:
             return logits if noise is None else logits + noise(layer, logits)
@@ -211,7 +220,7 @@ class Switchboard(Contexts):
                 live = own()
             else:
                 live = top_k(perturb(call.raw_logits().detach()), tap.top_k).indices
-            return _serve(running, layer, tap, live)
+            return _serve(running, layer, tap, live, fixed)
 
         # The live choice comes first and apart where groups are limited: once the groups of the
         # served ids are opened, the scores of those that the router would have opened are masked
@@ -226,11 +235,13 @@ class Switchboard(Contexts):
                 alone.raw_logits()  # without a product there was nothing to perturb
             live = alone.chosen
             assert live is not None
-            call = RouterCall(tap, ids=_serve(running, layer, tap, live))
+            call = RouterCall(tap, ids=_serve(running, layer, tap, live, fixed))
         elif running.replay is not None or noise is not None:
             call = RouterCall(tap, decide=decide)
         else:
             call = RouterCall(tap)
+        if fixed is not None or any(buffer.keeps_weights for buffer in running.buffers):
+            call.weigh = weigh
         output = call.run(forward, args, kwargs)
         assert call.chosen is not None
         _require_every_token(running, tap, call.chosen)
@@ -238,7 +249,8 @@ class Switchboard(Contexts):
             replaying = running.replay is not None and buffer is running.replay.live
             ids = live if replaying else call.chosen
             assert ids is not None
-            buffer.keep(layer, ids, call.raw_logits() if buffer.keeps_logits else None)
+            logits = call.raw_logits() if buffer.keeps_logits else None
+            buffer.keep(layer, ids, logits, weights if buffer.keeps_weights else None)
         for found in running.collectors:
             found.append(call.raw_logits())
         return output
@@ -289,12 +301,14 @@ def _apart() -> Iterator[None]:
         parametrize._cache_enabled = cached
 
 
-def _serve(running: ModelForward, layer: int, tap: RouterTap, live: Tensor) -> Tensor:
+def _serve(
+    running: ModelForward, layer: int, tap: RouterTap, live: Tensor, fixed: FixedWeights | None
+) -> Tensor:
     """The ids to choose: those of the record, if one is replayed, and else the live ones."""
     _require_every_token(running, tap, live)
     ids = live if running.replay is None else running.replay.ids(layer, live)
     if running.used.checkpointed:
-        running.used.ids[layer] = ids
+        running.used.served[layer] = Served(ids, fixed)
     return ids
 
 

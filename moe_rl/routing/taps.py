@@ -27,6 +27,9 @@ ROUTER_CLASS_NAME = re.compile(
     r"(TopK|Topk|TokenChoice|MoE\w*|MoeV1)(Router|Gating|Gate)$|^Llama4Router$"
 )
 
+ROUTING_METHOD = "route_tokens_to_experts"
+"""The method in which a block that routes by itself returns ids and gate weights."""
+
 NUM_EXPERTS_NAMES = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 TOP_K_NAMES = ("top_k", "num_experts_per_tok", "moe_top_k", "moe_topk", "top_k_experts", "moe_k")
 CORRECTION_BIAS_NAMES = (
@@ -172,7 +175,7 @@ def _router_paths(modules: list[tuple[str, nn.Module]]) -> list[str]:
     own = {c for c in classes if hasattr(c, "select_experts")}
     if own:
         return [path for path, module in modules if type(module) in own]
-    blocks = {c for c in classes if hasattr(c, "route_tokens_to_experts")}
+    blocks = {c for c in classes if hasattr(c, ROUTING_METHOD)}
     recorded = tuple(_recorded_classes(module for _, module in modules))
     routers = {
         c for c in classes if issubclass(c, recorded) or ROUTER_CLASS_NAME.search(c.__name__)
