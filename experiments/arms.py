@@ -95,6 +95,13 @@ _TABLE = (
         change=_with_replay(algorithm="grpo"),
     ),
     Arm(
+        name="grpo+trr",
+        label="GRPO + replay of gate weights",
+        paper="TRR: PrimeIntellect's prime-rl, #3509 and #3523",
+        change=_with(algorithm="grpo", routing_replay="TRR"),
+        compare_with=("grpo", "grpo+replay"),
+    ),
+    Arm(
         name="dr-grpo",
         label="Dr. GRPO",
         paper="Dr. GRPO (arXiv 2503.20783)",

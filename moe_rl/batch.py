@@ -31,6 +31,9 @@ class RolloutBatch:
     back, so its row is -1 (no record)."""
     router_logits: Tensor | None
     """float32 [B, T, L, E], the engine's router logits where each response token is predicted."""
+    gate_weights: Tensor | None = None
+    """float32 [B, Sp + T, L, K], the weights that the engine's chosen experts counted with, NaN in
+    the row of the last token; None unless TRR replays them."""
     truncated: Tensor
     """bool [B], no end of sequence within the response budget."""
 
@@ -62,7 +65,7 @@ class RolloutBatch:
         right = response_length - self.response_ids.shape[1]
         if left == right == 0:
             return self
-        routes, logits = self.routed_experts, self.router_logits
+        routes, logits, weights = self.routed_experts, self.router_logits, self.gate_weights
         return RolloutBatch(
             prompt_ids=pad(self.prompt_ids, (left, 0), value=pad_id),
             prompt_mask=pad(self.prompt_mask, (left, 0), value=False),
@@ -73,6 +76,9 @@ class RolloutBatch:
             if routes is None
             else pad(routes, (0, 0, 0, 0, left, right), value=-1),
             router_logits=None if logits is None else pad(logits, (0, 0, 0, 0, 0, right)),
+            gate_weights=None
+            if weights is None
+            else pad(weights, (0, 0, 0, 0, left, right), value=torch.nan),
             truncated=self.truncated,
         )
 
@@ -115,12 +121,14 @@ def predictions(prompt_values: Tensor, response_values: Tensor | None, group_siz
     return first if response_values is None else torch.cat([first, response_values], dim=1)
 
 
-def full_record(prompt_routes: Tensor, response_routes: Tensor | None, group_size: int) -> Tensor:
+def full_record(
+    prompt_routes: Tensor, response_routes: Tensor | None, group_size: int, *, fill: float = -1
+) -> Tensor:
     """Join the routes of shared prompts [P, Sp, L, K] and responses [B, T-1, L, K] to one record.
 
-    None stands for responses of one token. Returns int16 [B, Sp + T, L, K] whose last position is
-    -1: that token is never read.
+    None stands for responses of one token. Returns [B, Sp + T, L, K], of ids or gate weights, whose
+    last position is `fill`: that token is never read.
     """
     prompts = prompt_routes.repeat_interleave(group_size, dim=0)
     responses = [] if response_routes is None else [response_routes]
-    return torch.cat([prompts, *responses, torch.full_like(prompts[:, :1], -1)], dim=1)
+    return torch.cat([prompts, *responses, torch.full_like(prompts[:, :1], fill)], dim=1)

@@ -39,7 +39,7 @@ AlgorithmName = Literal[
     "positive_only",
 ]
 Aggregation = Literal["sequence_mean", "token_mean", "fixed_length"]
-RoutingReplay = Literal["disabled", "R2", "R3"]
+RoutingReplay = Literal["disabled", "R2", "R3", "TRR"]
 RouterNoisePasses = Literal["all", "rollout", "old", "update"]
 Family = Literal["qwen3_moe", "olmoe", "mixtral", "deepseek_v3", "gpt_oss"]
 EngineName = Literal["cached", "vllm"]
@@ -220,7 +220,8 @@ class RunConfig(Settings):
     value_trains_policy: bool = True
     """For ppo: pass the value loss's gradient on into the policy's layers below the value head."""
     routing_replay: RoutingReplay = "disabled"
-    """Expert choices that updates replay. R2: the old policy's; R3: the rollout engine's."""
+    """Expert choices that updates replay. R2: the old policy's; R3: the rollout engine's; TRR: the
+    engine's with its gate weights, under which routers are not trained."""
     old_logprobs: Literal["trainer", "rollout"] = "trainer"
     """Source of old log-probs: a trainer pass before the updates, or the rollout engine."""
     old_passes: Count = 1
@@ -324,6 +325,11 @@ class RunConfig(Settings):
                 f"engine=vllm with temperature={self.temperature}: vLLM samples at 0.01 below "
                 "that; use a larger one"
             )
+        if self.engine == "vllm" and self.routing_replay == "TRR":
+            yield (
+                "engine=vllm with routing_replay=TRR: vLLM returns the experts that it chose, not "
+                "their gate weights; use routing_replay=R3, or engine=cached"
+            )
         if self.engine == "vllm" and self.old_logprobs == "rollout" and self.instruments:
             yield (
                 "engine=vllm with old_logprobs=rollout: the instruments read router logits, which "
@@ -347,7 +353,7 @@ class RunConfig(Settings):
             arm = "frozen-router"
         else:
             arm = self.algorithm if self.loss is None else self.loss.rpartition(":")[2]
-            arm += "" if self.routing_replay == "disabled" else "+replay"
+            arm += {"disabled": "", "TRR": "+trr"}.get(self.routing_replay, "+replay")
         return dataclasses.replace(self, arm=arm)
 
     def to_dict(self) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def flat(values: dict[str, Any]) -> dict[str, Any]:
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """The keys that a run with every instrument on writes into each of its files."""
     folder = tmp_path_factory.mktemp("docs")
-    config = preset("tiny").replace(sft_steps=2, steps=1, algorithm="ppo")  # has a metric more
+    # Each has a metric more.
+    config = preset("tiny").replace(sft_steps=2, steps=1, algorithm="ppo", routing_replay="TRR")
     train(config, folder / "run", cold_start_cache=folder / "cold")
     keys: dict[str, set[str]] = {"summary.json": set(json.loads(read(folder, "summary.json")))}
     for name in ("steps.jsonl", "updates.jsonl"):

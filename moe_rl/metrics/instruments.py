@@ -9,7 +9,7 @@ the rows of all of them, so that metrics are those of the whole batch. It is cal
 metrics. Router logits are too large to send: they are reduced to numbers per token before it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from moe_rl.kernels import routing_statistics
 from moe_rl.metrics.branches import branch_shares
 from moe_rl.metrics.ratios import (
     clip_shares,
+    gate_statistics,
     mismatch_statistics,
     ratio_statistics,
     ratio_tail,
@@ -110,7 +111,7 @@ def update_metrics(
     old_router_logits: Tensor | None,
     prompt_length: int,
     value_losses: Tensor | None = None,
-    other_logprobs: Tensor | None = None,
+    other_logprobs: Sequence[Tensor] = (),
     replayed: bool = False,
     per_position: bool = False,
     gather: Gather = dict,
@@ -128,8 +129,9 @@ def update_metrics(
         prompt_length: Sp.
         value_losses: float32 [B, T], of a value head.
         other_logprobs: of the same pass with replay off instead of on or on instead of off; adds
-            the split of the log-ratio variance into routing part and weight part.
-        replayed: whether `output` was replayed, so that `other_logprobs` is live.
+            the split of the log-ratio variance into routing part and weight part. Where gate
+            weights are replayed, also those with the ids alone; adds the gate part.
+        replayed: whether `output` was replayed, so that the first of `other_logprobs` is live.
         per_position: add churn by response position.
         gather: joins the rows of all processes.
     """
@@ -152,8 +154,7 @@ def update_metrics(
             own["shift"] = statistics.shift(old_router_logits, logits, old, mask)
     if value_losses is not None:
         own["value_losses"] = value_losses
-    if other_logprobs is not None:
-        own["other_logprobs"] = other_logprobs
+    own |= {f"other_logprobs_{number}": other for number, other in enumerate(other_logprobs)}
     rows = gather(own)
     logprobs, mask = rows["logprobs"], rows["mask"]
     branches = branch_shares(
@@ -178,10 +179,14 @@ def update_metrics(
         metrics["value/loss"] = rows["value_losses"][mask].double().mean().item()
     if per_position:
         metrics["routing/churn_per_position"] = rows["churn"].nanmean(dim=(0, 2)).tolist()
-    if "other_logprobs" in rows:
-        live, replay = logprobs, rows["other_logprobs"]
+    if other_logprobs:
+        live, replay = logprobs, rows["other_logprobs_0"]
         if replayed:
             live, replay = replay, live
+        if len(other_logprobs) > 1:
+            ids = rows["other_logprobs_1"]
+            metrics |= gate_statistics(live, ids, replay, rows["rollout_logprobs"], mask)
+            replay = ids
         metrics |= split_log_ratio(live, replay, rows["old_logprobs"], mask)
     return metrics
 

@@ -132,6 +132,33 @@ def split_log_ratio(live: Tensor, replayed: Tensor, old: Tensor, mask: Tensor) -
     return read(values, mask)
 
 
+def gate_statistics(
+    live: Tensor, ids: Tensor, weights: Tensor, rollout_logprobs: Tensor, mask: Tensor
+) -> dict[str, float]:
+    """What replaying gate weights adds to replaying ids: one pass made three ways (TRR).
+
+        ratio/gate_part           variance of ids - weights, nats^2
+        rollout_ratio/k3_live     k3 estimate of KL(rollout || new policy), routed live, nats
+        rollout_ratio/k3_ids      the same under the engine's ids
+        rollout_ratio/k3_weights  the same under the engine's ids and gate weights
+
+    The three stand side by side in prime-rl #3523.
+
+    Args:
+        live, ids, weights: [B, T], log-probs of the new weights under their own routing, under the
+            engine's ids, and under its ids and gate weights, nats.
+        rollout_logprobs: [B, T], those of the engine.
+        mask: bool [B, T].
+    """
+    _check_shapes(mask, live=live, ids=ids, weights=weights, rollout_logprobs=rollout_logprobs)
+    gates = _masked_difference(ids, weights, mask)
+    values = {"ratio/gate_part": _mean((gates - _mean(gates, mask)).square(), mask)}
+    for name, logprobs in (("live", live), ("ids", ids), ("weights", weights)):
+        log_ratio = _masked_difference(logprobs, rollout_logprobs, mask)
+        values[f"rollout_ratio/k3_{name}"] = _mean(_k3(log_ratio), mask)
+    return read(values, mask)
+
+
 def clip_shares(gradient: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, float]:
     """Shares of response tokens whose gradient the loss removed: it is 0, and A is not.
 

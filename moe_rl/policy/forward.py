@@ -26,6 +26,8 @@ from moe_rl.policy.router_noise import NoiseDraw, RouterNoise
 from moe_rl.routing import record_routing, replay_routing, router_noise
 
 Layout = Literal["one_pass", "cached", "whole"]
+Replayed = tuple[Tensor | None, Tensor | None]
+"""Ids and gate weights that a call of the model replays, `[B, S, L, K]`; None: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class ForwardOptions:
 
     replay: Tensor | None = None
     """int16 [B, Sp + T, L, K] expert choices to replay; None: live routing."""
+    replay_weights: Tensor | None = None
+    """float32 [B, Sp + T, L, K] gate weights to replay with them; None: those of the routers."""
     record: bool = True
     """Return the live expert choices."""
     router_logits: bool = False
@@ -44,6 +48,15 @@ class ForwardOptions:
     """Noise on the choice of experts."""
     value_head: Callable[[Tensor], Tensor] | None = None
     """Makes values [B, T] of hidden states [B, T, H]; None: return no values."""
+    record_weights: bool = False
+    """Record the gate weights of passes without replay, for who opens `routing_contexts`."""
+
+    def replayed(self, select: Callable[[Tensor], Tensor]) -> Replayed:
+        """What some tokens replay: `select` picks their rows of ids and of gate weights."""
+        ids, weights = self.replay, self.replay_weights
+        if ids is None:
+            return None, None
+        return select(ids), None if weights is None else select(weights)
 
 
 class ForwardOutput(NamedTuple):
@@ -115,22 +128,31 @@ def choose_layout(policy: Policy) -> Layout:
 
 @contextlib.contextmanager
 def routing_contexts(
-    model: Any, options: ForwardOptions, replay: Tensor | None, noise: NoiseDraw | None
+    model: Any,
+    options: ForwardOptions,
+    replay: Replayed = (None, None),
+    noise: NoiseDraw | None = None,
 ) -> Iterator[Any]:
     """Record, replay and noise around those calls of a model that share one record.
 
-    `replay` `[B, S, L, K]` and `noise` are for the tokens of these calls; those in `options` are
-    for the whole rollout and are not read.
+    `replay` and `noise` are for the tokens of these calls; those in `options` are for the whole
+    rollout and are not read.
     """
     with contextlib.ExitStack() as stack:
         if noise is not None:
             stack.enter_context(router_noise(model, noise))
-        if replay is not None:
+        ids, weights = replay
+        logits = options.router_logits
+        if ids is not None:
             yield stack.enter_context(
-                replay_routing(model, replay, router_logits=options.router_logits, validate=False)
+                replay_routing(
+                    model, ids, gate_weights=weights, router_logits=logits, validate=False
+                )
             )
-        elif options.record or options.router_logits:
-            yield stack.enter_context(record_routing(model, router_logits=options.router_logits))
+        elif options.record or logits:
+            yield stack.enter_context(
+                record_routing(model, router_logits=logits, gate_weights=options.record_weights)
+            )
         else:
             yield None
 
@@ -141,11 +163,13 @@ _Read = tuple[Tensor, Tensor | None, Tensor | None]
 
 def _one_pass(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Read:
     group, prompt_length = batch.group_size, batch.prompt_ids.shape[1]
-    replay = options.replay
-    if replay is not None:
+
+    def select_rows(record: Tensor) -> Tensor:
         # A prompt is read once per group, and the last token of a response is never read.
-        prompts, responses = replay[::group, :prompt_length], replay[:, prompt_length:-1]
-        replay = torch.cat([prompts.flatten(0, 1), responses.flatten(0, 1)]).unsqueeze(0)
+        prompts, responses = record[::group, :prompt_length], record[:, prompt_length:-1]
+        return torch.cat([prompts.flatten(0, 1), responses.flatten(0, 1)]).unsqueeze(0)
+
+    replay = options.replayed(select_rows)
     noise = options.noise.for_rows(prompt_length) if options.noise else None
     with routing_contexts(policy.model, options, replay, noise) as seen:
         prompt_hidden, response_hidden = FastPath(policy.model).read_in_one_pass(
@@ -174,14 +198,14 @@ def _cached(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Re
     group, prompt_length = batch.group_size, batch.prompt_ids.shape[1]
     noise = options.noise
     # Prompts and responses are two reads of different batch sizes, so two records and two replays.
-    replay = None if options.replay is None else options.replay[::group, :prompt_length]
+    replay = options.replayed(lambda record: record[::group, :prompt_length])
     draws = noise.for_prompts() if noise else None
     with routing_contexts(policy.model, options, replay, draws) as seen_prompts:
         prompt_hidden, cache = policy.read_prompts(batch.prompt_ids, batch.prompt_mask)
     cache.batch_repeat_interleave(group)  # differentiable: gradients of a group meet in its prompt
     rest = seen = None
     if batch.response_ids.shape[1] > 1:
-        replay = None if options.replay is None else options.replay[:, prompt_length:-1]
+        replay = options.replayed(lambda record: record[:, prompt_length:-1])
         draws = noise.for_responses() if noise else None
         with routing_contexts(policy.model, options, replay, draws) as seen:
             rest = policy.continue_responses(
@@ -202,7 +226,7 @@ def _whole(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Rea
         [batch.prompt_ids.repeat_interleave(group, dim=0), batch.response_ids[:, :-1]], dim=1
     )
     mask = torch.nn.functional.pad(prompt_mask, (0, ids.shape[1] - prompt_length), value=True)
-    replay = None if options.replay is None else options.replay[:, :-1]
+    replay = options.replayed(lambda record: record[:, :-1])
     noise = options.noise.for_sequences(prompt_length) if options.noise else None
     with routing_contexts(policy.model, options, replay, noise) as seen:
         hidden = policy.model.base_model(

@@ -39,6 +39,7 @@ class CachedEngine:
             torch.from_numpy(draws),
             noise=request.noise,
             router_logits=request.router_logits,
+            gate_weights=request.gate_weights,
         )
 
 
@@ -50,6 +51,7 @@ def generate(
     *,
     noise: RouterNoise | None = None,
     router_logits: bool = False,
+    gate_weights: bool = False,
 ) -> RolloutBatch:
     """Sample G responses of at most T_max tokens to each of P prompts at the policy's temperature.
 
@@ -59,16 +61,16 @@ def generate(
     sequences, budget = draws.shape
     group = sequences // len(prompts)
     draws = draws.to(policy.device)
-    options = ForwardOptions(router_logits=router_logits)
+    options = ForwardOptions(router_logits=router_logits, record_weights=gate_weights)
     tokens, logprobs, masks = list[Tensor](), list[Tensor](), list[Tensor]()
     finished = torch.zeros(sequences, dtype=torch.bool, device=policy.device)
     of_prompts = noise.for_prompts() if noise else None
     of_responses = noise.for_responses() if noise else None
-    with routing_contexts(policy.model, options, None, of_prompts) as seen_prompts:
+    with routing_contexts(policy.model, options, noise=of_prompts) as seen_prompts:
         hidden, cache = policy.read_prompts(prompt_ids, prompt_mask)
     cache.batch_repeat_interleave(group)
     hidden = hidden[:, -1].repeat_interleave(group, dim=0)
-    with routing_contexts(policy.model, options, None, of_responses) as seen:
+    with routing_contexts(policy.model, options, noise=of_responses) as seen:
         for step in range(budget):
             token, logprob = sample_tokens(policy.logits(hidden), draws[:, step])
             masks.append(~finished)
@@ -82,9 +84,12 @@ def generate(
     # Where all responses end at once no token was read after the prompts: `seen` is empty.
     seen = seen if len(tokens) > 1 else None
     routes = full_record(seen_prompts.routed_experts, seen and seen.routed_experts, group)
-    logits = None
+    logits = weights = None
     if router_logits:
         logits = predictions(seen_prompts.router_logits, seen and seen.router_logits, group)
+    if gate_weights:
+        responses = seen and seen.gate_weights
+        weights = full_record(seen_prompts.gate_weights, responses, group, fill=torch.nan)
     return RolloutBatch(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
@@ -93,6 +98,7 @@ def generate(
         rollout_logprobs=torch.stack(logprobs, dim=1),
         routed_experts=routes,
         router_logits=logits,
+        gate_weights=weights,
         truncated=~finished,
     )
 

@@ -30,6 +30,8 @@ class Request:
     """Router noise of this pass."""
     router_logits: bool = False
     """Return the router logits as well."""
+    gate_weights: bool = False
+    """Return the gate weights of the chosen experts as well."""
 
 
 class Engine(Protocol):

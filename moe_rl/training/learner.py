@@ -190,6 +190,7 @@ class Learner:
                 part = batch.select_prompts(forward.prompts)
                 options = ForwardOptions(
                     replay=self.plan.old_pass_record(part.routed_experts),
+                    replay_weights=self.plan.gate_weights(part),
                     record=number is None,
                     router_logits=self.reads_routers and number is None,
                     entropy=config.instruments and number is None,
@@ -301,15 +302,17 @@ class Learner:
         attribute = bool(last and every and step % every == 0)
         outputs = [part.output.select_sequences(part.forward.counted) for part in passed]
         output = ForwardOutput.concatenate(outputs)
-        other = None
-        if attribute:
-            flipped = [
-                self._forward(experience, part.forward, step, update, flip=True).logprobs[
-                    part.forward.counted
+        others = [
+            torch.cat(
+                [
+                    self._forward(experience, part.forward, step, update, plan).logprobs[
+                        part.forward.counted
+                    ]
+                    for part in passed
                 ]
-                for part in passed
-            ]
-            other = torch.cat(flipped)
+            )
+            for plan in (self.plan.contrasts if attribute else ())
+        ]
         gradients = [
             part.output.logprobs.grad[part.forward.counted]  # type: ignore[index]
             for part in passed
@@ -332,7 +335,7 @@ class Learner:
             old_router_logits=_select(experience.old_router_logits, rows),
             value_losses=value_losses,
             prompt_length=batch.prompt_ids.shape[1],
-            other_logprobs=other,
+            other_logprobs=others,
             replayed=self.plan.is_on,
             per_position=attribute,
             gather=self.ranks.gather,
@@ -358,19 +361,24 @@ class Learner:
         )
 
     def _forward(
-        self, experience: Experience, forward: Forward, step: int, update: int, flip: bool = False
+        self,
+        experience: Experience,
+        forward: Forward,
+        step: int,
+        update: int,
+        contrast: ReplayPlan | None = None,
     ) -> ForwardOutput:
-        """The current policy over some prompts; `flip` turns replay on where it is off."""
-        rows = self._rows(forward.prompts)
-        replayed = self.plan.is_on != flip
-        options = ForwardOptions(
-            replay=experience.replay[rows] if replayed else None,
-            record=self.config.instruments and not flip,
-            router_logits=self.reads_routers and not flip,
-            noise=self.noise(step, "update", forward.prompts, update),
-            value_head=None if flip else self.value_head,
-        )
+        """The current policy over some prompts; a `contrast` replays by another plan."""
+        rows, plan = self._rows(forward.prompts), contrast or self.plan
         part = experience.batch.select_prompts(forward.prompts)
+        options = ForwardOptions(
+            replay=experience.replay[rows] if plan.is_on else None,
+            replay_weights=plan.gate_weights(part),
+            record=self.config.instruments and contrast is None,
+            router_logits=self.reads_routers and contrast is None,
+            noise=self.noise(step, "update", forward.prompts, update),
+            value_head=self.value_head if contrast is None else None,
+        )
         return self.wrapped.run(response_pass, self.policy, part, options)
 
     def _forwards(self, update: int) -> list[Forward]:

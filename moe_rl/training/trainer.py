@@ -205,6 +205,7 @@ class Trainer:
             max_tokens=self.task.max_response_tokens,
             noise=self.learner.noise(step, "rollout", slice(0, len(prompts))),
             router_logits=self.learner.reads_routers and config.old_logprobs == "rollout",
+            gate_weights=self.learner.plan.replays_weights,
         )
         failure = ""
         with self.ranks.together(), torch.no_grad(), self.learner.wrapped.whole():

@@ -42,6 +42,7 @@ def test_a_family_whose_replay_is_refused_is_refused(tmp_path: Path) -> None:
             {"routing_replay": "R4"},
             "routing_replay='R4': unknown; expected one of disab",
         ),
+        ({"routing_replay": "TRR"}, "'TRR': unknown; expected one of disabled, R2, R3"),
         ({"routing_replay": "R3"}, "pass a rollout_func that returns 'routed_experts'"),
     ],
 )

@@ -16,6 +16,7 @@ from moe_rl.losses import find_algorithm, make_inputs
 from moe_rl.metrics.ratios import (
     SURVIVAL,
     clip_shares,
+    gate_statistics,
     mismatch_statistics,
     ratio_statistics,
     ratio_tail,
@@ -195,6 +196,19 @@ def test_routing_and_weight_parts_add_up_to_the_variance_of_log_w(
     assert parts["ratio/routing_part"] == pytest.approx(expected[0, 0], rel=1e-9)
     assert parts["ratio/weight_part"] == pytest.approx(expected[1, 1], rel=1e-9)
     assert parts["ratio/part_covariance"] == pytest.approx(expected[0, 1], rel=1e-9, abs=1e-12)
+
+
+def test_one_pass_made_three_ways_is_compared_with_the_engine_and_by_its_gates() -> None:
+    (live, rollout, mask), (ids, _, _) = random_batch(1), random_batch(2)
+    mask = mask & ids.isfinite()
+    weights = rollout.clone()  # the engine's ids and weights, no weight has moved
+    found = gate_statistics(live, ids, weights, rollout, mask)
+    assert found["ratio/gate_part"] == pytest.approx((ids - weights)[mask].numpy().var(), rel=1e-9)
+    assert found["rollout_ratio/k3_weights"] == 0.0
+    for name, logprobs in (("live", live), ("ids", ids)):
+        log_ratio = (logprobs - rollout)[mask].numpy()
+        k3 = np.mean(np.exp(log_ratio) - 1 - log_ratio)
+        assert found[f"rollout_ratio/k3_{name}"] == pytest.approx(k3, rel=1e-9)
 
 
 def test_without_a_routing_change_the_routing_part_is_zero() -> None:

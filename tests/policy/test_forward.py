@@ -47,6 +47,25 @@ def test_layouts_change_neither_values_nor_gradients(
 
 @PADDING
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_replay_the_same_gate_weights(
+    policy: Policy, prompts: list[str], layout: Layout
+) -> None:
+    batch = rollout(policy, prompts)
+    weights = torch.rand(batch.routed_experts.shape, generator=torch.Generator().manual_seed(1))
+    # What the rows of a prompt replay, they replay in all its responses.
+    length = batch.prompt_ids.shape[1]
+    weights[:, :length] = weights[:: batch.group_size, :length].repeat_interleave(3, dim=0)
+    options = ForwardOptions(replay=batch.routed_experts, replay_weights=weights)
+    with torch.no_grad():
+        ours, whole = (response_pass(policy, batch, options, name) for name in (layout, "whole"))
+        ids = response_pass(policy, batch, ForwardOptions(replay=batch.routed_experts)).logprobs
+    mask = batch.response_mask
+    torch.testing.assert_close(ours.logprobs[mask], whole.logprobs[mask], atol=2e-5, rtol=1e-5)
+    assert (ids - ours.logprobs)[mask].abs().max() > 1e-2, "the weights must matter"
+
+
+@PADDING
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_replay_the_same_choices_and_see_the_same_live_ones(
     policy: Policy, prompts: list[str], layout: Layout
 ) -> None:

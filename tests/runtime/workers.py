@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "R2, noise": {"routing_replay": "R2", "router_noise": 0.3},
     "R3, gspo": {"routing_replay": "R3", "router_noise": 0.3, "algorithm": "gspo"},
+    "TRR, noise": {"routing_replay": "TRR", "router_noise": 0.3},
     "engine's log-probs": {"old_logprobs": "rollout"},
     "frozen router": {"freeze_router": True},
     "rounded rollout": {"rollout_precision": "int4", "routing_replay": "R3"},

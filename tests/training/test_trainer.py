@@ -391,6 +391,7 @@ def test_a_loaded_checkpoint_is_trained_as_it_is(tmp_path: Path, cold: Path) -> 
     [
         ({}, "grpo"),
         ({"routing_replay": "R3"}, "grpo+replay"),
+        ({"routing_replay": "TRR"}, "grpo+trr"),
         ({"algorithm": "gspo"}, "gspo"),
         ({"freeze_router": True}, "frozen-router"),
         ({"num_experts": 2}, "dense"),
