@@ -9,25 +9,25 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_rl.batch import Experience, RolloutBatch, response_positions
+from moe_rl.batch import Experience, response_positions
 from moe_rl.config import Aggregation, RunConfig
 from moe_rl.losses import Algorithm, aggregate, make_inputs, resolve_options
 from moe_rl.losses.custom import choose_algorithm
 from moe_rl.losses.ppo import value_loss
 from moe_rl.metrics import instruments
-from moe_rl.policy.forward import ForwardOptions, ForwardOutput, response_pass
+from moe_rl.policy.forward import ForwardOutput
 from moe_rl.policy.policy import Policy
-from moe_rl.policy.router_noise import RouterNoise
 from moe_rl.routing.statistics import shift
 from moe_rl.runtime.ranks import Ranks
 from moe_rl.runtime.share import Share
 from moe_rl.runtime.stopwatch import Stopwatch
 from moe_rl.runtime.wrapped import Parallelism, Wrapped, clip_gradients
+from moe_rl.training.passes import Forward, Passes
 from moe_rl.training.replay_plan import ReplayPlan
 from moe_rl.training.value_head import ValueHead
 
@@ -48,24 +48,6 @@ def loss_options(config: RunConfig, algorithm: Algorithm) -> dict[str, float]:
         given,
         allow_any_scale=config.allow_any_clip_scale or config.loss is not None,
     )
-
-
-NoisyPass = Literal["rollout", "old", "update"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forward:
-    """One forward pass of an update on this rank."""
-
-    prompts: slice
-    """In the rank's batch."""
-    counts: bool = True
-    """False: made only because another rank has one more."""
-
-    @property
-    def counted(self) -> slice:
-        """The sequences of the pass that count."""
-        return slice(None) if self.counts else slice(0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +106,15 @@ class Learner:
         ]
         self.value_head = ValueHead(config, policy) if self.algorithm.learns_value else None
         self.wrapped = Wrapped(policy.model, ranks, parallelism, self.value_head)
+        self.passes = Passes(
+            config=config,
+            policy=policy,
+            wrapped=self.wrapped,
+            share=self.share,
+            plan=self.plan,
+            value_head=self.value_head,
+            reads_routers=config.instruments or self.algorithm.reads_routers,
+        )
         groups: list[dict[str, Any]] = [{"params": [*policy.model.parameters()], "rate": 1.0}]
         if self.value_head is not None:
             groups += [{"params": [*self.value_head.parameters()], "rate": config.value_rate}]
@@ -151,67 +142,16 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate"]
 
-    @torch.no_grad()
-    def old_pass(self, batch: RolloutBatch, step: int) -> ForwardOutput:
-        """The old policy over the rollout, in the very batches that the updates will use.
-
-        Equal shapes make the first update's ratios 1 up to rounding. Where `old_logprobs` says so,
-        the log-probs are the engine's, and a pass is made only for routes that R2 replays, or for
-        values.
-        """
-        from_engine = self.config.old_logprobs == "rollout"
-        if self.old_passes == 0:
-            return ForwardOutput(
-                logprobs=batch.rollout_logprobs,
-                entropy=None,
-                routed_experts=batch.routed_experts,
-                router_logits=batch.router_logits,
-            )
-        output = self._old_forward(batch, step)
-        if from_engine:
-            return output._replace(logprobs=batch.rollout_logprobs)
-        others = [
-            self._old_forward(batch, step, number).logprobs for number in range(1, self.old_passes)
-        ]
-        if others:
-            passes = torch.stack([output.logprobs, *others])
-            mean = passes.logsumexp(0) - math.log(len(passes))
-            output = output._replace(logprobs=mean)
-        return output
-
-    def _old_forward(
-        self, batch: RolloutBatch, step: int, number: int | None = None
-    ) -> ForwardOutput:
-        """One pass of the old policy over the rollout; `number` of those after the first."""
-        config = self.config
-        outputs = []
-        for update in range(config.updates_per_rollout):
-            for forward in self._forwards(update):
-                part = batch.select_prompts(forward.prompts)
-                options = ForwardOptions(
-                    replay=self.plan.old_pass_record(part.routed_experts),
-                    replay_weights=self.plan.gate_weights(part),
-                    record=number is None,
-                    router_logits=self.reads_routers and number is None,
-                    entropy=config.instruments and number is None,
-                    noise=self.noise(step, "old", forward.prompts, number),
-                    value_head=self.value_head if number is None else None,
-                )
-                output = self.wrapped.run(response_pass, self.policy, part, options)
-                if forward.counts:
-                    outputs.append(output)
-        return ForwardOutput.concatenate(outputs)
-
     def gradients(self, experience: Experience, step: int, update: int) -> list[Passed]:
         """Forward and backward passes of one update; gradients are left at the parameters."""
-        forwards = self._forwards(update)
+        forwards = self.passes.of_update(update)
         divisor = self._divisor(experience, update)
         passed = []
         for number, forward in enumerate(forwards, 1):
-            rows = self._rows(forward.prompts)
+            rows = self.passes.rows(forward.prompts)
             mask = experience.batch.response_mask[rows]
             with self.wrapped.backward(last=number == len(forwards)):
-                output = self._forward(experience, forward, step, update)
+                output = self.passes.update_pass(experience, forward, step, update)
                 output.logprobs.retain_grad()
                 inputs = make_inputs(
                     output.logprobs,
@@ -232,21 +172,8 @@ class Learner:
         return passed
 
     @property
-    def old_passes(self) -> int:
-        """Passes of the old policy over a rollout."""
-        config = self.config
-        if config.old_logprobs == "rollout":
-            return int(config.routing_replay == "R2" or self.value_head is not None)
-        return config.old_passes
-
-    @property
     def _aggregation(self) -> Aggregation:
         return self.config.aggregation or self.algorithm.aggregation
-
-    @property
-    def reads_routers(self) -> bool:
-        """Whether router logits of the old pass and the updates are needed."""
-        return self.config.instruments or self.algorithm.reads_routers
 
     def _divisor(self, experience: Experience, update: int) -> float:
         """What the loss of the whole update, of all ranks, is divided by."""
@@ -256,7 +183,7 @@ class Learner:
             return sequences
         if self._aggregation == "fixed_length":
             return sequences * self.max_tokens
-        rows = self._rows(self.share.of_update(update))
+        rows = self.passes.rows(self.share.of_update(update))
         return self.ranks.total(float(experience.batch.response_mask[rows].sum()))
 
     def _router_shift(
@@ -305,7 +232,7 @@ class Learner:
         others = [
             torch.cat(
                 [
-                    self._forward(experience, part.forward, step, update, plan).logprobs[
+                    self.passes.update_pass(experience, part.forward, step, update, plan).logprobs[
                         part.forward.counted
                     ]
                     for part in passed
@@ -317,7 +244,7 @@ class Learner:
             part.output.logprobs.grad[part.forward.counted]  # type: ignore[index]
             for part in passed
         ]
-        rows = self._rows(self.share.of_update(update))
+        rows = self.passes.rows(self.share.of_update(update))
         old_values, returns = experience.old_values, experience.returns
         value_losses = None
         if output.values is not None and old_values is not None and returns is not None:
@@ -340,60 +267,6 @@ class Learner:
             per_position=attribute,
             gather=self.ranks.gather,
         )
-
-    def noise(
-        self, step: int, kind: NoisyPass, prompts: slice, number: int | None = None
-    ) -> RouterNoise | None:
-        """The router noise of one pass over some of this rank's prompts; None: it draws none.
-
-        `number` tells passes of one kind within a rollout step apart.
-        """
-        config = self.config
-        if config.router_noise == 0.0 or config.router_noise_passes not in ("all", kind):
-            return None
-        return RouterNoise(
-            std=self.config.router_noise,
-            seed=self.config.seed,
-            step=step,
-            purpose=kind if number is None else f"{kind}{number}",
-            prompts=self.share.prompts[prompts],
-            group_size=self.config.group_size,
-        )
-
-    def _forward(
-        self,
-        experience: Experience,
-        forward: Forward,
-        step: int,
-        update: int,
-        contrast: ReplayPlan | None = None,
-    ) -> ForwardOutput:
-        """The current policy over some prompts; a `contrast` replays by another plan."""
-        rows, plan = self._rows(forward.prompts), contrast or self.plan
-        part = experience.batch.select_prompts(forward.prompts)
-        options = ForwardOptions(
-            replay=experience.replay[rows] if plan.is_on else None,
-            replay_weights=plan.gate_weights(part),
-            record=self.config.instruments and contrast is None,
-            router_logits=self.reads_routers and contrast is None,
-            noise=self.noise(step, "update", forward.prompts, update),
-            value_head=self.value_head if contrast is None else None,
-        )
-        return self.wrapped.run(response_pass, self.policy, part, options)
-
-    def _forwards(self, update: int) -> list[Forward]:
-        """The forward passes that an update is cut into, equally many on all ranks."""
-        own, most = self.share.of_update(update), self.share.most_of_update(update)
-        size = self.config.prompts_per_forward or most
-        found = [
-            Forward(prompts=slice(start, min(start + size, own.stop)))
-            for start in range(own.start, own.stop, size)
-        ]
-        spare = Forward(prompts=slice(0, 1), counts=False)
-        return found + [spare] * (math.ceil(most / size) - len(found))
-
-    def _rows(self, prompts: slice) -> slice:
-        return slice(prompts.start * self.config.group_size, prompts.stop * self.config.group_size)
 
     @contextmanager
     def _training_mode(self) -> Iterator[None]:

@@ -155,7 +155,7 @@ class Trainer:
         with self.clock.timed("rollout"):
             batch, rewards, advantages = self._rollout(step)
         with self.clock.timed("old_logprobs"):
-            old = self.learner.old_pass(batch, step)
+            old = self.learner.passes.old_pass(batch, step)
         assert old.routed_experts is not None
         scored = {"rewards": rewards.flatten().to(self.policy.device), "truncated": batch.truncated}
         scored |= {"mask": batch.response_mask}
@@ -203,8 +203,8 @@ class Trainer:
             step=step,
             group_size=config.group_size,
             max_tokens=self.task.max_response_tokens,
-            noise=self.learner.noise(step, "rollout", slice(0, len(prompts))),
-            router_logits=self.learner.reads_routers and config.old_logprobs == "rollout",
+            noise=self.learner.passes.noise(step, "rollout", slice(0, len(prompts))),
+            router_logits=self.learner.passes.reads_routers and config.old_logprobs == "rollout",
             gate_weights=self.learner.plan.replays_weights,
         )
         failure = ""
@@ -237,7 +237,7 @@ class Trainer:
         are read once a group; instruments do not count.
         """
         tokens = self.ranks.total(float(batch.prompt_mask.sum() + batch.response_mask.sum()))
-        return 2.0 * self.policy.active_parameters * tokens * (4 + self.learner.old_passes)
+        return 2.0 * self.policy.active_parameters * tokens * (4 + self.learner.passes.old_passes)
 
     def _crash(
         self,

@@ -75,7 +75,7 @@ def test_the_old_pass_and_the_updates_count_with_the_engines_weights(cold: Path)
     experience, _ = trainer.experience(0)
     batch, mask = experience.batch, experience.batch.response_mask
     other = dataclasses.replace(batch, gate_weights=batch.gate_weights.flip(-1))
-    old = trainer.learner.old_pass(other, 0).logprobs
+    old = trainer.learner.passes.old_pass(other, 0).logprobs
     changed = dataclasses.replace(experience, batch=other)
     new = trainer.learner.gradients(changed, step=0, update=0)[0].output.logprobs
     assert (old - experience.old_logprobs)[mask].abs().max() > 1e-3

@@ -201,7 +201,7 @@ def test_noise_is_drawn_in_the_pass_that_is_named_and_in_no_other(
     batch = experience.batch
     sampled = clean.experience(0)[0].batch.rollout_logprobs
     assert torch.equal(batch.rollout_logprobs, sampled) == (noisy not in ("rollout", "all"))
-    old = clean.learner.old_pass(batch, 0).logprobs
+    old = clean.learner.passes.old_pass(batch, 0).logprobs
     assert torch.equal(experience.old_logprobs, old) == (noisy not in ("old", "all"))
     ours, theirs = (
         [part.output.logprobs for part in each.learner.gradients(experience, 0, 0)]
@@ -217,7 +217,7 @@ def test_several_old_passes_give_the_mean_of_their_probabilities(
     experience, _ = trainer.experience(0)
     mask = experience.batch.response_mask
     passes = [
-        trainer.learner._old_forward(experience.batch, 0, number).logprobs[mask].double()
+        trainer.learner.passes._old_forward(experience.batch, 0, number).logprobs[mask].double()
         for number in (None, 1, 2)
     ]
     assert not torch.equal(passes[0], passes[1]) and not torch.equal(passes[1], passes[2])

@@ -49,7 +49,7 @@ def test_a_value_head_learns_to_foretell_the_rewards_of_a_rollout(cold: Path) ->
     )
     trainer.learner.set_learning_rate(5e-3)
     losses = [trainer.learner.update(still, 0, 0)["value/loss"] for _ in range(60)]
-    values = trainer.learner.old_pass(experience.batch, 0).values
+    values = trainer.learner.passes.old_pass(experience.batch, 0).values
     assert values is not None
     found = value_metrics(experience.batch, values, rewards)["value/explained_variance"]
     assert losses[-1] < losses[0] / 3
