@@ -170,7 +170,9 @@ def nan_on_one_rank(ranks: Ranks, folder: Path) -> None:
         if calls[0] == 6 and self.ranks.rank == 1:
             loss = self.algorithm.loss
             self.algorithm = self.algorithm._replace(
-                loss=lambda *inputs, **options: loss(*inputs, **options) * float("nan")
+                loss=lambda inputs, **options: loss(
+                    dataclasses.replace(inputs, logprobs=inputs.logprobs * float("nan")), **options
+                )
             )
         return real(self, *arguments)
 
