@@ -16,7 +16,7 @@ Options = Mapping[str, float]
 
 
 class Response(NamedTuple):
-    """Log-probs, advantages and router shift of a response's tokens."""
+    """Log-probs, advantages, router shift and values of a response's tokens."""
 
     new: list[float]
     held: list[float]
@@ -24,6 +24,9 @@ class Response(NamedTuple):
     rollout: list[float]
     advantages: list[float]
     shift: list[float]
+    values: list[float]
+    old_values: list[float]
+    returns: list[float]
 
     @property
     def ratios(self) -> list[float]:
@@ -62,6 +65,17 @@ def dual_clip(y: Response, o: Options) -> list[float]:
     for w, a in zip(y.ratios, y.advantages, strict=True):
         value = surrogate(w, a, o)
         losses.append(-max(value, o["bound"] * a) if a < 0 else -value)
+    return losses
+
+
+def ppo(y: Response, o: Options) -> list[float]:
+    losses = []
+    for policy, value, old, target in zip(
+        grpo(y, o), y.values, y.old_values, y.returns, strict=True
+    ):
+        near = clip(value, old - o["value_clip"], old + o["value_clip"])
+        miss = max((value - target) ** 2, (near - target) ** 2) / 2
+        losses.append(policy + o["value_coef"] * miss)
     return losses
 
 
@@ -151,6 +165,7 @@ FORMULAS: dict[str, Formula] = {
     "dual_clip": dual_clip,
     "dr_grpo": grpo,
     "dapo": grpo,
+    "ppo": ppo,
     "cispo": cispo,
     "tis": tis,
     "mis": mis,

@@ -110,8 +110,11 @@ def make_inputs(
             f"one per sequence, {list(shape[:1])}, or one per token",
         ),
     }
-    if router_shift is not None:
-        expected["router_shift"] = (router_shift, router_shift.shape == shape, f"{list(shape)}")
+    optional = {"router_shift": router_shift, "values": values}
+    optional |= {"old_values": old_values, "returns": returns}
+    for name, given in optional.items():
+        if given is not None:
+            expected[name] = (given, given.shape == shape, f"{list(shape)}")
     for name, (value, fits, what) in expected.items():
         if not fits:
             raise ValueError(f"{name}.shape={list(value.shape)}: expected {what}; reshape it")

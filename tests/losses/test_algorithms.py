@@ -26,6 +26,7 @@ def test_every_default_is_the_one_of_its_paper() -> None:
         "dual_clip": GRPO_CLIP | {"bound": 3.0},
         "dr_grpo": GRPO_CLIP,
         "dapo": {"clip_low": 0.2, "clip_high": 0.28},
+        "ppo": {"clip_low": 0.2, "clip_high": 0.2, "value_clip": 0.2, "value_coef": 0.1},
         "cispo": {"bound": 5.0},
         "tis": GRPO_CLIP | {"bound": 2.0},
         "mis": GRPO_CLIP | {"bound": 2.0},
@@ -46,12 +47,13 @@ def test_means_and_advantages_are_those_of_the_papers() -> None:
     by_mean = {how: {n for n in NAMES if ALGORITHMS[n].aggregation == how} for how in
                ("token_mean", "fixed_length")}  # fmt: skip
     assert by_mean == {
-        "token_mean": {"dapo", "cispo"},
+        "token_mean": {"dapo", "ppo", "cispo"},
         "fixed_length": {"dr_grpo", "dppo_tv"},
     }
     unscaled = {name for name in NAMES if not ALGORITHMS[name].scale_advantages}
     assert unscaled == by_mean["fixed_length"]
     assert [name for name in NAMES if ALGORITHMS[name].reads_routers] == ["rspo"]
+    assert [name for name in NAMES if ALGORITHMS[name].learns_value] == ["ppo"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -37,6 +37,9 @@ class Batch(NamedTuple):
     advantages: Tensor
     mask: Tensor
     shift: Tensor
+    values: Tensor
+    old_values: Tensor
+    returns: Tensor
 
     def rows(self, rows: slice) -> Batch:
         return Batch(*(value[rows] for value in self))
@@ -58,6 +61,7 @@ def random_batch(seed: int = 0, batch: int = 12, length: int = 6, spread: float 
         normal(batch),
         torch.arange(length) < lengths[:, None],
         1 - 0.5 * torch.rand(batch, length, generator=draw, dtype=torch.float64),
+        *(normal(batch, length) for _ in range(3)),
     )
 
 
@@ -78,6 +82,9 @@ def run(
         batch.mask,
         rollout_logprobs=batch.rollout,
         router_shift=batch.shift,
+        values=batch.values,
+        old_values=batch.old_values,
+        returns=batch.returns,
     )
     options = OPTIONS.get(name, {}) if options is None else options
     token_losses = algorithm.loss(inputs, **options)
@@ -103,14 +110,14 @@ def test_loss_and_gradient_equal_the_papers_formula(name: str, per_token: bool) 
         )
     wide = batch.advantages if per_token else batch.advantages[:, None].expand(batch.old.shape)
     options = ALGORITHMS[name].options | OPTIONS.get(name, {})
-    held, old, rollout, advantages, mask, shift = (
+    held, old, rollout, advantages, mask, *others = (
         value.numpy() for value in batch._replace(advantages=wide)
     )
 
     def formula(new: Any) -> float:
         losses = []
         for i, keep in enumerate(mask):
-            values = (new, held, old, rollout, advantages, shift)
+            values = (new, held, old, rollout, advantages, *others)
             response = Response(*(value[i][keep].tolist() for value in values))
             losses.append(FORMULAS[name](response, options) if keep.any() else [])
         return total(losses, ALGORITHMS[name].aggregation, budget=mask.shape[1])
@@ -220,7 +227,7 @@ def test_padding_never_counts(name: str, garbage: float) -> None:
     batch = random_batch()
     wide = batch._replace(advantages=batch.advantages[:, None].expand(batch.old.shape))
     loss, gradient = run(name, wide)
-    for field in ("logprobs", "old", "rollout", "advantages", "shift"):
+    for field in set(Batch._fields) - {"mask"}:
         dirty = getattr(wide, field).masked_fill(~batch.mask, garbage)
         other, theirs = run(name, wide._replace(**{field: dirty}))
         assert torch.equal(other, loss) and torch.equal(theirs, gradient), field
@@ -264,7 +271,8 @@ def test_an_empty_sequence_adds_nothing_and_counts_in_a_mean_over_sequences(
     assert nobody == 0 and not zeros.any()
 
 
-UNBOUNDED = {"grpo", "dr_grpo", "dapo", "tis", "mis", "geo_rs", "icepop", "gmpo", "rspo", "gspo"}
+UNBOUNDED = {"grpo", "dr_grpo", "dapo", "ppo", "tis", "mis", "geo_rs", "icepop", "gmpo", "rspo"}
+UNBOUNDED |= {"gspo", "gspo_token"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -274,14 +282,15 @@ def test_extreme_ratios_never_make_a_nan(name: str, log_ratio: float, log_rho: f
     """In float32, where e^200 is inf."""
     zeros = torch.zeros(3, 4)
     mask = torch.ones(3, 4, dtype=torch.bool)
-    batch = Batch(zeros + log_ratio, zeros, zeros - log_rho, zeros[:, 0], mask, zeros + 0.9)
+    first = (zeros + log_ratio, zeros, zeros - log_rho, zeros[:, 0], mask, zeros + 0.9)
+    batch = Batch(*first, *[zeros] * 3)
     loss, gradient = run(name, batch._replace(advantages=torch.tensor([1.0, 0.0, 0.5])), {})
     assert gradient.isfinite().all() and not loss.isnan()
     # Without a ratio the loss is the log-prob itself.
     assert loss.isfinite() or (name == "policy_gradient" and math.isinf(log_ratio))
     loss, gradient = run(name, batch._replace(advantages=-torch.ones(3)), {})
     assert not loss.isnan() and not gradient.isnan().any()
-    if name not in UNBOUNDED | {"gspo_token"}:
+    if name not in UNBOUNDED:
         assert gradient.isfinite().all()
     elif log_rho == 0.0:
         # The papers leave a bad response's growing ratio unclipped.
@@ -292,7 +301,7 @@ def test_a_ratio_that_over_and_underflows_is_one_ratio() -> None:
     """The trainer gives a token e^-200 in the old pass alone: w is inf, rho is 0, w rho is 1."""
     zeros = torch.zeros(2, 3)
     mask = torch.ones(2, 3, dtype=torch.bool)
-    batch = Batch(zeros, zeros - 200, zeros, -torch.ones(2), mask, zeros + 1)
+    batch = Batch(zeros, zeros - 200, zeros, -torch.ones(2), mask, zeros + 1, *[zeros] * 3)
     for name in ("tis", "mis"):
         loss, gradient = run(name, batch._replace(old=batch.old if name == "tis" else zeros))
         torch.testing.assert_close(loss, torch.tensor(1.0))
@@ -300,7 +309,7 @@ def test_a_ratio_that_over_and_underflows_is_one_ratio() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradient_reaches_logprobs_alone(name: str) -> None:
+def test_gradient_reaches_logprobs_and_values_alone(name: str) -> None:
     batch = Batch(*(x.requires_grad_() if x.is_floating_point() else x for x in random_batch()))
     inputs = make_inputs(
         batch.logprobs,
@@ -309,10 +318,14 @@ def test_gradient_reaches_logprobs_alone(name: str) -> None:
         batch.mask,
         rollout_logprobs=batch.rollout,
         router_shift=batch.shift,
+        values=batch.values,
+        old_values=batch.old_values,
+        returns=batch.returns,
     )
     ALGORITHMS[name].loss(inputs, **OPTIONS.get(name, {})).sum().backward()
     assert batch.logprobs.grad is not None and batch.logprobs.grad.any()
-    assert all(x.grad is None for x in batch[1:])
+    learnt = {field for field in Batch._fields if getattr(batch, field).grad is not None}
+    assert learnt == {"logprobs"} | ({"values"} if ALGORITHMS[name].learns_value else set())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -334,6 +347,8 @@ def test_low_precision_inputs_are_summed_in_float32(name: str, dtype: torch.dtyp
         ({"old_logprobs": torch.zeros(6)}, r"old_logprobs.shape=\[6\]: expected \[12, 6\]"),
         ({"rollout_logprobs": torch.zeros(12, 1)}, r"rollout_logprobs.shape=\[12, 1\]: expected"),
         ({"router_shift": torch.zeros(12)}, r"router_shift.shape=\[12\]: expected \[12, 6\]"),
+        ({"values": torch.zeros(12, 1)}, r"values.shape=\[12, 1\]: expected \[12, 6\]"),
+        ({"returns": torch.zeros(12)}, r"returns.shape=\[12\]: expected \[12, 6\]"),
         ({"advantages": torch.zeros(12, 1)}, r"advantages.shape=\[12, 1\]: .*, \[12\]"),
         ({"mask": torch.ones(12, 6)}, r"mask.dtype=torch.float32.*mask.bool\(\)"),
         ({"mask": torch.ones(12, 1, dtype=torch.bool)}, r"mask.shape=\[12, 1\]"),
