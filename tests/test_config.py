@@ -50,7 +50,7 @@ def test_a_setting_that_cannot_work_is_refused(changes: dict[str, Any], words: s
         ({"steps": "3"}, "steps='3': must be a valid integer"),
         ({"steps": 1.5}, "steps=1.5: must be a valid integer"),
         ({"freeze_router": 1}, "freeze_router=1: must be a valid boolean"),
-        ({"algorithm": "ppp"}, "algorithm='ppp': must be 'grpo', 'gspo' or 'gspo_token'"),
+        ({"algorithm": "ppp"}, "algorithm='ppp': must be 'grpo', 'dual_clip'"),
         ({"model": 3}, "model=3: must be an object"),
         ({"model": {"num_experts": 0}}, "model.num_experts=0: must be greater"),
         ({"model": {"num_expert": 4}}, "model.num_expert: unknown setting.*'num_experts'"),
