@@ -24,6 +24,11 @@ class Reading:
         sign = SIGNALS[self.rule.signal].sign
         return self.value * sign > self.rule.threshold * sign
 
+    @property
+    def alarm(self) -> bool:
+        """Whether that means anything."""
+        return self.passed and self.rule.warns
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
@@ -39,7 +44,7 @@ class Verdict:
     @property
     def alarms(self) -> list[Threshold]:
         """Signals beyond their threshold, of those whose alarm means anything."""
-        return [reading.rule for reading in self.readings if reading.passed and reading.rule.warns]
+        return [reading.rule for reading in self.readings if reading.alarm]
 
     @property
     def warning(self) -> bool:
@@ -62,14 +67,15 @@ class Verdict:
         return f"calm: none of {len(usable)} signals that predict a collapse passes its threshold"
 
 
-def judge(steps: pd.DataFrame, updates: pd.DataFrame, thresholds: Thresholds) -> Verdict:
-    """The verdict on ONE run.
+def read_signals(
+    steps: pd.DataFrame, updates: pd.DataFrame, thresholds: Thresholds
+) -> list[Reading]:
+    """The signals of ONE run, beside their thresholds.
 
-    Steps beyond the horizon are not judged, as no study has measured what they foretell; a reward
-    that has fallen is told at any step. Only a signal that does better than chance warns.
+    Steps beyond the horizon do not count: no study has measured what they foretell.
 
     Args:
-        steps: lines of its steps.jsonl, with `step` and `reward`.
+        steps: lines of its steps.jsonl, with `step`.
         updates: lines of its updates.jsonl, with `step`.
     """
     signals = signal_table(steps, updates)
@@ -79,10 +85,18 @@ def judge(steps: pd.DataFrame, updates: pd.DataFrame, thresholds: Thresholds) ->
         sign = SIGNALS[rule.signal].sign
         worst = float((seen[rule.signal] * sign).max()) * sign
         readings.append(Reading(rule=rule, value=worst))
+    return readings
+
+
+def judge(steps: pd.DataFrame, updates: pd.DataFrame, thresholds: Thresholds) -> Verdict:
+    """The verdict on ONE run: its signals, and whether its reward has fallen, at any step.
+
+    The arguments are those of `read_signals`, with `reward` in `steps`.
+    """
     return Verdict(
         steps=len(steps),
         horizon=thresholds.horizon,
-        readings=readings,
+        readings=read_signals(steps, updates, thresholds),
         fallen_since=outcome(steps["reward"].astype(float), steps["step"]).collapse_step,
     )
 

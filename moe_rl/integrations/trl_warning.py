@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from transformers import TrainerCallback
 
-from moe_rl.analysis.warning.judge import judge, warning_words
+from moe_rl.analysis.warning.judge import read_signals, warning_words
 from moe_rl.analysis.warning.thresholds import COMMITTED, read_thresholds
 
 OUR_NAMES = {"clip_ratio/region_mean": "clip_ratio/region"}
@@ -60,7 +60,8 @@ class WarnOfCollapse(TrainerCallback):
             return
         # What is of the whole rollout, as the reward, TRL logs in the line of its first update.
         steps = ended.groupby("step", as_index=False).mean(numeric_only=True)
-        alarms = judge(steps, ended, self.thresholds).alarms
+        read = read_signals(steps, ended, self.thresholds)
+        alarms = [reading.rule for reading in read if reading.alarm]
         if alarms:
             self.warned = True
             step = state.global_step
