@@ -1,7 +1,7 @@
 # Every command of the project. `make help` lists them.
 #
 #   make reproduce            a fresh machine with Python 3.11+ and make is enough
-#   make reproduce ARGS=--full
+#   make reproduce ARGS="--seeds 31 32 33 34 35"
 #   make test ARGS="-m 'not slow' tests/kernels"
 #   make test JOBS=0 ARGS="--pdb tests/training/test_trainer.py"
 #   make report RUN=runs/collapse
@@ -42,8 +42,8 @@ help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 	@awk '/^# PYTHON/ { on = 1 } /^$$/ { on = 0 } on { sub(/^# ?/, ""); print "  " $$0 }' Makefile
 
-reproduce: $(INSTALLED) ## run the collapse experiment in its quick form and write the report
-	@$(BIN)/moe-rl reproduce $(or $(ARGS),--quick)
+reproduce: $(INSTALLED) ## reproduce the collapse and its cures in minutes, and write the report
+	@$(BIN)/moe-rl reproduce $(ARGS)
 
 report: $(INSTALLED) ## redraw the report of a finished study from its files: RUN=folder
 	@test -n "$(RUN)" || { echo "make report: say which study: make report RUN=folder" >&2; exit 2; }

@@ -7,7 +7,6 @@ The order of `ARMS` is the order of tables and legends. Importable without torch
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from moe_rl.config import OWN_LOSS, ConfigError, RoutingReplay, RunConfig
@@ -47,11 +46,9 @@ class Arm:
     paper: str
     """Where the arm is from."""
     change: Change = _unchanged
-    """The base config (for a restart: GRPO's) and the kind of replay in, the arm's config out."""
+    """The base config and the kind of replay in, the arm's config out."""
     compare_with: tuple[str, ...] = ("grpo",)
     """Arms that its final reward is compared with on common seeds, in the paired table."""
-    is_restart: bool = False
-    """Starts from a checkpoint of the arm `grpo`, before its collapse, not from the cold start."""
 
 
 _TABLE = (
@@ -240,36 +237,11 @@ _TABLE = (
         paper="our control: GRPO, router weights stay at the cold start",
         change=_with(algorithm="grpo", freeze_router=True),
     ),
-    # Half the learning rate, as a user would try to save the run; and all of it, which tells what
-    # the fresh start alone does.
-    Arm(
-        name="grpo-restart",
-        label="GRPO restarted, half the rate",
-        colour="#a6761d",
-        dark_colour="#d6a850",
-        dash=(0, (4, 1.5)),
-        paper=f"{_GSPO}, 5.3: resuming from an earlier checkpoint does not help",
-        change=lambda base, replay: base.replace(learning_rate=base.learning_rate * 0.5),
-        compare_with=(),
-        is_restart=True,
-    ),
-    Arm(
-        name="grpo-restart-full-rate",
-        label="GRPO restarted, full rate",
-        colour="#8c2d04",
-        dark_colour="#e0814f",
-        dash=(0, (1, 1)),
-        paper="our control of grpo-restart",
-        compare_with=(),
-        is_restart=True,
-    ),
 )
 ARMS = {arm.name: arm for arm in _TABLE}
-FRESH_ARMS = tuple(arm.name for arm in _TABLE if not arm.is_restart)
-RESTARTS = tuple(arm.name for arm in _TABLE if arm.is_restart)
 _NEEDS_ROUTER = {"grpo+replay", "grpo+trr", "gspo+replay", "rspo", "frozen-router"}
 DENSE_ARMS = tuple(
-    name for name in FRESH_ARMS if name not in _NEEDS_ROUTER and not name.startswith("dense")
+    name for name in ARMS if name not in _NEEDS_ROUTER and not name.startswith("dense")
 )
 """Arms that mean something for a model without routing."""
 MAIN_ARMS = ("grpo", "grpo+replay", "gspo")
@@ -278,21 +250,19 @@ STORY_ARMS = (*MAIN_ARMS, "dense")
 
 # Light and dark colours of arms that are not in the table.
 SPARE_COLOURS = (("#7570b3", "#a9a4e0"), ("#4d4d00", "#b3b34d"), ("#1b6f6f", "#63c2c2"))
-# Before the collapse: in no setting of the study has GRPO fallen by then.
-RESTART_STEP = 5
 
 
 def check_arms(names: Sequence[str]) -> None:
-    """Refuse what is neither an arm that starts from the cold start nor FILE.py:FUNCTION.
+    """Refuse what is neither an arm of the table nor FILE.py:FUNCTION.
 
     Raises:
         ConfigError: names the arms nearest to it.
     """
     for name in names:
-        if name not in FRESH_ARMS and not OWN_LOSS.fullmatch(name):
-            nearest = difflib.get_close_matches(name, FRESH_ARMS, n=3, cutoff=0.0)
+        if name not in ARMS and not OWN_LOSS.fullmatch(name):
+            nearest = difflib.get_close_matches(name, ARMS, n=3, cutoff=0.0)
             raise ConfigError(
-                f"arms={name!r}: no arm that starts from a cold start; nearest are "
+                f"arms={name!r}: no such arm; nearest are "
                 f"{', '.join(nearest)}. `moe-rl arms` lists them; your own loss is FILE.py:FUNCTION"
             )
 
@@ -325,32 +295,9 @@ def arm_config(name: str, base: RunConfig, *, replay: RoutingReplay, seed: int) 
 
     Args:
         name: see `check_arms`.
-        replay: R2 where staleness is studied, R3 where two engines differ.
+        replay: the kind that the setting calls for.
         seed: paired over arms: equal seeds see equal prompts and sampling numbers.
     """
     arm = find_arm(name)
     # A study that loses its worst runs would flatter the arm that made them.
     return arm.change(base, replay).replace(arm=arm.name, seed=seed, on_nonfinite="skip")
-
-
-def restart_config(name: str, original: RunConfig, folder: Path) -> RunConfig:
-    """The config of a restart, from the policy that the original saved before its collapse.
-
-    GSPO paper, 5.3: after a collapse training cannot be resumed, even from an earlier checkpoint
-    with other hyperparameters. The optimiser state is fresh.
-
-    Args:
-        name: one of `RESTARTS`.
-        original: the run that collapses; saves its policy every RESTART_STEP steps.
-        folder: its run folder.
-    """
-    return (
-        ARMS[name]
-        .change(original, original.routing_replay)
-        .replace(
-            arm=name,
-            checkpoint=str(folder / f"policy_{RESTART_STEP:05d}"),
-            steps=original.steps - RESTART_STEP,
-            save_every=0,
-        )
-    )

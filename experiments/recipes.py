@@ -73,7 +73,6 @@ _SLIME_MIS = (
     "--use-tis --custom-tis-function-path "
     "examples.train_infer_mismatch_helper.mis.compute_mis_weights_with_cp --custom-config-path FILE"
 )
-_RESTART = "never: it starts from an earlier checkpoint"
 
 RECIPES: dict[str, Recipe] = {
     "grpo": _GRPO,
@@ -191,8 +190,6 @@ RECIPES: dict[str, Recipe] = {
         no_op="never: it is another model",
     ),
     "frozen-router": Recipe(no_op="in a dense model"),
-    "grpo-restart": Recipe(no_op=_RESTART),
-    "grpo-restart-full-rate": Recipe(no_op=_RESTART),
 }
 
 

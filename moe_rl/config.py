@@ -1,4 +1,4 @@
-"""Every setting of a run: frozen pydantic dataclasses, checked when made; presets are functions.
+"""Every setting of a run: frozen pydantic dataclasses, checked when made.
 
 Importable without torch. Field docstrings are the `--help` text of the command line, so each gives
 meaning, unit and range. Numbers taken from a paper name it.
@@ -44,17 +44,6 @@ RouterNoisePasses = Literal["all", "rollout", "old", "update"]
 Family = Literal["qwen3_moe", "olmoe", "mixtral", "deepseek_v3", "gpt_oss"]
 EngineName = Literal["cached", "vllm"]
 RolloutPrecision = Literal["float32", "bf16", "fp8", "int8", "int4"]
-PresetName = Literal[
-    "routing-noise",
-    "calibrated-noise",
-    "mild-noise",
-    "stale",
-    "mild-stale",
-    "staleness",
-    "engine-noise",
-    "tiny",
-]
-
 StudyName = Literal[
     "remedies",
     "tolerance",
@@ -65,6 +54,7 @@ StudyName = Literal[
     "depth",
     "irreversibility",
     "compute",
+    "families",
 ]
 
 SCHEMA = 1
@@ -412,100 +402,3 @@ def load_config(path: str) -> RunConfig:
         return RunConfig.from_dict(values)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error
-
-
-def tiny() -> RunConfig:
-    """A run of seconds, for trying things and for tests."""
-    return RunConfig(
-        setting="tiny",
-        model=ModelConfig(
-            num_layers=2,
-            hidden_size=32,
-            num_attention_heads=2,
-            expert_size=16,
-            num_experts=8,
-            experts_per_token=2,
-        ),
-        task=TaskConfig(digits=2),
-        cold_start=ColdStartConfig(
-            sft_steps=100, sft_batch_size=64, sft_learning_rate=1e-2, slip=0.2
-        ),
-        steps=4,
-        prompts_per_rollout=8,
-        group_size=8,
-        updates_per_rollout=4,
-        warmup_steps=1,
-    )
-
-
-def staleness() -> RunConfig:
-    """Several updates on one rollout: routing drifts because the weights move.
-
-    7e-4 is the largest learning rate tried at which the dense control ends within 20% of its peak
-    (it dips on the way): experiments/README.md.
-    """
-    return RunConfig(
-        setting="staleness",
-        model=ModelConfig(num_experts=32),
-        steps=40,
-        updates_per_rollout=8,
-        learning_rate=7e-4,
-    )
-
-
-def engine_noise() -> RunConfig:
-    """The same, and routing differs between any two passes, as between two engines."""
-    # `moe-rl calibrate --of tokens`: at 94% of tokens some router differs, as between the engines
-    # of the R3 paper (arXiv 2510.11370).
-    return staleness().replace(setting="engine-noise", router_noise=0.135)
-
-
-def routing_noise() -> RunConfig:
-    """A stress test: every pass over the same tokens chooses other experts.
-
-    About 77% of routers differ between two passes, where published engines differ in 1 to 10%.
-    """
-    return staleness().replace(setting="routing-noise", router_noise=0.27, steps=25)
-
-
-def calibrated_noise() -> RunConfig:
-    """The same with the R3 paper's 10% of routers (arXiv 2510.11370): `moe-rl calibrate`."""
-    return routing_noise().replace(setting="calibrated-noise", router_noise=0.02)
-
-
-def mild_noise() -> RunConfig:
-    """The same with 54% of routers, which at 4 layers are the R3 paper's 94% of tokens."""
-    return routing_noise().replace(setting="mild-noise", router_noise=0.135)
-
-
-def stale() -> RunConfig:
-    """16 updates on one rollout: routing and ratios drift because the weights move. No noise."""
-    return mild_stale().replace(setting="stale", updates_per_rollout=16)
-
-
-def mild_stale() -> RunConfig:
-    """8 updates on one rollout, and no noise."""
-    return routing_noise().replace(setting="mild-stale", router_noise=0.0)
-
-
-PRESETS = {
-    "tiny": tiny,
-    "routing-noise": routing_noise,
-    "calibrated-noise": calibrated_noise,
-    "mild-noise": mild_noise,
-    "stale": stale,
-    "mild-stale": mild_stale,
-    "staleness": staleness,
-    "engine-noise": engine_noise,
-}
-
-
-def preset(name: str) -> RunConfig:
-    """The preset of that name.
-
-    Raises:
-        ConfigError: no such preset.
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"preset={name!r}: unknown; use one of {', '.join(PRESETS)}")
-    return PRESETS[name]()

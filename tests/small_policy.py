@@ -3,8 +3,8 @@
 import torch
 
 from moe_rl.batch import RolloutBatch
-from moe_rl.config import preset
 from moe_rl.policy.policy import Policy, build_policy
+from moe_rl.presets import preset
 from moe_rl.rollout.cached import generate
 
 ALPHABET = "0123456789="

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_rl.config import PRESETS, SCHEMA, ConfigError, ModelConfig, RunConfig, load_config, preset
+from moe_rl.config import SCHEMA, ConfigError, ModelConfig, RunConfig, load_config
+from moe_rl.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from moe_rl.analysis.data.collapse import Outcome, stability_frontier
 from moe_rl.analysis.data.measures import CHAIN
 from moe_rl.analysis.data.stats import PairedTest
 from moe_rl.commands.cli import main
-from moe_rl.config import preset
+from moe_rl.presets import preset
 from moe_rl.training.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +88,7 @@ def test_the_numbers_of_the_report_are_documented() -> None:
 
 def test_settings_in_the_docs_are_those_of_the_default_preset() -> None:
     """`field = value` in papers.md, where field is one of the config's."""
-    config = flat(preset("staleness").to_dict())
+    config = flat(preset("mild-stale").to_dict())
     quoted = [span.split(" = ") for span in code_spans(PAPERS) if re.fullmatch(r"\w+ = \S+", span)]
     assert len(quoted) > 20
     for name, value in quoted:

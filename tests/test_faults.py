@@ -25,8 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_rl.commands.cli import main
 from moe_rl.commands.messages import explain
-from moe_rl.config import SCHEMA, preset
+from moe_rl.config import SCHEMA
 from moe_rl.policy.tokenizer import tokenizer_of
+from moe_rl.presets import preset
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "faults.md"
 TINY = ("train", "--preset", "tiny", "--steps", "1", "--sft-steps", "2")

@@ -11,7 +11,7 @@ from moe_rl.analysis.plots.tails import TWIST_ARMS
 from moe_rl.analysis.report.page import bounds, number, share
 from moe_rl.analysis.verdicts import rules
 from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, MIN_SEEDS, NOT_REPRODUCED, REPRODUCED
-from moe_rl.experiments.arms import RESTARTS, arm_label
+from moe_rl.experiments.arms import arm_label
 
 ENOUGH = {REPRODUCED: "Enough", NOT_REPRODUCED: "Not enough", INCONCLUSIVE: "Open"}
 MOE = {REPRODUCED: "Yes", NOT_REPRODUCED: "No", INCONCLUSIVE: "Open"}
@@ -81,7 +81,8 @@ def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
         return f"{start} GRPO ended at {_final(grpo)}, near its peak: nothing to cure."
     name = "mild-dense" if is_dense else "mild-stale"
     mild = done[(done["setting"] == name) & (name != setting)]
-    alike = runs[(runs["num_experts"] == experts) & ~runs["arm"].isin(["grpo", *RESTARTS])]
+    others = (runs["arm"] != "grpo") & ~runs["arm"].str.startswith(rules.RESTARTS)
+    alike = runs[(runs["num_experts"] == experts) & others]
     by_verdict: dict[str, list[tuple[str, str]]] = {}
     for arm, own in alike.groupby("arm"):
         judged = rules.restores(runs, str(arm))

@@ -36,7 +36,8 @@ ALIKE = ("learning_rate", "updates_per_rollout", "router_noise", "num_experts")
 # And settings of several response lengths; coarser tokens are other tokens, not fewer.
 ALIKE_BUT_LENGTH = (*ALIKE, "num_layers", "digits_per_token")
 # GRPO started again from a checkpoint before the collapse: at half the rate, and at the whole.
-RESTART_ARM, FULL_RATE_ARM = "grpo-restart", "grpo-restart-full-rate"
+RESTART_ARM, FULL_RATE_ARM = "before-half-rate", "before-same"
+RESTARTS = ("before-", "after-")  # how the names of all of them begin
 
 
 def grpo_collapses(runs: pd.DataFrame) -> Judgement:
@@ -226,9 +227,9 @@ def deeper_is_worse(study_runs: pd.DataFrame) -> Judgement:
 
 def collapse_is_irreversible(runs: pd.DataFrame) -> Judgement:
     """Of the grpo seeds that collapsed, the share that collapses again when started from a
-    checkpoint before the collapse, at half the learning rate (arm grpo-restart): reproduced when
-    its Wilson interval is above 1/2. Seeds that did not collapse, or had by then, say nothing and
-    are left out. The restart at the whole rate is given beside it: it tells what a fresh start
+    checkpoint before the collapse, at half the learning rate (arm before-half-rate): reproduced
+    when its Wilson interval is above 1/2. Seeds that did not collapse, or had by then, say nothing
+    and are left out. The restart at the whole rate is given beside it: it tells what a fresh start
     alone does.
     """
     grpo = _arm(runs, "grpo")

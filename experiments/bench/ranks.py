@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
-from moe_rl.config import ConfigError, RunConfig, preset
+from moe_rl.config import ConfigError, RunConfig
 from moe_rl.experiments.bench.result import check_counts, in_turn, table, write_result
 from moe_rl.experiments.runner import train_words
+from moe_rl.presets import preset
 from moe_rl.run_folder.log import write_config
 from moe_rl.runtime.process import cpu_name
 from moe_rl.training.cold_start import prepare_cold_starts
@@ -67,7 +68,7 @@ def bench_ranks(*, repeats: int, out: Path | None) -> int:
     if os.cpu_count() == 1:
         raise ConfigError("bench ranks: one core here; two processes need two")
     # A learning rate that hardly moves the policy: responses keep their length.
-    config = preset("staleness").replace(steps=_STEPS, learning_rate=1e-6, device="cpu")
+    config = preset("mild-stale").replace(steps=_STEPS, learning_rate=1e-6, device="cpu")
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         prepare_cold_starts([config], root / "cold")

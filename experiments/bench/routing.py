@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from moe_rl.batch import RolloutBatch
-from moe_rl.config import RunConfig, preset
+from moe_rl.config import RunConfig
 from moe_rl.experiments.bench.result import check_counts, in_turn, write_result
 from moe_rl.losses import aggregate, find_algorithm, make_inputs
 from moe_rl.policy.forward import ForwardOptions, response_pass
 from moe_rl.policy.policy import Policy, build_policy
+from moe_rl.presets import preset
 from moe_rl.rollout.cached import CachedEngine
 from moe_rl.rollout.request import Request
 from moe_rl.runtime.process import prepare_process
@@ -41,7 +42,7 @@ def bench_routing(*, repeats: int, out: Path | None) -> int:
         ConfigError: fewer than one repetition.
     """
     check_counts(repeats=repeats)
-    base = preset("staleness")
+    base = preset("mild-stale")
     prepare_process(base.num_threads)
     cases = []
     for layers in _LAYERS:

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from moe_rl.config import RunConfig, preset
+from moe_rl.config import RunConfig
 from moe_rl.experiments.runner import train_words
+from moe_rl.presets import preset
 from moe_rl.run_folder.log import UPDATES, is_complete, write_config
 from moe_rl.training.cold_start import prepare_cold_starts
 
@@ -99,7 +100,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="folder of all rounds")
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
-    base = preset("engine-noise").replace(algorithm="gspo", routing_replay="R3", checkpoint_every=1)
+    base = preset("mild-noise").replace(algorithm="gspo", routing_replay="R3", checkpoint_every=1)
     base, cache = base.replace(save_every=base.steps).named(), options.out / "cold_start"
     prepare_cold_starts([base], cache)
     failed, seed = 0, 0

@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_rl.config import RunConfig, preset
+from moe_rl.config import RunConfig
 from moe_rl.experiments.bench.result import check_counts, in_turn, table, write_result
 from moe_rl.kernels.product import product
 from moe_rl.policy.policy import build_policy
+from moe_rl.presets import preset
 from moe_rl.run_folder.log import RunLog
 from moe_rl.runtime.process import prepare_process
 from moe_rl.runtime.seeding import generator
@@ -97,7 +98,7 @@ def matmul_peak(multiply: Callable[[Tensor, Tensor], Tensor] = torch.mm) -> floa
 def bench_training(*, repeats: int, out: Path | None) -> int:
     """Run the race, print the table, write JSON; returns the exit code."""
     check_counts(repeats=repeats)
-    config = preset("staleness").replace(steps=10_000, learning_rate=1e-5, device="cpu")
+    config = preset("mild-stale").replace(steps=10_000, learning_rate=1e-5, device="cpu")
     prepare_process(config.num_threads)
     task = make_task(config.task.task, **config.task.options())
     with tempfile.TemporaryDirectory() as scratch:

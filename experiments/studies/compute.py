@@ -13,8 +13,9 @@ correction over the arms of a setting.
 
 from pathlib import Path
 
-from moe_rl.config import RunConfig, preset
+from moe_rl.config import RunConfig
 from moe_rl.experiments.study import of_arms
+from moe_rl.presets import preset
 
 ARMS = ("grpo", "grpo+dual-clip", "grpo+rollout-old", "grpo+replay", "gspo")
 

@@ -15,8 +15,9 @@ P(w > t) beside 1/t, share of the gradient's mass in the unbounded branch.
 
 from pathlib import Path
 
-from moe_rl.config import RunConfig, preset
+from moe_rl.config import RunConfig
 from moe_rl.experiments.study import Variants, of_variants
+from moe_rl.presets import preset
 
 _BRANCH = {"open": "grpo", "dual-clip": "dual_clip", "dppo-tv": "dppo_tv"}
 

@@ -9,9 +9,10 @@ Tests: 8 against 2 layers on the same seeds, exact sign-flip test, Holm's correc
 
 from pathlib import Path
 
-from moe_rl.config import RunConfig, preset
+from moe_rl.config import RunConfig
 from moe_rl.experiments.arms import STORY_ARMS
 from moe_rl.experiments.study import of_arms
+from moe_rl.presets import preset
 
 LAYERS = (2, 4, 8)
 

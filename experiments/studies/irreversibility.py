@@ -11,9 +11,10 @@ original's peak lies above 1/2. No correction: each kind of restart is its own q
 
 from pathlib import Path
 
-from moe_rl.config import RunConfig, preset
+from moe_rl.config import RunConfig
 from moe_rl.experiments.runner import run_folder
 from moe_rl.experiments.study import Variants, of_arms
+from moe_rl.presets import preset
 
 _BEFORE, _STEPS = 5, 20
 

@@ -13,8 +13,9 @@ exact sign-flip test, Holm's correction over the arms.
 
 from pathlib import Path
 
-from moe_rl.config import RunConfig, preset
+from moe_rl.config import RunConfig
 from moe_rl.experiments.study import of_arms
+from moe_rl.presets import preset
 
 DIGITS = (8, 16, 32, 64)
 ARMS = ("grpo", "grpo+dual-clip", "grpo+replay", "gspo")

@@ -12,8 +12,9 @@ in the same setting: exact sign-flip test, Holm's correction within a part.
 from pathlib import Path
 from typing import get_args
 
-from moe_rl.config import RouterNoisePasses, RunConfig, preset
+from moe_rl.config import RouterNoisePasses, RunConfig
 from moe_rl.experiments.study import Variants, of_variants
+from moe_rl.presets import preset
 
 _GRPO: Variants = {"grpo": {}}
 _REPLAY: Variants = {"grpo+R2": {"routing_replay": "R2"}, "grpo+R3": {"routing_replay": "R3"}}

@@ -11,8 +11,9 @@ engine and trainer, and the part of that KL which replay removes.
 
 from pathlib import Path
 
-from moe_rl.config import RunConfig, preset
+from moe_rl.config import RunConfig
 from moe_rl.experiments.study import Variants, of_variants
+from moe_rl.presets import preset
 
 PRECISIONS = ("float32", "bf16", "fp8", "int8", "int4")
 _ARMS: Variants = {

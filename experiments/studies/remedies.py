@@ -4,7 +4,7 @@ Settings: routing-noise (every pass routes differently), stale (16 updates a rol
 mild-stale (8 updates, no noise), each for the MoE; stale and mild-stale once more for a dense model
 of equal active size (stale-dense, mild-dense), which has no routing. Replay is R3 under noise, R2
 without it.
-Arms: all of experiments/arms.py but the restarts; for the dense model those that do not need a
+Arms: all of experiments/arms.py; for the dense model those that do not need a
 router.
 Seeds: 21 to 28 for the main arms, 21 to 25 for the others. Seeds below 21 were looked at before.
 Primary outcome: final reward, the mean of the last eighth of the steps.
@@ -14,11 +14,13 @@ A cure counts as enough for a disease where its final reward is within 0.1 of th
 mild-stale, by the interval of the paired difference, and no seed collapses.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from moe_rl.config import RunConfig, preset
-from moe_rl.experiments.arms import DENSE_ARMS, FRESH_ARMS, MAIN_ARMS
+from moe_rl.config import RunConfig
+from moe_rl.experiments.arms import ARMS, DENSE_ARMS, MAIN_ARMS
 from moe_rl.experiments.study import of_arms
+from moe_rl.presets import preset
 
 MAIN_SEEDS = range(21, 29)
 OTHER_SEEDS = range(21, 26)
@@ -31,7 +33,7 @@ def runs(root: Path) -> list[RunConfig]:
     noise, stale, mild = (preset(name) for name in ("routing-noise", "stale", "mild-stale"))
     configs = []
     for base in (noise, stale, mild):
-        main, others = _split(FRESH_ARMS)
+        main, others = _split(ARMS)
         configs += of_arms(base, main, MAIN_SEEDS)
         configs += of_arms(base, others, OTHER_SEEDS)
     for base in (stale, mild):
@@ -45,6 +47,7 @@ def runs(root: Path) -> list[RunConfig]:
     return configs
 
 
-def _split(arms: tuple[str, ...]) -> tuple[list[str], list[str]]:
+def _split(arms: Iterable[str]) -> tuple[list[str], list[str]]:
     """Arms on all seeds, and the others."""
-    return [arm for arm in arms if arm in _EIGHT], [arm for arm in arms if arm not in _EIGHT]
+    main = [arm for arm in arms if arm in _EIGHT]
+    return main, [arm for arm in arms if arm not in _EIGHT]

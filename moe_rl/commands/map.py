@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from moe_rl.commands.options import Command, StudyOptions
 from moe_rl.commands.studies import INTERRUPTED, run_study
-from moe_rl.config import PresetName, preset
 from moe_rl.experiments.arms import STORY_ARMS
+from moe_rl.presets import PresetName, preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Map(StudyOptions, Command):
     """Arms to compare."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Random seeds; every arm runs with each."""
-    preset: PresetName = "staleness"
+    preset: PresetName = "mild-stale"
     """Preset whose settings the map varies."""
     out: Path = Path("runs/map")
     """Study folder."""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
-from moe_rl.config import PresetName, RunConfig, load_config, preset
+from moe_rl.config import RunConfig, load_config
+from moe_rl.presets import PresetName, preset
 
 if TYPE_CHECKING:
     from moe_rl.traces.files import Trace
@@ -40,7 +41,7 @@ _one_of = tyro.conf.create_mutex_group(required=False, title="base settings")
 class BaseSettings:
     """The settings that the other options of a command change."""
 
-    preset: Annotated[PresetName, _one_of] = "staleness"
+    preset: Annotated[PresetName, _one_of] = "mild-stale"
     """Preset whose settings the other options change."""
     config: Annotated[Path | None, _one_of] = None
     """JSON file (such as a run folder's config.json) to use instead of a preset."""

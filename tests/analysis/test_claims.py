@@ -224,20 +224,20 @@ def test_depths_with_another_learning_rate_are_not_compared():
 def test_irreversibility_needs_restarted_runs():
     assert rules.collapse_is_irreversible(_arm("grpo", **FAILS)).verdict == INCONCLUSIVE
     fallen = _arm("grpo", **FAILS)
-    again = _runs(fallen, _arm("grpo-restart", **FAILS))
+    again = _runs(fallen, _arm("before-half-rate", **FAILS))
     assert rules.collapse_is_irreversible(again).verdict == REPRODUCED
-    stable = _runs(fallen, _arm("grpo-restart", steps=35))
+    stable = _runs(fallen, _arm("before-half-rate", steps=35))
     assert rules.collapse_is_irreversible(stable).verdict == NOT_REPRODUCED
     before = _runs(
         _arm(
             "grpo",
             **FAILS,
         ),
-        _arm("grpo-restart", steps=35),
+        _arm("before-half-rate", steps=35),
     )
     before.loc[before["arm"] == "grpo", "collapse_step"] = 3.0
     assert "not measured" in rules.collapse_is_irreversible(before).reason, "fallen already"
-    both = _runs(again, _arm("grpo-restart-full-rate"))
+    both = _runs(again, _arm("before-same"))
     assert rules.collapse_is_irreversible(both).verdict == REPRODUCED
     assert rules.collapse_is_irreversible(both).ours.endswith(f"at the full rate 0 of {SEEDS}")
 
@@ -245,16 +245,16 @@ def test_irreversibility_needs_restarted_runs():
 def test_restarts_of_runs_that_never_collapsed_say_nothing():
     two = [seed < 2 for seed in range(SEEDS)]
     finding = rules.collapse_is_irreversible(
-        _runs(_arm("grpo", collapsed=two), _arm("grpo-restart"))
+        _runs(_arm("grpo", collapsed=two), _arm("before-half-rate"))
     )
     assert finding.ours == "0 of 2 collapsed" and finding.verdict == INCONCLUSIVE
-    none = _runs(_arm("grpo"), _arm("grpo-restart"))
+    none = _runs(_arm("grpo"), _arm("before-half-rate"))
     assert "not measured" in rules.collapse_is_irreversible(none).reason
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.key)
 def test_no_claim_is_settled_by_one_seed_or_by_none(claim):
-    arms = [*synthetic.PROFILES, "grpo-restart"]
+    arms = [*synthetic.PROFILES, "before-half-rate"]
     assert claim.judge(_runs(*(_arm(arm, seeds=1) for arm in arms))).verdict == INCONCLUSIVE
     assert claim.judge(_arm("grpo").iloc[:0]).verdict == INCONCLUSIVE
 

@@ -1,14 +1,12 @@
 """Arms by name and from a file, from the command line to the report."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from runs import Here
 
-from moe_rl.config import preset
-from moe_rl.experiments import collapse
+from moe_rl.presets import PRESETS, preset
 
 OWN = """def halved(inputs, *, scale=0.5):
     return -scale * inputs.advantages * inputs.logprobs
@@ -18,12 +16,8 @@ OWN = """def halved(inputs, *, scale=0.5):
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The setting of the quick form is a run of seconds."""
-    tiny = preset("tiny").replace(sft_steps=2, steps=1, setting="engine-noise")
-    known = {
-        name: dataclasses.replace(setting, base=tiny)
-        for name, setting in collapse.settings().items()
-    }
-    monkeypatch.setattr(collapse, "settings", lambda: known)
+    tiny = preset("tiny").replace(sft_steps=2, steps=1, setting="routing-noise")
+    monkeypatch.setitem(PRESETS, "routing-noise", lambda: tiny)
 
 
 @pytest.mark.usefixtures("small")
@@ -37,7 +31,7 @@ def test_a_loss_from_a_file_is_an_arm_from_the_command_to_the_report(
     study = json.loads((tmp_path / "study" / "study.json").read_text())
     assert study["arms"] == ["grpo", "halved"] and study["seeds"] == [3]
     for arm in study["arms"]:
-        run = tmp_path / "study" / "runs" / "engine-noise" / arm / "seed3"
+        run = tmp_path / "study" / "runs" / "routing-noise" / arm / "seed3"
         config = json.loads((run / "config.json").read_text())["config"]
         assert (config["loss"], config["arm"]) == (None if arm == "grpo" else "own.py:halved", arm)
         assert (config["loss_sha256"] is None) == (arm == "grpo")
@@ -52,7 +46,7 @@ def test_a_loss_from_a_file_is_an_arm_from_the_command_to_the_report(
 @pytest.mark.parametrize(
     ("arms", "words"),
     [
-        (["gsop"], "arms='gsop': no arm that starts from a cold start; nearest are gspo"),
+        (["gsop"], "arms='gsop': no such arm; nearest are gspo"),
         (["grpo", "grpo"], "two runs of the study would share it"),
         (["own.py:other"], "own.py has no function 'other'; did you mean 'halved'?"),
         (["bad.py:one"], "bad.py:one': returned [] for inputs of shape [6, 5]"),

@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from moe_rl.config import ConfigError, preset
-from moe_rl.experiments import collapse, collapse_map
-from moe_rl.experiments.arms import ARMS, FRESH_ARMS, RESTARTS, arm_config
+from moe_rl.analysis.verdicts.verdicts import MIN_SEEDS
+from moe_rl.commands.reproduce import Reproduce
+from moe_rl.config import ConfigError
+from moe_rl.experiments import collapse_map
+from moe_rl.experiments.arms import ARMS, MAIN_ARMS, arm_config
 from moe_rl.experiments.bench.training import useful_operations
+from moe_rl.experiments.quick import SEEDS, quick
 from moe_rl.experiments.runner import check_study, run_all, run_folder
 from moe_rl.experiments.study import StudyPlan
+from moe_rl.presets import preset
 from moe_rl.tasks import make_task
 
 
@@ -24,28 +28,23 @@ def small_map(**changes: object) -> StudyPlan:
     return collapse_map.grid(base=preset("tiny"), **(axes | changes))  # type: ignore[arg-type]
 
 
-def test_arms_differ_in_what_they_are_for_alone() -> None:
-    base = preset("staleness")
-    for name in FRESH_ARMS:
-        config = arm_config(name, base, replay="R2", seed=3)
+def test_arms_differ_in_how_they_learn_alone() -> None:
+    """Arms of a setting see the same prompts, make the same steps and draw the same noise."""
+    base = preset("routing-noise")
+    own = {"arm", "seed", "on_nonfinite", "algorithm", "routing_replay", "old_logprobs"}
+    for name in ARMS:
+        config = arm_config(name, base, replay="R3", seed=3)
         ours, theirs = config.to_dict(), base.to_dict()
-        changed = {k for k in ours if ours[k] != theirs[k]} - {"arm", "seed"}
+        changed = {key for key in ours if ours[key] != theirs[key]}
+        assert changed <= own | {"old_passes", "freeze_router"} | {"model"} & {
+            "model" if name.startswith("dense") else ""
+        } | ({"router_noise"} if name.startswith("dense") else set())
         assert config.on_nonfinite == "skip", "a study keeps its worst runs"
-        changed.remove("on_nonfinite")
-        allowed = {
-            "grpo": set(),
-            "grpo+replay": {"routing_replay"},
-            "gspo": {"algorithm"},
-            "gspo+replay": {"algorithm", "routing_replay"},
-            "dense": {"model"},
-            "frozen-router": {"freeze_router"},
-        }
-        assert changed == allowed[name]
-        assert config.arm == name
+        assert (config.arm, config.seed) == (name, 3)
 
 
 def test_the_dense_control_has_the_active_size_of_the_moe() -> None:
-    base = preset("staleness")
+    base = preset("mild-stale")
     dense = arm_config("dense", base, replay="R2", seed=1)
     assert dense.model.num_experts == dense.model.experts_per_token == base.model.experts_per_token
     assert dense.model.expert_size == base.model.expert_size
@@ -68,7 +67,7 @@ def test_another_study_in_the_folder_is_refused_and_kept(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"seeds=\[1\], this one has \[2\]"):
         small_map(seeds=(2,)).write(tmp_path / "map", "moe-rl map")
     with pytest.raises(ConfigError, match="holds a study"):
-        collapse.quick().write(tmp_path / "map", "moe-rl reproduce")
+        quick().write(tmp_path / "map", "moe-rl reproduce")
     assert (tmp_path / "map" / "study.json").read_bytes() == before
 
 
@@ -78,11 +77,21 @@ def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
         small_map().write(tmp_path, "moe-rl map")
 
 
-def test_the_quick_study_is_three_arms_on_two_paired_seeds() -> None:
-    configs = collapse.quick().configs
+def test_the_quick_study_is_the_main_arms_on_enough_seeds_for_a_verdict() -> None:
+    configs = quick().configs
     assert [(c.arm, c.seed) for c in configs] == [
-        (arm, seed) for seed in (6, 7) for arm in ("grpo", "grpo+replay", "gspo")
+        (arm, seed) for seed in SEEDS for arm in ("grpo", "grpo+replay", "gspo")
     ]
+    assert len(SEEDS) >= MIN_SEEDS
+    assert Reproduce().seeds == SEEDS and Reproduce().arms == MAIN_ARMS
+
+
+def test_the_quick_study_of_families_has_a_setting_for_each() -> None:
+    configs = quick(families=("olmoe", "gpt_oss"), seeds=(1,)).configs
+    assert {(c.setting, c.model.family) for c in configs} == {
+        ("olmoe", "olmoe"),
+        ("gpt_oss", "gpt_oss"),
+    }
 
 
 def test_useful_operations_are_those_of_a_dense_count() -> None:
@@ -98,40 +107,16 @@ def test_useful_operations_are_those_of_a_dense_count() -> None:
     assert work.total == 5 * work.rollout
 
 
-@pytest.mark.parametrize(("arm", "rate"), [("grpo-restart", 0.5), ("grpo-restart-full-rate", 1.0)])
-def test_a_restart_is_grpo_from_what_the_original_saves_before_it_ends(
-    tmp_path: Path, arm: str, rate: float
-) -> None:
-    configs = {(c.arm, c.seed): c for c in collapse.full(tmp_path, ["engine-noise"]).configs}
-    original, restarted = configs["grpo", 7], configs[arm, 7]
-    folder = run_folder(tmp_path, original)
-    saved = Path(restarted.model.checkpoint or "")
-    assert saved.parent == folder
-    step = int(saved.name.removeprefix("policy_"))
-    assert step % original.save_every == 0 and 0 < step < original.steps / 2
-    assert restarted.sft_steps == 0, "a restart gets no second cold start"
-    assert restarted.learning_rate == rate * original.learning_rate
-    assert restarted.steps == original.steps - step
-    assert arm in RESTARTS and ARMS[arm].is_restart
-
-
 def test_a_run_waits_for_the_checkpoint_it_starts_from(tmp_path: Path) -> None:
     """The restart is first in line, and starts once the other run has saved its policy."""
     base = preset("tiny").replace(sft_steps=1, steps=1, save_every=1, arm="grpo")
     saved = run_folder(tmp_path, base) / "policy_00001"
-    restarted = base.replace(arm="grpo-restart", checkpoint=str(saved), save_every=0, sft_steps=0)
+    restarted = base.replace(arm="again", checkpoint=str(saved), save_every=0, sft_steps=0)
     cache = tmp_path / "cold"
     assert run_all([restarted, base], tmp_path, jobs=2, cold_start_cache=cache) == []
     never = restarted.replace(checkpoint=str(tmp_path / "never"), seed=2)
     (failure,) = run_all([never], tmp_path, jobs=1, cold_start_cache=cache)
     assert "never saved" in failure.reason
-
-
-def test_a_setting_that_the_study_lacks_is_refused_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="did you mean 'engine-noise'"):
-        collapse.full(tmp_path, ["engine-nois"])
-    named = {config.setting for config in collapse.full(tmp_path, []).configs}
-    assert named == set(collapse.settings()), "none named: all"
 
 
 def test_a_map_of_nothing_is_refused() -> None:

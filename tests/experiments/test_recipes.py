@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moe_rl.config import ConfigError, RunConfig
-from moe_rl.experiments.arms import ARMS, FRESH_ARMS, arm_config, check_arms, find_arm
+from moe_rl.experiments.arms import ARMS, arm_config, check_arms, find_arm
 from moe_rl.experiments.recipes import RECIPES, all_cards, as_markdown, card
 from moe_rl.losses import find_algorithm
 from moe_rl.losses.custom import choose_algorithm
@@ -34,7 +34,7 @@ def test_the_page_is_what_the_command_prints() -> None:
 
 
 def test_a_card_says_what_the_config_and_the_signature_say() -> None:
-    for name in FRESH_ARMS:
+    for name in ARMS:
         config, one = arm_config(name, RunConfig(), replay="R3", seed=0), card(name)
         options = choose_algorithm(config.algorithm, config.loss).options
         assert [float(pair.split()[1]) for pair in one.defaults.split(", ") if options] == [

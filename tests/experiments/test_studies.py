@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from moe_rl.config import RunConfig, StudyName
-from moe_rl.experiments.arms import ARMS, RESTARTS
+from moe_rl.experiments.arms import ARMS
 from moe_rl.experiments.runner import check_study, run_folder
 from moe_rl.experiments.studies import STUDIES, study_plan
 from moe_rl.experiments.study import StudyPlan
@@ -52,7 +52,7 @@ def test_remedies_run_every_arm_and_eight_seeds_of_the_main_ones() -> None:
     study = plan_of("remedies")
     for setting in ("routing-noise", "stale", "mild-stale"):
         arms = arms_of(study, setting)
-        assert set(arms) == set(ARMS) - set(RESTARTS)
+        assert set(arms) == set(ARMS)
         main = {arm for arm, seeds in arms.items() if seeds == 8}
         assert main >= {"grpo", "grpo+dual-clip", "grpo+rollout-old", "grpo+replay", "gspo"}
         assert set(arms.values()) == {5, 8}

@@ -8,8 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from moe_rl.config import RunConfig, preset
+from moe_rl.config import RunConfig
 from moe_rl.experiments.runner import run_folder
+from moe_rl.presets import preset
 from moe_rl.run_folder.log import is_complete
 from moe_rl.training.run import train
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from runs import Killed, assert_same_run, killed_after, lines
 
-from moe_rl.config import ConfigError, RunConfig, preset
+from moe_rl.config import ConfigError, RunConfig
 from moe_rl.losses import LossInputs, resolve_options
 from moe_rl.losses.custom import check_loss, load_loss
+from moe_rl.presets import preset
 from moe_rl.run_folder.log import is_complete
 from moe_rl.training.run import resolve, train
 

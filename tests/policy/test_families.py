@@ -8,10 +8,11 @@ import torch
 from small_policy import ALPHABET, PROMPTS, rollout, widen
 
 from moe_rl.batch import response_positions
-from moe_rl.config import Family, RunConfig, preset
+from moe_rl.config import Family, RunConfig
 from moe_rl.experiments import collapse
 from moe_rl.policy.forward import ForwardOptions, response_pass
 from moe_rl.policy.policy import Policy, build_policy
+from moe_rl.presets import preset
 from moe_rl.routing import collect_router_logits, find_routers, record_routing
 from moe_rl.training.run import train
 
@@ -63,9 +64,9 @@ def test_replay_of_its_own_record_is_bitwise_and_of_anothers_is_not(family: str)
 @BY_FAMILY
 def test_families_have_equal_sizes(family: str) -> None:
     """Within a fifth at the study's size: DeepSeek has a shared expert more."""
-    model = preset("staleness").model
+    model = preset("mild-stale").model
     sizes = {
-        name: build_policy(preset("staleness").replace(family=name).model, ALPHABET)
+        name: build_policy(preset("mild-stale").replace(family=name).model, ALPHABET)
         for name in ("qwen3_moe", family)
     }
     for name in sizes:

@@ -5,10 +5,10 @@ import torch
 from small_policy import ALPHABET, PROMPTS, rollout
 
 from moe_rl.batch import response_positions
-from moe_rl.config import preset
 from moe_rl.policy.forward import ForwardOptions, Layout, choose_layout, response_pass
 from moe_rl.policy.policy import Policy, build_policy
 from moe_rl.policy.router_noise import RouterNoise
+from moe_rl.presets import preset
 
 LAYOUTS: list[Layout] = ["one_pass", "cached"]
 PADDING = pytest.mark.parametrize("prompts", [PROMPTS[:2], PROMPTS], ids=["equal", "padded"])

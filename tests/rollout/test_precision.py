@@ -14,12 +14,13 @@ from small_policy import ALPHABET, PROMPTS, small_policy, widen
 from torch import Tensor
 
 from moe_rl.batch import RolloutBatch, response_positions
-from moe_rl.config import ConfigError, Family, RunConfig, preset
+from moe_rl.config import ConfigError, Family, RunConfig
 from moe_rl.cpu import FastPath
 from moe_rl.metrics.instruments import mismatch_metrics
 from moe_rl.policy.forward import ForwardOptions, response_pass
 from moe_rl.policy.policy import Policy, build_policy
 from moe_rl.policy.tokenizer import character_tokenizer
+from moe_rl.presets import preset
 from moe_rl.replay_check.families import build_family
 from moe_rl.rollout.engine import make_engine
 from moe_rl.rollout.precision import find_weights, round_weight, rounded_weights

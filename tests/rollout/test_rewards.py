@@ -11,8 +11,8 @@ import pytest
 import torch
 from small_policy import rollout
 
-from moe_rl.config import preset
 from moe_rl.policy.policy import Policy
+from moe_rl.presets import preset
 from moe_rl.rollout.rewards import score_responses
 from moe_rl.run_folder.log import RunLog
 from moe_rl.tasks import RunningSum

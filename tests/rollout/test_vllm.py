@@ -14,8 +14,9 @@ from vllm_stand_in import Behaviour, Logprob, install
 
 from moe_rl.batch import RolloutBatch
 from moe_rl.commands.cli import main
-from moe_rl.config import ConfigError, RunConfig, load_config, preset
+from moe_rl.config import ConfigError, RunConfig, load_config
 from moe_rl.policy.policy import Policy
+from moe_rl.presets import preset
 from moe_rl.rollout.cached import CachedEngine
 from moe_rl.rollout.engine import make_engine
 from moe_rl.rollout.request import Request

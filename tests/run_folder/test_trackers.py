@@ -14,7 +14,8 @@ import pytest
 from runs import assert_same_run
 
 from moe_rl.commands.cli import main
-from moe_rl.config import ConfigError, preset
+from moe_rl.config import ConfigError
+from moe_rl.presets import preset
 from moe_rl.run_folder import trackers as module
 from moe_rl.run_folder.log import is_complete
 from moe_rl.run_folder.trackers import (

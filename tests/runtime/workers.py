@@ -11,7 +11,8 @@ import torch
 from runs import Killed, killed_after
 from safetensors.torch import save_file
 
-from moe_rl.config import RunConfig, preset
+from moe_rl.config import RunConfig
+from moe_rl.presets import preset
 from moe_rl.run_folder.log import NoLog
 from moe_rl.runtime.process import prepare_process
 from moe_rl.runtime.ranks import Ranks, join

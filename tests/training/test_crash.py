@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from moe_rl.commands.cli import main
-from moe_rl.config import ConfigError, RunConfig, preset
+from moe_rl.config import ConfigError, RunConfig
+from moe_rl.presets import preset
 from moe_rl.training.crash import NonFinite
 from moe_rl.training.debug_crash import debug_crash
 from moe_rl.training.learner import Learner, Passed

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_rl.batch import Experience
-from moe_rl.config import RunConfig, preset
+from moe_rl.config import RunConfig
+from moe_rl.presets import preset
 from moe_rl.routing import find_routers
 from moe_rl.run_folder.log import NoLog
 from moe_rl.tasks import make_task

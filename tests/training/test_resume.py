@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from runs import Killed, assert_same_run, killed_after, lines
 
-from moe_rl.config import ConfigError, RunConfig, preset
+from moe_rl.config import ConfigError, RunConfig
+from moe_rl.presets import preset
 from moe_rl.tasks import make_task
 from moe_rl.training.cold_start import ensure_cold_start
 from moe_rl.training.run import train

@@ -12,8 +12,8 @@ import pytest
 from runs import assert_same_run
 from runtime import ranks
 
-from moe_rl.config import preset
 from moe_rl.experiments.bench.soak import differences, race
+from moe_rl.presets import preset
 
 _SECONDS = 120
 _STEPS = 60

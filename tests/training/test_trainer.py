@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from moe_rl.config import ConfigError, RunConfig, preset
+from moe_rl.config import ConfigError, RunConfig
 from moe_rl.losses import ALGORITHMS
 from moe_rl.policy.forward import ForwardOptions, response_pass
 from moe_rl.policy.policy import Policy
+from moe_rl.presets import preset
 from moe_rl.run_folder.log import RunLog, check_run_folder, is_complete, lock_run_folder
 from moe_rl.tasks import make_task
 from moe_rl.training.cold_start import starting_policy

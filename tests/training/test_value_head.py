@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from moe_rl.config import RunConfig, preset
+from moe_rl.config import RunConfig
 from moe_rl.metrics.instruments import value_metrics
+from moe_rl.presets import preset
 from moe_rl.run_folder.log import NoLog
 from moe_rl.tasks import make_task
 from moe_rl.training.cold_start import starting_policy
