@@ -1,5 +1,7 @@
 """Which branch of the clipped surrogate the gradient comes from, over a run."""
 
+from functools import partial
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -26,8 +28,9 @@ STACK = (
 def branch_mass(updates: pd.DataFrame) -> Figure:
     """Share of the gradient's mass by branch against rollout step, one panel an arm.
 
-    Areas are means over the updates with a gradient and over seeds; thin lines are the unbounded branch of
-    single seeds, the dashed line is its part on tokens with a flipped router, mean over seeds.
+    Areas are means over the updates with a gradient and over seeds; thin lines are the unbounded
+    branch of single seeds, the dashed line its part on tokens with a flipped router, mean over
+    seeds.
     """
     arms = style.arms_in(updates)
     figure, panels = style.grid(len(arms), columns=4, height=1.45)
@@ -41,8 +44,8 @@ def branch_mass(updates: pd.DataFrame) -> Figure:
     figure.supxlabel("rollout step", fontsize=8)
     figure.supylabel("share of the gradient's mass", fontsize=8)
     handles: list[Patch | Line2D] = [Patch(color=ink, label=text) for _, text, ink in STACK]
-    dashes = {"color": style.INK, "linestyle": "--", "linewidth": 1.1}
-    handles.append(Line2D([], [], label="A < 0, w above, router flipped", **dashes))
+    flipped = partial(Line2D, color=style.INK, linestyle="--", linewidth=1.1)
+    handles.append(flipped([], [], label="A < 0, w above, router flipped"))
     figure.legend(handles=handles, loc="outside upper center", ncols=4, handlelength=1.6)
     return figure
 

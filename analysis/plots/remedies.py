@@ -1,5 +1,7 @@
 """Every arm of a study side by side, in every setting: reward over time and final reward."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -60,10 +62,10 @@ def final_rewards(measures: pd.DataFrame, settings: list[str]) -> Figure:
         axes.set_ylim(len(arms) - 0.4, -0.6)
         axes.set_xlim(-0.04, max(1.04, 1.04 * float(done["final"].max())))
     figure.supxlabel("final reward", fontsize=8)
-    mark = {"color": style.MUTED, "linestyle": "", "marker": "o", "markersize": 3.5}
+    dot = partial(Line2D, [], [], color=style.MUTED, linestyle="", marker="o", markersize=3.5)
     handles = [
-        Line2D([], [], label="seed", **mark),
-        Line2D([], [], label="seed that collapsed", markerfacecolor="none", **mark),
+        dot(label="seed"),
+        dot(label="seed that collapsed", markerfacecolor="none"),
         Line2D([], [], label="IQM, 95%", color=style.MUTED, linewidth=3, alpha=0.5),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3)

@@ -165,7 +165,8 @@ def sequence_variance_falls(study_runs: pd.DataFrame) -> Judgement:
         points = points[(points > 0).all(axis=1) & np.isfinite(points).all(axis=1)]
         lengths = points["response_length"]
         if len(points) and lengths.max() >= MIN_LENGTHS * lengths.min():
-            slopes.append(float(np.polyfit(*np.log(points.to_numpy()).T, 1)[0]))
+            log_length, log_variance = np.log(points.to_numpy()).T
+            slopes.append(float(np.polyfit(log_length, log_variance, 1)[0]))
     interval = student_interval(slopes)
     return _with_ours(judge_interval(interval, high=0.0), f"slope {interval.value:+.2f}")
 

@@ -264,7 +264,7 @@ def _branches(unbounded: float) -> dict[str, float]:
     }  # fmt: skip
     flipped = {f"branch/{name}_flipped": 0.75 * value for name, value in shares.items()}
     plain = {f"branch/{name}": value for name, value in shares.items()}
-    return plain | flipped | {"branch/largest_token": 0.5 * unbounded}
+    return plain | flipped | {"branch/largest_token": 0.01 + 0.5 * unbounded}
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -90,6 +90,21 @@ def test_a_cure_must_restore_and_stay_up_and_have_something_to_restore(baseline,
     assert absent.verdict == INCONCLUSIVE and absent.ours == "not measured"
 
 
+@pytest.mark.parametrize(
+    ("final", "collapsed", "verdict"),
+    [
+        (0.81, False, REPRODUCED),
+        (0.79, False, NOT_REPRODUCED),
+        (0.81, [True, False, False, False, False], NOT_REPRODUCED),
+        ([0.9, 0.9, 0.9, 0.9, 0.2], False, INCONCLUSIVE),
+    ],
+)
+def test_a_cure_keeps_what_it_reaches_in_the_mild_setting(final, collapsed, verdict):
+    hard = _arm("gspo", final=final, collapsed=collapsed)
+    assert rules.keeps(hard, _arm("gspo", final=0.9), "gspo").verdict == verdict
+    assert rules.keeps(hard, _arm("grpo"), "gspo").verdict == INCONCLUSIVE
+
+
 def test_staleness_is_judged_without_noise_alone():
     arms = [_arm("dense", router_noise=0.1, **FAILS), _arm("dense-gspo", router_noise=0.1)]
     finding = rules.stale_cure_is_not_routing(_runs(*arms))

@@ -7,6 +7,7 @@ import sys
 from html.parser import HTMLParser
 from subprocess import run
 
+import pandas as pd
 import pytest
 import synthetic
 
@@ -220,13 +221,23 @@ def test_the_first_page_answers_by_what_was_measured(tmp_path):
     assert cause.startswith("Yes in staleness: GRPO on the MoE ended at 0.1")
     assert "unstable in 5 of 5" in cause and "in 0 of 5" in cause
     assert "Enough: GSPO 0.9" in cures and "Not enough" not in cures
-    assert "staleness alone" in cures and "routing is inconclusive" in cures
+    assert "(no router noise, 2 updates a rollout)" in cures and "routing is inconclusive" in cures
     assert watch.startswith("Before their collapse the 5 runs that collapsed differ from the 25")
     # The same question with the reward of GRPO and of the dense control exchanged.
     names = {"grpo": "dense", "dense": "grpo"}
     swapped = measures.assign(arm=measures["arm"].replace(names))
     (_, (cause,)), (_, (cures,)), _ = answers(swapped)
     assert cause.startswith("No in staleness") and "nothing to cure" in cures
+
+
+def test_a_cure_is_enough_by_what_it_loses_to_a_mild_setting_where_there_is_one(tmp_path):
+    hard = _done(tmp_path)
+    mild = hard.assign(setting="mild-stale", final=hard["final"].where(hard["arm"] != "gspo", 1.2))
+    mild.loc[mild["arm"] == "grpo", ["final", "unstable", "collapsed"]] = [0.9, False, False]
+    _, (_, (cures, at_mild)), _ = answers(pd.concat([hard, mild]))
+    assert "Enough by mild-stale, within 0.1 and without a collapse: GRPO + dual clip" in cures
+    assert "Not enough by mild-stale, within 0.1 and without a collapse: GSPO" in cures
+    assert at_mild.startswith("In mild-stale (") and at_mild.endswith("nothing to cure.")
 
 
 def test_the_first_page_settles_nothing_on_few_seeds(tmp_path):
