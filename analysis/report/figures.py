@@ -68,7 +68,7 @@ STUDY_FIGURES = [
         key="final-rewards",
         title="Final reward of every arm",
         caption="Mean reward over the last eighth of the steps, complete runs. Every dot is a "
-        "seed, open where it collapsed; seeds of an arm are spread upwards in their order. The "
+        "seed, open where it collapsed; seeds of an arm stand one below the other. The "
         "tick is the interquartile mean, the bar its 95% bootstrap interval, the dotted line the "
         "interquartile mean of GRPO.",
         draw=lambda study, measures: remedies.final_rewards(measures, study.settings),
