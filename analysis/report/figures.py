@@ -153,7 +153,7 @@ SETTING_FIGURES = [
         title="Where the gradient comes from",
         caption="Share of the gradient's mass, the sum of |dL/dlogprob| over tokens, by sign of "
         "the advantage A and place of the ratio w, below, inside or above 0.8 to 1.27; mean over "
-        "seeds and over a rollout's updates that have a gradient. Dark red: the branch that the "
+        "seeds and over a rollout's updates that have a gradient. Strong red: the branch that the "
         "surrogate of PPO and GRPO leaves unbounded, thin lines its single seeds. Dashed: the part "
         "of it on tokens with a router that chose other experts than the old policy's.",
         draw=lambda study, _: branches.branch_mass(study.updates),
