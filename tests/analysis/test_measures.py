@@ -60,6 +60,17 @@ def test_tails_are_shares_of_all_tokens_and_branches_those_of_the_usual_update(t
     assert (measured["negative_above"], measured["largest_token"]) == (0.1, 0.025)
 
 
+def test_updates_without_a_gradient_have_no_branches(tmp_path):
+    root = synthetic.write_study(tmp_path, arms=["gspo"], seeds=1, steps=3, updates=1)
+    file = root / "runs/staleness/gspo/seed1/updates.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row, value in zip(rows, (0.0, 0.2, 0.4), strict=True):
+        row |= {"branch/negative_above": value, "branch/largest_token": value}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    measured = run_measures(load_study(root)).iloc[0]
+    assert measured["negative_above"] == measured["largest_token"] == pytest.approx(0.3)
+
+
 def test_churn_is_taken_one_step_and_all_steps_after_the_old_policy(tmp_path):
     root = synthetic.write_study(tmp_path, arms=["gspo"], seeds=1, steps=3, updates=4)
     study = load_study(root)
