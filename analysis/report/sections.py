@@ -20,8 +20,8 @@ def paired_tests(measures: pd.DataFrame) -> pd.DataFrame:
     """Final reward of arm b minus arm a on common seeds, for the pairs of interest, one row each.
 
     Columns setting, a, b, those of `PairedTest`, `p_holm` (corrected over the tests against grpo in
-    that setting on equally many seeds, NaN for other pairs) and `reading`. `measures` is `run_measures(study)`;
-    incomplete runs do not count.
+    that setting on equally many seeds, NaN for other pairs) and `reading`. `measures` is
+    `run_measures(study)`; incomplete runs do not count.
     """
     rows = []
     for setting, group in measures[measures["complete"]].groupby("setting", sort=False):
