@@ -71,7 +71,7 @@ _TABLE = (
     ),
     Arm(
         name="grpo+rollout-old",
-        label="GRPO, engine's log-probs below",
+        label="GRPO over rollout log-probs",
         colour="#6a51a3",
         dark_colour="#a693d9",
         paper="verl's bypass mode, slime's --use-rollout-logprobs",

@@ -29,8 +29,8 @@ def survival(updates: pd.DataFrame, measures: pd.DataFrame) -> Figure:
     figure, panels = style.grid(2, columns=2, height=2.4)
     floor = min(_lowest(rows, OWN), _lowest(rows, ENGINE)) / 10
     for axes, prefix, title in (
-        (panels[0], OWN, "old log-probs of the loss below"),
-        (panels[1], ENGINE, "engine's log-probs below"),
+        (panels[0], OWN, "w over the old policy of the loss"),
+        (panels[1], ENGINE, "w over the policy that sampled"),
     ):
         _tail(axes, rows, prefix, arms, floor)
         axes.set_title(title)
