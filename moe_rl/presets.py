@@ -57,9 +57,10 @@ def stale() -> RunConfig:
 def routing_noise() -> RunConfig:
     """A stress test: every pass over the same tokens chooses other experts.
 
-    About 77% of routers differ between two passes, where published engines differ in 1 to 10%.
+    87% of routers differ between two passes, where published engines differ in 1 to 10%. At a
+    noise of 0.27 (77%) GRPO ends at anything from 0.0 to 0.7: an edge, which proves nothing.
     """
-    return mild_stale().replace(setting="routing-noise", router_noise=0.27)
+    return mild_stale().replace(setting="routing-noise", router_noise=0.38)
 
 
 def mild_noise() -> RunConfig:

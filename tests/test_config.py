@@ -33,7 +33,7 @@ from moe_rl.presets import PRESETS, preset
         ({"setting": "../evil"}, "setting='../evil': must match"),
         ({"task": "dataset"}, "task=dataset: no file to read"),
         ({"dataset": "rows.jsonl"}, "dataset='rows.jsonl' with task=running_sum"),
-        ({"routing_replay": "R2", "old_logprobs": "rollout"}, "use R3, or old_logprobs=trainer"),
+        ({"old_passes": 8, "old_logprobs": "rollout"}, "use old_logprobs=trainer"),
         ({"engine": "vllm", "router_noise": 0.1}, "engine=vllm with router_noise=0.1"),
         ({"engine": "vllm", "routing_replay": "TRR"}, "engine=vllm with routing_replay=TRR: vLLM"),
         ({"engine": "vllm", "old_logprobs": "rollout"}, "engine=vllm with old_logprobs=rollout"),

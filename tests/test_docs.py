@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from moe_rl.analysis.data.collapse import Outcome, stability_frontier
-from moe_rl.analysis.data.measures import CHAIN
-from moe_rl.analysis.data.stats import PairedTest
+from moe_rl.analysis.data.measures import CHAIN, WHOLE
+from moe_rl.analysis.report.sections import paired_tests
 from moe_rl.commands.cli import main
 from moe_rl.presets import preset
 from moe_rl.training.run import train
@@ -81,8 +81,9 @@ def test_the_numbers_of_the_report_are_documented() -> None:
     cells = ["arm", "updates_per_rollout", "router_noise", "learning_rate", "seed", "drawdown"]
     frontier = set(stability_frontier(pd.DataFrame(columns=cells)).columns) - set(cells)
     outcome = {field.name for field in dataclasses.fields(Outcome)}
-    test = {field.name for field in dataclasses.fields(PairedTest)} - {"n"}
-    computed = outcome | set(CHAIN) | frontier | test
+    test = set(paired_tests(pd.DataFrame(columns=["complete", "setting"])).columns)
+    test -= {"setting", "a", "b", "n"}
+    computed = outcome | {*CHAIN, *WHOLE} | frontier | test
     assert table_names(section(METRICS, "The report")) == computed
 
 

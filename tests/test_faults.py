@@ -75,7 +75,7 @@ OPTIONS = {
     "a value of another type": Fault(("train", "--steps", "many")),
     "a value out of range": Fault(("train", "--group-size", "1")),
     "options that exclude": Fault(
-        ("train", "--routing-replay", "R2", "--old-logprobs", "rollout"),
+        ("train", "--old-passes", "8", "--old-logprobs", "rollout"),
     ),
     "an engine not installed": Fault((*RUN, "--engine", "vllm"), not_installed("vllm")),
     "a tracker not installed": Fault((*RUN, "--tracker", "wandb"), not_installed("wandb")),

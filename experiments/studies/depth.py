@@ -1,6 +1,6 @@
 """Depth: is the failure worse in deeper models, and whose failure is it?
 
-Settings: 2, 4 and 8 layers, each with noise 0.27 (noise-Ln) and without (mild-Ln).
+Settings: 2, 4 and 8 layers, each with noise 0.38 (noise-Ln) and without (mild-Ln).
 Arms: GRPO, with replay (R3 under noise, R2 without), GSPO, the dense control.
 Seeds: 21 to 25.
 Primary outcomes: churn of GRPO over a rollout in the first fifth of the steps, and final reward.

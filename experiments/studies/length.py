@@ -1,7 +1,7 @@
 """Length: do longer responses help the sequence ratio, and do coarser tokens cost information?
 
 Part 1, settings digits-N: running sums of 8, 16, 32 and 64 digits, so that a response has N + 1
-tokens, under noise 0.27.
+tokens, under noise 0.38.
 Part 2, settings tokens-K: the same 16 digits in tokens of K = 1 or 2 digits: equal information in
 half as many tokens, each of 100 kinds.
 Arms: GRPO, with dual clip, with replay (R3), GSPO. Seeds: 21 to 25.

@@ -48,9 +48,7 @@ def test_train_writes_a_complete_run_and_knows_it_again(tmp_path: Path) -> None:
         (["train", "--experts", "magic", "--preset", "tiny"], "magic"),
         (["train", *TINY, "--cold-start-cache", "a_file"], "cold_start_cache='a_file'"),
         (["train", *TINY, "--hidden-size", "400000"], "does not fit into memory"),
-        (["reproduce", "--quick", "--full"], "choose one"),
-        (["reproduce", "--settings", "deeper"], "add --full"),
-        (["reproduce", "--full", "--settings", "stalenes"], "staleness"),
+        (["study", "remedy"], "remedies"),
         (["reproduce", "--jobs", "0"], "jobs=0"),
         (["reproduce", "--out", "a_file"], "out='a_file': a file is in the way"),
         (["map", "--arms", "grpo", "nope"], "nope"),
@@ -111,7 +109,7 @@ def test_a_warning_is_one_line_about_a_file(tmp_path: Path) -> None:
 def test_dry_runs_print_and_write_nothing(tmp_path: Path) -> None:
     config = moe_rl("train", "--preset", "tiny", "--seed", "7", "--dry-run", cwd=tmp_path)
     assert json.loads(config.stdout)["seed"] == 7
-    study = moe_rl("reproduce", "--full", "--dry-run", cwd=tmp_path)
+    study = moe_rl("study", "remedies", "--dry-run", cwd=tmp_path)
     assert "frozen-router" in study.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -119,7 +117,8 @@ def test_dry_runs_print_and_write_nothing(tmp_path: Path) -> None:
 def test_help_lists_every_setting(here: Here) -> None:
     shown = here("train", "--help").stdout
     names = re.findall(r'"(\w+)": (?!\{)', json.dumps(RunConfig().to_dict(), indent=1))
-    options = [f"--{'no-' * (name == 'instruments')}{name.replace('_', '-')}" for name in names]
+    on = {"instruments", "value_trains_policy"}
+    options = [f"--{'no-' * (name in on)}{name.replace('_', '-')}" for name in names]
     assert [option for option in options if option not in shown] == []
 
 
