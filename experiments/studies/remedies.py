@@ -1,6 +1,6 @@
 """Remedies: which published cure works for which disease?
 
-Settings: routing-noise (every pass routes differently), stale (16 updates a rollout, no noise) and
+Settings: routing-noise (every pass routes differently), stale (32 updates a rollout, no noise) and
 mild-stale (8 updates, no noise), each for the MoE; stale and mild-stale once more for a dense model
 of equal active size (stale-dense, mild-dense), which has no routing. Replay is R3 under noise, R2
 without it.

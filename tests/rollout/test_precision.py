@@ -19,7 +19,7 @@ from moe_rl.cpu import FastPath
 from moe_rl.metrics.instruments import mismatch_metrics
 from moe_rl.policy.forward import ForwardOptions, response_pass
 from moe_rl.policy.policy import Policy, build_policy
-from moe_rl.policy.tokenizer import character_tokenizer
+from moe_rl.policy.tokenizer import tokenizer_of
 from moe_rl.presets import preset
 from moe_rl.replay_check.families import build_family
 from moe_rl.rollout.engine import make_engine
@@ -189,7 +189,7 @@ def test_a_gate_of_a_shared_expert_stays_as_it_is() -> None:
 def test_a_checkpoint_that_cannot_be_rounded_leaves_no_run_behind(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     build_family("jetmoe").save_pretrained(folder)
-    character_tokenizer(ALPHABET).save_pretrained(folder)
+    tokenizer_of(ALPHABET).save_pretrained(folder)
     config = preset("tiny").replace(
         checkpoint=str(folder), experts_implementation="eager", rollout_precision="int8"
     )
