@@ -187,3 +187,13 @@ def claims_table(study: StudyRuns, measures: pd.DataFrame | None = None) -> pd.D
                 }
             )
     return pd.DataFrame(rows)
+
+
+def terminal_verdicts(claims: pd.DataFrame) -> str:
+    """The rows of `claims_table` that were measured, a line each, for a terminal."""
+    measured = claims[claims["n"] > 0]
+    lines = [
+        f"{row.verdict:<14} {row.setting}: {row.claim} ({row.ours or row.reason})"
+        for row in measured.itertuples()
+    ]
+    return "\n".join(lines)

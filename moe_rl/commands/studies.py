@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,12 +29,14 @@ def run_study(study: "StudyPlan", root: Path, options: StudyOptions) -> int:
         return 0
     from moe_rl.training.cold_start import prepare_cold_starts
 
+    start = time.monotonic()
     study.write(root, shlex.join(["moe-rl", *sys.argv[1:]]))
     prepare_cold_starts(configs, options.cold_start_cache)
     failures = run_all(configs, root, jobs=options.jobs, cold_start_cache=options.cold_start_cache)
     for failure in failures:
         print(f"{failure.folder}: {failure.reason}", file=sys.stderr)
     report_study(root)
+    print(f"{len(configs)} runs, cold starts and report: {(time.monotonic() - start) / 60:.1f} min")
     return 1 if failures else 0
 
 
@@ -46,10 +49,19 @@ def _pin_losses(study: "StudyPlan") -> "StudyPlan":
 
 
 def report_study(root: Path) -> None:
-    """Write the report of a study folder or run folder, and print its table."""
-    from moe_rl.analysis import load_study, summarize, terminal_table, write_report
+    """Write the report of a study folder or run folder; print its arms and its verdicts."""
+    from moe_rl.analysis import (
+        claims_table,
+        load_study,
+        summarize,
+        terminal_table,
+        terminal_verdicts,
+        write_report,
+    )
 
     study = load_study(root)
     page = write_report(root, study)
     print(terminal_table(summarize(study)))
+    if study.mode != "map":  # a verdict for each of its cells would say nothing
+        print(terminal_verdicts(claims_table(study)))
     print(f"report: {page}")
