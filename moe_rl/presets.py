@@ -43,8 +43,6 @@ def mild_stale() -> RunConfig:
     return RunConfig(
         setting="mild-stale",
         model=ModelConfig(num_experts=32),
-        # As often right after 200 steps (31%) as after 400.
-        cold_start=ColdStartConfig(sft_steps=200),
         steps=25,
         updates_per_rollout=8,
         learning_rate=7e-4,
