@@ -299,5 +299,10 @@ def arm_config(name: str, base: RunConfig, *, replay: RoutingReplay, seed: int) 
         seed: paired over arms: equal seeds see equal prompts and sampling numbers.
     """
     arm = find_arm(name)
+    return run_of(arm.change(base, replay), arm.name, seed)
+
+
+def run_of(config: RunConfig, arm: str, seed: int) -> RunConfig:
+    """The run of a study that carries this arm's name and seed."""
     # A study that loses its worst runs would flatter the arm that made them.
-    return arm.change(base, replay).replace(arm=arm.name, seed=seed, on_nonfinite="skip")
+    return config.replace(arm=arm, seed=seed, on_nonfinite="skip")

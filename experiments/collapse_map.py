@@ -9,8 +9,8 @@ largest learning rate at which the final reward stays within 20% of its peak.
 from collections.abc import Sequence
 
 from moe_rl.config import ConfigError, RunConfig
-from moe_rl.experiments.arms import arm_config, check_arms
-from moe_rl.experiments.study import StudyPlan
+from moe_rl.experiments.arms import check_arms
+from moe_rl.experiments.study import StudyPlan, of_arms
 
 
 def grid(
@@ -44,8 +44,7 @@ def grid(
         # A whole seed of the map comes before the next seed.
         for seed in seeds
         for base in bases
-        for arm in arms
-        for config in [arm_config(arm, base, replay="R3" if base.router_noise else "R2", seed=seed)]
+        for config in of_arms(base, arms, [seed])
         # Without a choice of experts there is nothing to perturb.
         if not (config.router_noise and config.model.num_experts == config.model.experts_per_token)
     ]

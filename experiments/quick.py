@@ -7,17 +7,14 @@ from collections.abc import Sequence
 
 from moe_rl.config import Family
 from moe_rl.experiments.arms import MAIN_ARMS, check_arms
-from moe_rl.experiments.study import StudyPlan, of_arms, seed_by_seed
+from moe_rl.experiments.study import FIVE_SEEDS, StudyPlan, of_arms, seed_by_seed
 from moe_rl.presets import preset
-
-# Seeds below 21 were looked at while the settings were chosen.
-SEEDS = (21, 22, 23, 24, 25)
 
 
 def quick(
     *,
     arms: Sequence[str] = MAIN_ARMS,
-    seeds: Sequence[int] = SEEDS,
+    seeds: Sequence[int] = FIVE_SEEDS,
     families: Sequence[Family] = (),
 ) -> StudyPlan:
     """The arms under routing noise on paired seeds, in one setting or in one for each family.

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_rl.config import SCHEMA, ConfigError, RoutingReplay, RunConfig
-from moe_rl.experiments.arms import arm_config
+from moe_rl.experiments.arms import arm_config, run_of
 from moe_rl.run_folder.log import write_json
 
+# Seeds below 21 were looked at while the settings were chosen.
+FIVE_SEEDS = (21, 22, 23, 24, 25)
+EIGHT_SEEDS = (*FIVE_SEEDS, 26, 27, 28)
 Variants = Mapping[str, Mapping[str, Any]]
 """Arms that one study alone has: name, and what it changes in the base config."""
 
@@ -31,7 +34,7 @@ def replay_for(base: RunConfig) -> RoutingReplay:
 def of_variants(base: RunConfig, variants: Variants, seeds: Iterable[int]) -> list[RunConfig]:
     """Runs of variants in one setting."""
     return [
-        base.replace(arm=arm, seed=seed, on_nonfinite="skip", **changes)
+        run_of(base.replace(**changes), arm, seed)
         for seed in seeds
         for arm, changes in variants.items()
     ]
@@ -73,17 +76,17 @@ class StudyPlan:
             "arms": arms,
             "seeds": seeds,
             "runs": runs,
-            "analysis": self.analysis,
         }
         try:
             theirs = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else plan
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{file}: no study ({error}); give a new folder") from error
         for key, ours in plan.items():
-            if key != "analysis" and theirs.get(key) != ours:
+            if theirs.get(key) != ours:
                 raise ConfigError(
                     f"out={str(root)!r}: holds a study with {key}={theirs.get(key)!r}, this one "
                     f"has {ours!r}; give another folder"
                 )
         root.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"schema": SCHEMA} | plan | {"command": command})
+        told = {"analysis": self.analysis, "command": command}
+        write_json(file, {"schema": SCHEMA} | plan | told)

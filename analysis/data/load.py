@@ -178,7 +178,7 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The row of `runs` and the nested config."""
     config = _read_json(folder / "config.json")["config"]
     done = (folder / "summary.json").is_file()
-    summary = _decode(_read_json(folder / "summary.json")) if done else {}
+    summary = decode(_read_json(folder / "summary.json")) if done else {}
     row: dict[str, Any] = {name: config[name] for name in KEYS}
     row |= {"complete": bool(summary.get("complete", False)), "folder": str(folder)}
     row |= {name: value for name, value in flatten(config).items() if name not in row}
@@ -233,18 +233,18 @@ def _metrics_rows(file: Path, needs: list[str], notes: list[str]) -> list[dict[s
                 ) from error
             _note(notes, f"{file}:{number}: torn last line skipped")
         else:
-            rows.append(_decode(value))
+            rows.append(decode(value))
     return rows
 
 
-def _decode(value: Any) -> Any:
-    """Replace the strings that stand for NaN and inf by floats, at any depth."""
+def decode(value: Any) -> Any:
+    """JSON values of ours with the strings that stand for NaN and inf as floats, at any depth."""
     if isinstance(value, str):
         return _SPECIAL.get(value, value)
     if isinstance(value, list):
-        return [_decode(item) for item in value]
+        return [decode(item) for item in value]
     if isinstance(value, dict):
-        return {key: _decode(item) for key, item in value.items()}
+        return {key: decode(item) for key, item in value.items()}
     return value
 
 

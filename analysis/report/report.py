@@ -30,13 +30,18 @@ from moe_rl.analysis.verdicts.claims import claims_table
 CHAPTERS = 6  # above this many settings only the map is drawn, not every setting's time courses
 
 
-def write_report(run_dir: str | Path, study: StudyRuns | None = None) -> Path:
+def write_report(
+    run_dir: str | Path,
+    study: StudyRuns | None = None,
+    measures: pd.DataFrame | None = None,
+) -> Path:
     """Draw the report of the study (or single run) in `run_dir`; returns the path of index.html.
 
     Writes `run_dir/report/`: index.html (inline SVG, no script, no network), figures/*.svg and
     *.png, data/*.csv. The same input files give byte for byte the same output.
 
-    `study` is what `load_study(run_dir)` gave, where a caller has it. Raises AnalysisError for a
+    `study` is what `load_study(run_dir)` gave and `measures` are `run_measures(study)`, where a
+    caller has them. Raises AnalysisError for a
     folder that cannot be read (see `load_study`).
     """
     study = study or load_study(run_dir)
@@ -44,7 +49,7 @@ def write_report(run_dir: str | Path, study: StudyRuns | None = None) -> Path:
     for folder in ("figures", "data"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     _remove_last_report(out)
-    measures = run_measures(study)
+    measures = run_measures(study) if measures is None else measures
     tables = {
         "runs": measures,
         "arms": summarize(study, measures),

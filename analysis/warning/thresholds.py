@@ -1,7 +1,6 @@
 """The thresholds that watch a run, as `moe-rl warning` writes and `moe-rl watch` reads them."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
-from moe_rl.analysis.data.load import AnalysisError
+from moe_rl.analysis.data.load import AnalysisError, decode
 from moe_rl.analysis.data.stats import LEVEL
 from moe_rl.analysis.warning.evaluate import WatchedRun, settings_that_count, thresholds_of
 from moe_rl.analysis.warning.signals import SIGNALS
@@ -19,7 +18,6 @@ from moe_rl.run_folder.log import jsonable
 
 COMMITTED = Path(__file__).parent / "thresholds.json"
 ENOUGH_SETTINGS = 5  # below, one odd setting decides what the others are judged by
-_SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +122,10 @@ def read_thresholds(file: Path = COMMITTED) -> Thresholds:
         AnalysisError: not such a file.
     """
     try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        values: dict[str, Any] = decode(json.loads(file.read_text(encoding="utf-8")))
         if values.pop("schema") != SCHEMA:
             raise ValueError("another format version")
-        signals = [
-            Threshold(**{key: _SPECIAL.get(value, value) for key, value in row.items()})
-            for row in values.pop("signals")
-            if row["signal"] in SIGNALS
-        ]
+        signals = [Threshold(**row) for row in values.pop("signals") if row["signal"] in SIGNALS]
         return Thresholds(**values, signals=signals)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise AnalysisError(

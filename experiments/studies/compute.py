@@ -14,7 +14,7 @@ correction over the arms of a setting.
 from pathlib import Path
 
 from moe_rl.config import RunConfig
-from moe_rl.experiments.study import of_arms
+from moe_rl.experiments.study import EIGHT_SEEDS, of_arms
 from moe_rl.presets import preset
 
 ARMS = ("grpo", "grpo+dual-clip", "grpo+rollout-old", "grpo+replay", "gspo")
@@ -26,5 +26,5 @@ def runs(root: Path) -> list[RunConfig]:
     for name in ("mild-stale", "calibrated-noise"):
         for steps in (25, 50):
             base = preset(name).replace(setting=f"{name}-{steps}", steps=steps, evaluate_every=5)
-            configs += of_arms(base, ARMS, range(21, 29))
+            configs += of_arms(base, ARMS, EIGHT_SEEDS)
     return configs

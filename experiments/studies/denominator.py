@@ -16,7 +16,7 @@ P(w > t) beside 1/t, share of the gradient's mass in the unbounded branch.
 from pathlib import Path
 
 from moe_rl.config import RunConfig
-from moe_rl.experiments.study import Variants, of_variants
+from moe_rl.experiments.study import EIGHT_SEEDS, Variants, of_variants
 from moe_rl.presets import preset
 
 _BRANCH = {"open": "grpo", "dual-clip": "dual_clip", "dppo-tv": "dppo_tv"}
@@ -38,5 +38,5 @@ def runs(root: Path) -> list[RunConfig]:
             for branch, algorithm in _BRANCH.items()
             for old in ("recomputed", "rollout")
         }
-        configs += of_variants(base, variants, range(21, 29))
+        configs += of_variants(base, variants, EIGHT_SEEDS)
     return configs

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moe_rl.config import RunConfig
 from moe_rl.experiments.arms import STORY_ARMS
-from moe_rl.experiments.study import of_arms
+from moe_rl.experiments.study import FIVE_SEEDS, of_arms
 from moe_rl.presets import preset
 
 LAYERS = (2, 4, 8)
@@ -25,6 +25,6 @@ def runs(root: Path) -> list[RunConfig]:
         noisy = noise.replace(setting=f"noise-L{layers}", num_layers=layers)
         clean = mild.replace(setting=f"mild-L{layers}", num_layers=layers)
         arms = [arm for arm in STORY_ARMS if arm != "dense"]
-        configs += of_arms(noisy, arms, range(21, 26))
-        configs += of_arms(clean, STORY_ARMS, range(21, 26))
+        configs += of_arms(noisy, arms, FIVE_SEEDS)
+        configs += of_arms(clean, STORY_ARMS, FIVE_SEEDS)
     return configs

@@ -11,7 +11,7 @@ test, Holm's correction over the arms of a family.
 from pathlib import Path
 
 from moe_rl.config import Family, RunConfig
-from moe_rl.experiments.study import of_arms
+from moe_rl.experiments.study import FIVE_SEEDS, of_arms
 from moe_rl.presets import preset
 
 FAMILIES: tuple[Family, ...] = ("olmoe", "mixtral", "deepseek_v3", "gpt_oss")
@@ -24,5 +24,5 @@ def runs(root: Path) -> list[RunConfig]:
     return [
         config
         for family in FAMILIES
-        for config in of_arms(base.replace(setting=family, family=family), ARMS, range(21, 26))
+        for config in of_arms(base.replace(setting=family, family=family), ARMS, FIVE_SEEDS)
     ]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moe_rl.config import RunConfig
 from moe_rl.experiments.runner import run_folder
-from moe_rl.experiments.study import Variants, of_arms
+from moe_rl.experiments.study import EIGHT_SEEDS, Variants, of_arms
 from moe_rl.presets import preset
 
 _BEFORE, _STEPS = 5, 20
@@ -31,7 +31,7 @@ def runs(root: Path) -> list[RunConfig]:
         "no-noise": {"router_noise": 0.0},
     }
     configs = []
-    for original in of_arms(base.replace(save_every=_BEFORE), ["grpo"], range(21, 29)):
+    for original in of_arms(base.replace(save_every=_BEFORE), ["grpo"], EIGHT_SEEDS):
         folder = run_folder(root, original)
         configs.append(original)
         for when, step in (("before", _BEFORE), ("after", original.steps)):

@@ -14,7 +14,7 @@ exact sign-flip test, Holm's correction over the arms.
 from pathlib import Path
 
 from moe_rl.config import RunConfig
-from moe_rl.experiments.study import of_arms
+from moe_rl.experiments.study import FIVE_SEEDS, of_arms
 from moe_rl.presets import preset
 
 DIGITS = (8, 16, 32, 64)
@@ -26,4 +26,4 @@ def runs(root: Path) -> list[RunConfig]:
     base = preset("routing-noise")
     settings = [base.replace(setting=f"digits-{n}", digits=n) for n in DIGITS]
     settings += [base.replace(setting=f"tokens-{k}", digits_per_token=k) for k in (1, 2)]
-    return [config for setting in settings for config in of_arms(setting, ARMS, range(21, 26))]
+    return [config for setting in settings for config in of_arms(setting, ARMS, FIVE_SEEDS)]

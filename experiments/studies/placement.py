@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from moe_rl.config import RouterNoisePasses, RunConfig
-from moe_rl.experiments.study import Variants, of_variants
+from moe_rl.experiments.study import EIGHT_SEEDS, FIVE_SEEDS, Variants, of_variants
 from moe_rl.presets import preset
 
 _GRPO: Variants = {"grpo": {}}
@@ -28,8 +28,8 @@ def runs(root: Path) -> list[RunConfig]:
     configs = []
     for passes in get_args(RouterNoisePasses):
         setting = base.replace(setting=f"noise-in-{passes}", router_noise_passes=passes)
-        configs += of_variants(setting, _GRPO, range(21, 29))
-        configs += of_variants(setting, _REPLAY, range(21, 26))
+        configs += of_variants(setting, _GRPO, EIGHT_SEEDS)
+        configs += of_variants(setting, _REPLAY, FIVE_SEEDS)
     for updates in (1, 2, 4, 8):
         setting = base.replace(
             setting=f"updates-{updates}",
@@ -39,5 +39,5 @@ def runs(root: Path) -> list[RunConfig]:
             warmup_steps=base.warmup_steps * 8 // updates,
         )
         arms = {**_GRPO, **_REPLAY, "gspo": {"algorithm": "gspo"}}
-        configs += of_variants(setting, arms, range(21, 26))
+        configs += of_variants(setting, arms, FIVE_SEEDS)
     return configs

@@ -12,7 +12,7 @@ engine and trainer, and the part of that KL which replay removes.
 from pathlib import Path
 
 from moe_rl.config import RunConfig
-from moe_rl.experiments.study import Variants, of_variants
+from moe_rl.experiments.study import FIVE_SEEDS, Variants, of_variants
 from moe_rl.presets import preset
 
 PRECISIONS = ("float32", "bf16", "fp8", "int8", "int4")
@@ -33,6 +33,6 @@ def runs(root: Path) -> list[RunConfig]:
         config
         for precision in PRECISIONS
         for config in of_variants(
-            base.replace(setting=precision, rollout_precision=precision), _ARMS, range(21, 26)
+            base.replace(setting=precision, rollout_precision=precision), _ARMS, FIVE_SEEDS
         )
     ]

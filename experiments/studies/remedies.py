@@ -20,11 +20,9 @@ from pathlib import Path
 
 from moe_rl.config import RunConfig
 from moe_rl.experiments.arms import ARMS, DENSE_ARMS, MAIN_ARMS
-from moe_rl.experiments.study import of_arms
+from moe_rl.experiments.study import EIGHT_SEEDS, FIVE_SEEDS, of_arms
 from moe_rl.presets import preset
 
-MAIN_SEEDS = range(21, 29)
-OTHER_SEEDS = range(21, 26)
 # Those that the main claims need, on all seeds.
 _EIGHT = {*MAIN_ARMS, "grpo+dual-clip", "grpo+rollout-old", "dense", "dense-gspo"}
 
@@ -35,16 +33,16 @@ def runs(root: Path) -> list[RunConfig]:
     configs = []
     for base in (noise, stale, mild):
         main, others = _split(ARMS)
-        configs += of_arms(base, main, MAIN_SEEDS)
-        configs += of_arms(base, others, OTHER_SEEDS)
+        configs += of_arms(base, main, EIGHT_SEEDS)
+        configs += of_arms(base, others, FIVE_SEEDS)
     for base in (stale, mild):
         dense = base.replace(
             setting=f"{base.setting}-dense".replace("mild-stale-dense", "mild-dense"),
             num_experts=base.model.experts_per_token,
         )
         main, others = _split(DENSE_ARMS)
-        configs += of_arms(dense, main, MAIN_SEEDS)
-        configs += of_arms(dense, others, OTHER_SEEDS)
+        configs += of_arms(dense, main, EIGHT_SEEDS)
+        configs += of_arms(dense, others, FIVE_SEEDS)
     return configs
 
 

@@ -13,7 +13,7 @@ it tolerates together with all smaller ones. Intervals are Student's over seeds;
 from pathlib import Path
 
 from moe_rl.config import RunConfig
-from moe_rl.experiments.study import of_arms
+from moe_rl.experiments.study import FIVE_SEEDS, of_arms
 from moe_rl.presets import preset
 
 NOISES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.135, 0.19, 0.27, 0.38, 0.5)
@@ -29,6 +29,6 @@ def runs(root: Path) -> list[RunConfig]:
         for config in of_arms(
             base.replace(setting=f"noise-{noise:g}", router_noise=noise),
             ARMS,
-            range(21, 26),
+            FIVE_SEEDS,
         )
     ]

@@ -8,6 +8,7 @@ from moe_rl.commands.options import Command, StudyOptions
 from moe_rl.commands.studies import INTERRUPTED, run_study
 from moe_rl.config import Family
 from moe_rl.experiments.arms import MAIN_ARMS
+from moe_rl.experiments.study import FIVE_SEEDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class Reproduce(StudyOptions, Command):
 
     arms: tuple[str, ...] = MAIN_ARMS
     """Arms to compare: names that `moe-rl arms` lists, or your own loss as FILE.py:FUNCTION."""
-    seeds: tuple[int, ...] = (21, 22, 23, 24, 25)
+    seeds: tuple[int, ...] = FIVE_SEEDS
     """Random seeds; every arm runs with each. A verdict needs five or more."""
     family: tuple[Family, ...] = ()
     """Model families to compare, one setting each. Default: qwen3_moe."""

@@ -53,6 +53,7 @@ def report_study(root: Path) -> None:
     from moe_rl.analysis import (
         claims_table,
         load_study,
+        run_measures,
         summarize,
         terminal_table,
         terminal_verdicts,
@@ -60,8 +61,9 @@ def report_study(root: Path) -> None:
     )
 
     study = load_study(root)
-    page = write_report(root, study)
-    print(terminal_table(summarize(study)))
+    measures = run_measures(study)
+    page = write_report(root, study, measures)
+    print(terminal_table(summarize(study, measures)))
     if study.mode != "map":  # a verdict for each of its cells would say nothing
-        print(terminal_verdicts(claims_table(study)))
+        print(terminal_verdicts(claims_table(study, measures)))
     print(f"report: {page}")

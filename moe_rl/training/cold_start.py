@@ -21,9 +21,6 @@ from transformers import Qwen3MoeForCausalLM
 from moe_rl.config import RunConfig
 from moe_rl.policy.fit import check_fit
 from moe_rl.policy.policy import Policy, build_policy, resolve_device
-from moe_rl.rollout.cached import CachedEngine
-from moe_rl.rollout.request import Request
-from moe_rl.rollout.rewards import score_responses
 from moe_rl.routing import collect_router_logits, find_routers
 from moe_rl.run_folder.log import check_can_be_made, jsonable
 from moe_rl.run_folder.sealing import is_whole, read_sealed, write_sealed
@@ -31,6 +28,7 @@ from moe_rl.runtime.process import process_of
 from moe_rl.runtime.ranks import Ranks
 from moe_rl.runtime.seeding import generator
 from moe_rl.tasks import Dataset, Task, make_task
+from moe_rl.training.evaluation import sample_rewards
 
 # Part of the hash: raise it when a change here makes other weights from the same config.
 _VERSION = 3
@@ -275,12 +273,12 @@ def evaluate(policy: Policy, task: Task, config: RunConfig) -> float:
     """Mean reward of one sample each on fresh prompts."""
     seed = config.cold_start.sft_seed
     problems = task.prompts(generator(seed, "cold_start_evaluation"), _EVALUATION_PROMPTS)
-    request = Request(
-        prompts=[problem.prompt for problem in problems],
+    rewards = sample_rewards(
+        policy,
+        task,
+        problems,
         numbers=range(len(problems)),
         seed=seed,
         purpose="cold_start_evaluation_samples",
-        max_tokens=task.max_response_tokens,
     )
-    batch = CachedEngine(policy).sample(request)
-    return float(score_responses(policy, task, problems, batch.response_ids).mean())
+    return float(rewards.mean())

@@ -10,9 +10,9 @@ from moe_rl.config import ConfigError
 from moe_rl.experiments import collapse_map
 from moe_rl.experiments.arms import ARMS, MAIN_ARMS, arm_config
 from moe_rl.experiments.bench.training import useful_operations
-from moe_rl.experiments.quick import SEEDS, quick
+from moe_rl.experiments.quick import quick
 from moe_rl.experiments.runner import check_study, run_all, run_folder
-from moe_rl.experiments.study import StudyPlan
+from moe_rl.experiments.study import FIVE_SEEDS, StudyPlan
 from moe_rl.presets import preset
 from moe_rl.tasks import make_task
 
@@ -80,10 +80,10 @@ def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
 def test_the_quick_study_is_the_main_arms_on_enough_seeds_for_a_verdict() -> None:
     configs = quick().configs
     assert [(c.arm, c.seed) for c in configs] == [
-        (arm, seed) for seed in SEEDS for arm in ("grpo", "grpo+replay", "gspo")
+        (arm, seed) for seed in FIVE_SEEDS for arm in ("grpo", "grpo+replay", "gspo")
     ]
-    assert len(SEEDS) >= MIN_SEEDS
-    assert Reproduce().seeds == SEEDS and Reproduce().arms == MAIN_ARMS
+    assert len(FIVE_SEEDS) >= MIN_SEEDS
+    assert Reproduce().seeds == FIVE_SEEDS and Reproduce().arms == MAIN_ARMS
 
 
 def test_the_quick_study_of_families_has_a_setting_for_each() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from loss_formulas import FORMULAS, Response, numerical_gradient, total
 from torch import Tensor
 
-from moe_rl.losses import ALGORITHMS, aggregate, make_inputs
+from moe_rl.losses import ALGORITHMS, LossInputs, aggregate, make_inputs
 from moe_rl.losses.base import Aggregation
 
 NAMES = list(ALGORITHMS)
@@ -65,6 +65,20 @@ def random_batch(seed: int = 0, batch: int = 12, length: int = 6, spread: float 
     )
 
 
+def inputs_of(batch: Batch) -> LossInputs:
+    return make_inputs(
+        batch.logprobs,
+        batch.old,
+        batch.advantages,
+        batch.mask,
+        rollout_logprobs=batch.rollout,
+        router_shift=batch.shift,
+        values=batch.values,
+        old_values=batch.old_values,
+        returns=batch.returns,
+    )
+
+
 def run(
     name: str,
     batch: Batch,
@@ -75,17 +89,7 @@ def run(
     """The scalar loss and its gradient in logprobs, by the algorithm's own aggregation or `how`."""
     algorithm = ALGORITHMS[name]
     leaf = batch.logprobs.detach().clone().requires_grad_()
-    inputs = make_inputs(
-        leaf,
-        batch.old,
-        batch.advantages,
-        batch.mask,
-        rollout_logprobs=batch.rollout,
-        router_shift=batch.shift,
-        values=batch.values,
-        old_values=batch.old_values,
-        returns=batch.returns,
-    )
+    inputs = inputs_of(batch._replace(logprobs=leaf))
     options = OPTIONS.get(name, {}) if options is None else options
     token_losses = algorithm.loss(inputs, **options)
     assert token_losses.shape == leaf.shape
@@ -311,17 +315,7 @@ def test_a_ratio_that_over_and_underflows_is_one_ratio() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_reaches_logprobs_and_values_alone(name: str) -> None:
     batch = Batch(*(x.requires_grad_() if x.is_floating_point() else x for x in random_batch()))
-    inputs = make_inputs(
-        batch.logprobs,
-        batch.old,
-        batch.advantages,
-        batch.mask,
-        rollout_logprobs=batch.rollout,
-        router_shift=batch.shift,
-        values=batch.values,
-        old_values=batch.old_values,
-        returns=batch.returns,
-    )
+    inputs = inputs_of(batch)
     ALGORITHMS[name].loss(inputs, **OPTIONS.get(name, {})).sum().backward()
     assert batch.logprobs.grad is not None and batch.logprobs.grad.any()
     learnt = {field for field in Batch._fields if getattr(batch, field).grad is not None}
