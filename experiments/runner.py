@@ -1,21 +1,25 @@
 """Runs side by side: one process and one torch thread each, resumable, with one progress display.
 
 Every run is the command `moe-rl train --config FILE --out FOLDER`, so any run of a study can be
-repeated alone. A complete run is skipped; one that was stopped resumes from its checkpoint; one
-that was killed before its first starts anew; a run that fails does not stop the others.
+repeated alone. Its process is forked from one that has imported torch and transformers already,
+which takes as long as four rollout steps. A complete run is skipped; one that was stopped resumes
+from its checkpoint; one that was killed before its first starts anew; a run that fails does not
+stop the others.
 """
 
 import contextlib
+import functools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from rich.console import Console
@@ -49,8 +53,8 @@ def run_folder(root: Path, config: RunConfig) -> Path:
 
 
 def train_words(config: Path, folder: Path, cold_start_cache: Path) -> list[str]:
-    """Words behind `python` that start a run or resume it."""
-    words = ["-m", "moe_rl", "train", "--config", str(config), "--out", str(folder)]
+    """Words behind `moe-rl` that start a run or resume it."""
+    words = ["train", "--config", str(config), "--out", str(folder)]
     return [*words, "--cold-start-cache", str(cold_start_cache), "--resume"]
 
 
@@ -91,7 +95,7 @@ def run_all(
                 time.sleep(_POLL_SECONDS)
                 for process in list(running):
                     display.show_step(process)
-                    if process.popen.poll() is None:
+                    if process.running():
                         continue
                     running.remove(process)
                     failure = process.failure()
@@ -100,7 +104,7 @@ def run_all(
                     display.show_end(process, failure)
         finally:
             for process in running:
-                process.popen.terminate()
+                process.terminate()
             for process in running:
                 process.wait()
     return failures
@@ -148,30 +152,23 @@ class _Process:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "config.json"
         write_config(file, config)
-        self._log = (self.folder / OUTPUT).open("w", encoding="utf-8")
-        threads = str(config.num_threads)
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        # A session of its own: Ctrl-C reaches this process alone, which then stops the runs.
-        self.popen = subprocess.Popen(
-            [sys.executable, *train_words(file, self.folder, cold_start_cache)],
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-        )
+        words = train_words(file, self.folder, cold_start_cache)
+        self._process = _server().Process(target=_train, args=(words, self.folder / OUTPUT))
+        self._process.start()
+
+    def running(self) -> bool:
+        return self._process.is_alive()
+
+    def terminate(self) -> None:
+        self._process.terminate()
 
     def wait(self) -> None:
-        try:
-            self.popen.wait(timeout=_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.popen.kill()
-            self.popen.wait()
-        self._log.close()
+        self._process.join(timeout=_STOP_SECONDS)
+        self._process.kill()
+        self._process.join()
 
     def failure(self) -> Failure | None:
-        self._log.close()
-        code = self.popen.returncode
+        code = self._process.exitcode or 0
         if code == 0 and is_complete(self.folder):
             return None
         lines = (self.folder / OUTPUT).read_text(encoding="utf-8").strip().splitlines()
@@ -188,6 +185,25 @@ class _Process:
         except FileNotFoundError:
             return None
         return json.loads(lines[-1]) if lines else None
+
+
+@functools.cache
+def _server() -> ForkServerContext:
+    """The process that runs are forked from; it starts with the first of them."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["moe_rl.commands.cli", "moe_rl.training.trainer"])
+    return server
+
+
+def _train(words: Sequence[str], output: Path) -> None:
+    """One run, as `moe-rl WORDS` in a process of its own, with its output in that file."""
+    os.setsid()  # Ctrl-C reaches the study alone, which then stops its runs
+    with output.open("wb", buffering=0) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    from moe_rl.commands.cli import main
+
+    sys.exit(main(words))
 
 
 @contextlib.contextmanager

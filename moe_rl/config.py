@@ -90,7 +90,7 @@ class ModelConfig(Settings):
     """Decoder layers, each with a router (>= 1)."""
     hidden_size: Count = 96
     """Width of the residual stream; a multiple of 2 * num_attention_heads."""
-    num_attention_heads: Count = 4
+    num_attention_heads: Count = 3
     """Attention heads (>= 1), with one key-value head each."""
     expert_size: Count = 64
     """Intermediate width of one expert (>= 1)."""

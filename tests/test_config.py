@@ -20,7 +20,7 @@ from moe_rl.presets import PRESETS, preset
         ({"experts_per_token": 17}, "experts_per_token=17 with num_experts=16"),
         ({"num_experts": 0}, "num_experts=0: must be greater than or equal to 1"),
         ({"num_experts": 2**15}, "num_experts=32768: must be less than or equal to 32767"),
-        ({"hidden_size": 30}, "hidden_size=30 with num_attention_heads=4"),
+        ({"hidden_size": 32}, "hidden_size=32 with num_attention_heads=3"),
         ({"group_size": 1}, "group_size=1: must be greater than or equal to 2"),
         ({"updates_per_rollout": 5}, "updates_per_rollout=5.*divisor"),
         ({"prompts_per_forward": 3}, "prompts_per_forward=3: does not divide"),

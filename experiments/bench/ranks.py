@@ -123,7 +123,13 @@ def _step_seconds(side: Side, config: RunConfig, folder: Path) -> float:
     cold, runs = folder.parent / "cold", [folder / str(number) for number in range(side.runs)]
     processes = [
         subprocess.Popen(
-            [sys.executable, *side.launcher, *train_words(folder / "config.json", run, cold)],
+            [
+                sys.executable,
+                *side.launcher,
+                "-m",
+                "moe_rl",
+                *train_words(folder / "config.json", run, cold),
+            ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -78,7 +78,7 @@ def differences(ours: Path, theirs: Path) -> list[str]:
 
 
 def _start(out: Path, name: str, cache: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, *train_words(out / "config.json", out / name, cache)]
+    command = [sys.executable, "-m", "moe_rl", *train_words(out / "config.json", out / name, cache)]
     with (out / f"{name}.txt").open("a", encoding="utf-8") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 

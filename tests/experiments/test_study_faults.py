@@ -1,5 +1,6 @@
 """A study whose runs are killed or which is stopped itself: what is kept, what is said."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 from moe_rl.config import RunConfig
 from moe_rl.experiments.runner import run_folder
 from moe_rl.presets import preset
-from moe_rl.run_folder.log import is_complete
+from moe_rl.run_folder.log import OUTPUT, is_complete
 from moe_rl.training.run import train
 
 _SECONDS = 180
@@ -56,16 +57,21 @@ def wait_until_all_train(root: Path) -> None:
         time.sleep(0.05)
 
 
+def process_that_writes(file: Path) -> int:
+    for output in Path("/proc").glob("[0-9]*/fd/1"):
+        with contextlib.suppress(OSError):  # of another user, or gone
+            if os.readlink(output) == str(file):
+                return int(output.parts[2])
+    raise AssertionError(f"no process writes {file}")
+
+
 def test_a_killed_run_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     train(configs()[0].replace(steps=1), tmp_path / "warm", cold_start_cache=tmp_path / "cold")
     root = tmp_path / "study"
     study = start(root, tmp_path / "cold")
     wait_until_all_train(root)
     folders = [run_folder(root, config) for config in configs()]
-    found = subprocess.run(
-        ["pgrep", "-f", f"moe_rl train.*{folders[0]} "], capture_output=True, text=True, check=True
-    )
-    os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+    os.kill(process_that_writes(folders[0] / OUTPUT), signal.SIGKILL)
     _, errors = study.communicate(timeout=_SECONDS)
     assert study.returncode == 1
     assert f"{folders[0]}: killed by SIGKILL" in errors and str(folders[1]) not in errors
