@@ -12,7 +12,6 @@ import functools
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import time
@@ -255,6 +254,5 @@ class _Display(Progress):
         reward = f"reward {step['reward']:.3f}" if step else "no step"
         seconds = time.monotonic() - process.started
         outcome = f"FAILED, {failure.reason}" if failure else f"{reward}  {seconds:5.0f} s"
-        width = shutil.get_terminal_size().columns
         line = f"{self._done:>4}/{self._runs}  {process.title:<34} {outcome}"
-        self.console.print(line[: max(width, 120)], highlight=False, markup=False)
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)

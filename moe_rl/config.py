@@ -60,7 +60,7 @@ StudyName = Literal[
 SCHEMA = 1
 """Version of the format of run folders and study folders."""
 
-# Enough to be right about 30% of the time; for a dataset a guess.
+# Enough to be right as often as the teacher; for a dataset a guess.
 _SFT_STEPS = {"running_sum": 400, "countdown": 600, "dataset": 400}
 
 Count = Annotated[int, Field(ge=1)]
@@ -167,7 +167,7 @@ class ColdStartConfig(Settings):
     """Demonstrations per supervised step (>= 1)."""
     sft_learning_rate: PositiveFloat = 2e-3
     """Peak learning rate of the supervised steps (> 0), decayed linearly to a twentieth."""
-    slip: Probability = 0.08
+    slip: Probability = 0.05
     """Probability that a step of a demonstration is wrong (later steps build on it), 0 to 1."""
     load_balance_coef: NonNegativeFloat = 0.01
     """Weight of the Switch load-balancing loss, in the cold start only (>= 0)."""

@@ -2,8 +2,7 @@
 
 Settings: mild-stale and calibrated-noise, each at two budgets, 25 and 50 rollout steps
 (-25, -50; the learning rate decays over the budget).
-Arms: GRPO, with replay (R2 without noise, R3 with it), with dual clip, with the engine's log-probs
-in the denominator (which saves the old pass), GSPO.
+Arms: GRPO, with replay (R2 without noise, R3 with it), GSPO.
 Seeds: 21 to 28.
 Primary outcome: held-out pass@1, the mean over 64 prompts and 32 samples each, at the end of a
 budget, as the GSPO paper scores; beside it the floating-point operations spent up to each
@@ -14,10 +13,9 @@ correction over the arms of a setting.
 from pathlib import Path
 
 from moe_rl.config import RunConfig
+from moe_rl.experiments.arms import MAIN_ARMS
 from moe_rl.experiments.study import EIGHT_SEEDS, of_arms
 from moe_rl.presets import preset
-
-ARMS = ("grpo", "grpo+dual-clip", "grpo+rollout-old", "grpo+replay", "gspo")
 
 
 def runs(root: Path) -> list[RunConfig]:
@@ -26,5 +24,5 @@ def runs(root: Path) -> list[RunConfig]:
     for name in ("mild-stale", "calibrated-noise"):
         for steps in (25, 50):
             base = preset(name).replace(setting=f"{name}-{steps}", steps=steps, evaluate_every=5)
-            configs += of_arms(base, ARMS, EIGHT_SEEDS)
+            configs += of_arms(base, MAIN_ARMS, EIGHT_SEEDS)
     return configs

@@ -1,7 +1,7 @@
 """Depth: is the failure worse in deeper models, and whose failure is it?
 
-Settings: 2, 4 and 8 layers, each with noise 0.38 (noise-Ln) and without (mild-Ln).
-Arms: GRPO, with replay (R3 under noise, R2 without), GSPO, the dense control.
+Settings: 2, 4 and 8 layers, each with the noise of routing-noise (noise-Ln) and without (mild-Ln).
+Arms: GRPO, with replay (R3) and GSPO under noise; GRPO and the dense control without.
 Seeds: 21 to 25.
 Primary outcomes: churn of GRPO over a rollout in the first fifth of the steps, and final reward.
 Tests: 8 against 2 layers on the same seeds, exact sign-flip test, Holm's correction over the arms.
@@ -10,7 +10,7 @@ Tests: 8 against 2 layers on the same seeds, exact sign-flip test, Holm's correc
 from pathlib import Path
 
 from moe_rl.config import RunConfig
-from moe_rl.experiments.arms import STORY_ARMS
+from moe_rl.experiments.arms import MAIN_ARMS
 from moe_rl.experiments.study import FIVE_SEEDS, of_arms
 from moe_rl.presets import preset
 
@@ -24,7 +24,6 @@ def runs(root: Path) -> list[RunConfig]:
     for layers in LAYERS:
         noisy = noise.replace(setting=f"noise-L{layers}", num_layers=layers)
         clean = mild.replace(setting=f"mild-L{layers}", num_layers=layers)
-        arms = [arm for arm in STORY_ARMS if arm != "dense"]
-        configs += of_arms(noisy, arms, FIVE_SEEDS)
-        configs += of_arms(clean, STORY_ARMS, FIVE_SEEDS)
+        configs += of_arms(noisy, MAIN_ARMS, FIVE_SEEDS)
+        configs += of_arms(clean, ("grpo", "dense"), FIVE_SEEDS)
     return configs

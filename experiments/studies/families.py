@@ -2,7 +2,7 @@
 
 Settings: routing-noise on small models of OLMoE, Mixtral, DeepSeek-V3 and GPT-OSS, at the learning
 rate and the noise of the Qwen3-MoE, tuned for none of them. Replay is R3.
-Arms: GRPO, with dual clip, with replay, GSPO, and the dense control without noise.
+Arms: GRPO, with dual clip, with replay, GSPO.
 Seeds: 21 to 25.
 Primary outcome: final reward. Tests: every arm against GRPO on the same seeds, exact sign-flip
 test, Holm's correction over the arms of a family.
@@ -15,7 +15,7 @@ from moe_rl.experiments.study import FIVE_SEEDS, of_arms
 from moe_rl.presets import preset
 
 FAMILIES: tuple[Family, ...] = ("olmoe", "mixtral", "deepseek_v3", "gpt_oss")
-ARMS = ("grpo", "grpo+dual-clip", "grpo+replay", "gspo", "dense")
+ARMS = ("grpo", "grpo+dual-clip", "grpo+replay", "gspo")
 
 
 def runs(root: Path) -> list[RunConfig]:

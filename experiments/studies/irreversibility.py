@@ -3,7 +3,7 @@
 Setting: routing-noise. Arms: GRPO, which saves its policy every 5 steps; restarts of it from step
 5, before the collapse, and from its end, after it. Each restart makes 20 steps with a fresh
 optimiser: as it was, at half the rate, with GSPO, replay (R3), dual clip, or without noise.
-Seeds: 21 to 28.
+Seeds: 21 to 25.
 Primary outcome: final reward of the restart, on the seeds whose GRPO run collapsed. A collapse is
 called irreversible if the 95% Wilson interval of the share of restarts that end below half of the
 original's peak lies above 1/2. No correction: each kind of restart is its own question.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moe_rl.config import RunConfig
 from moe_rl.experiments.runner import run_folder
-from moe_rl.experiments.study import EIGHT_SEEDS, Variants, of_arms
+from moe_rl.experiments.study import FIVE_SEEDS, Variants, of_arms
 from moe_rl.presets import preset
 
 _BEFORE, _STEPS = 5, 20
@@ -31,7 +31,7 @@ def runs(root: Path) -> list[RunConfig]:
         "no-noise": {"router_noise": 0.0},
     }
     configs = []
-    for original in of_arms(base.replace(save_every=_BEFORE), ["grpo"], EIGHT_SEEDS):
+    for original in of_arms(base.replace(save_every=_BEFORE), ["grpo"], FIVE_SEEDS):
         folder = run_folder(root, original)
         configs.append(original)
         for when, step in (("before", _BEFORE), ("after", original.steps)):

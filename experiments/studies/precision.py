@@ -2,7 +2,7 @@
 
 Settings: the engine samples with weights in float32 (the trainer's own), bf16, fp8, int8 or int4;
 8 updates a rollout, no noise.
-Arms: GRPO with recomputed log-probs, with the engine's, and either with R3; GSPO with either.
+Arms: GRPO with recomputed log-probs, with the engine's, with R3; GSPO.
 Seeds: 21 to 25.
 Primary outcome: final reward. Tests: each precision against float32 within an arm, exact sign-flip
 test, Holm's correction over the precisions. Secondary: KL k3 and router disagreement between
@@ -20,9 +20,7 @@ _ARMS: Variants = {
     "grpo": {},
     "grpo+rollout-old": {"old_logprobs": "rollout"},
     "grpo+R3": {"routing_replay": "R3"},
-    "grpo+rollout-old+R3": {"old_logprobs": "rollout", "routing_replay": "R3"},
     "gspo": {"algorithm": "gspo"},
-    "gspo+rollout-old": {"algorithm": "gspo", "old_logprobs": "rollout"},
 }
 
 

@@ -1,7 +1,7 @@
 """Tolerance: how much disagreement between passes does each arm stand?
 
-Settings: routing-noise with noise 0, 0.01, 0.02, 0.05, 0.1, 0.135, 0.19, 0.27, 0.38 and 0.5. The
-disagreement that a noise makes is measured in the runs: KL k3 between engine and trainer and the
+Settings: routing-noise with noise 0, 0.02, 0.07, 0.135, 0.25, 0.35 and 0.49. The disagreement
+ that a noise makes is measured in the runs: KL k3 between engine and trainer and the
 share of routers that differ, the axes on which published systems are marked.
 Arms: GRPO, with dual clip, with the engine's log-probs in the denominator, with replay (R3), GSPO.
 Seeds: 21 to 25.
@@ -16,7 +16,7 @@ from moe_rl.config import RunConfig
 from moe_rl.experiments.study import FIVE_SEEDS, of_arms
 from moe_rl.presets import preset
 
-NOISES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.135, 0.19, 0.27, 0.38, 0.5)
+NOISES = (0.0, 0.02, 0.07, 0.135, 0.25, 0.35, 0.49)
 ARMS = ("grpo", "grpo+dual-clip", "grpo+rollout-old", "grpo+replay", "gspo")
 
 
