@@ -256,9 +256,14 @@ def check_arms(names: Sequence[str]) -> None:
     """Refuse what is neither an arm of the table nor FILE.py:FUNCTION.
 
     Raises:
-        ConfigError: names the arms nearest to it.
+        ConfigError: names the arms nearest to it, or the function that has an arm's name.
     """
     for name in names:
+        if OWN_LOSS.fullmatch(name) and (function := name.rpartition(":")[2]) in ARMS:
+            raise ConfigError(
+                f"arms={name!r}: {function} is an arm of the table, and reports would draw both as "
+                "one; rename the function"
+            )
         if name not in ARMS and not OWN_LOSS.fullmatch(name):
             nearest = difflib.get_close_matches(name, ARMS, n=3, cutoff=0.0)
             raise ConfigError(

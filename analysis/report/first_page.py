@@ -75,6 +75,8 @@ def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
     experts = grpo["num_experts"].iloc[0]
     is_dense = experts == grpo["experts_per_token"].iloc[0]
     disease = f"passes that route differently, noise {noise:g}" if noise else "no router noise"
+    if (precision := grpo["rollout_precision"].iloc[0]) not in ("float32", None):
+        disease = f"rollouts with {precision} weights"
     model = "a dense model, " if is_dense else ""
     start = f"In {setting} ({model}{disease}, {updates:g} updates a rollout)"
     if not rules.fails(runs, "grpo"):

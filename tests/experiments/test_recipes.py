@@ -66,3 +66,8 @@ def test_an_unknown_arm_is_refused_with_the_nearest(name: str) -> None:
         check_arms(["grpo", name])
     with pytest.raises(ConfigError, match="nearest are gspo, "):
         check_arms(["gsop"])
+
+
+def test_a_loss_with_the_name_of_an_arm_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"own.py:gspo': gspo is an arm .*; rename the function"):
+        check_arms(["own.py:gspo"])
