@@ -43,7 +43,7 @@ def mild_stale() -> RunConfig:
     return RunConfig(
         setting="mild-stale",
         model=ModelConfig(num_experts=32),
-        steps=25,
+        steps=20,
         updates_per_rollout=8,
         learning_rate=7e-4,
     )

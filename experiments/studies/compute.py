@@ -1,7 +1,7 @@
 """Compute: does GSPO converge faster at equal compute?
 
-Settings: mild-stale and calibrated-noise, each at two budgets, 25 and 50 rollout steps
-(-25, -50; the learning rate decays over the budget).
+Settings: mild-stale and calibrated-noise, each at two budgets, 20 and 40 rollout steps
+(-20, -40; the learning rate decays over the budget).
 Arms: GRPO, with replay (R2 without noise, R3 with it), GSPO.
 Seeds: 21 to 28.
 Primary outcome: held-out pass@1, the mean over 64 prompts and 32 samples each, at the end of a
@@ -22,7 +22,7 @@ def runs(root: Path) -> list[RunConfig]:
     """The arms at both budgets."""
     configs = []
     for name in ("mild-stale", "calibrated-noise"):
-        for steps in (25, 50):
+        for steps in (20, 40):
             base = preset(name).replace(setting=f"{name}-{steps}", steps=steps, evaluate_every=5)
             configs += of_arms(base, MAIN_ARMS, EIGHT_SEEDS)
     return configs

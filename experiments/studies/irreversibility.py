@@ -1,8 +1,9 @@
 """Irreversibility: can a run be saved after its collapse, or from before it?
 
-Setting: routing-noise. Arms: GRPO, which saves its policy every 5 steps; restarts of it from step
-5, before the collapse, and from its end, after it. Each restart makes 20 steps with a fresh
-optimiser: as it was, at half the rate, with GSPO, replay (R3), dual clip, or without noise.
+Setting: routing-noise with a noise of 0.25, where GRPO learns before it falls. Arms: GRPO, which
+saves its policy every 4 steps; restarts of it from step 4, before the collapse, and from its end,
+after it. Each restart makes the 16 steps that were left at step 4, with a fresh optimiser: as it
+was, at half the rate, with GSPO, replay (R3), dual clip, or without noise.
 Seeds: 21 to 25.
 Primary outcome: final reward of the restart, on the seeds whose GRPO run collapsed. A collapse is
 called irreversible if the 95% Wilson interval of the share of restarts that end below half of the
@@ -16,12 +17,13 @@ from moe_rl.experiments.runner import run_folder
 from moe_rl.experiments.study import FIVE_SEEDS, Variants, of_arms
 from moe_rl.presets import preset
 
-_BEFORE, _STEPS = 5, 20
+_NOISE = 0.25
+_BEFORE, _STEPS = 4, 16
 
 
 def runs(root: Path) -> list[RunConfig]:
     """Every original with its restarts."""
-    base = preset("routing-noise")
+    base = preset("routing-noise").replace(setting="noise-0.25", router_noise=_NOISE)
     ways: Variants = {
         "same": {},
         "half-rate": {"learning_rate": base.learning_rate / 2},

@@ -3,7 +3,7 @@
 Part 1, settings noise-in-PASS: the noise of routing-noise in every pass, in the rollout, in the old
 pass or in the updates alone. Arms: GRPO (8 seeds), with R2, with R3 (5 seeds).
 Part 2, settings updates-M: 1, 2, 4 and 8 updates a rollout under the same noise, with 4 prompts an
-update and 200 updates in all, so that only the age of the data varies. Arms: GRPO, with R2, with
+update and 160 updates in all, so that only the age of the data varies. Arms: GRPO, with R2, with
 R3. Seeds: 21 to 25.
 Primary outcome: final reward. Tests: each placement against "all passes", each replay against none
 in the same setting: exact sign-flip test, Holm's correction within a part.
@@ -18,7 +18,7 @@ from moe_rl.presets import preset
 
 _GRPO: Variants = {"grpo": {}}
 _REPLAY: Variants = {"grpo+R2": {"routing_replay": "R2"}, "grpo+R3": {"routing_replay": "R3"}}
-_UPDATES = 200
+_UPDATES = 160
 _PROMPTS_PER_UPDATE = 4
 
 

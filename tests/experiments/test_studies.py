@@ -66,7 +66,7 @@ def test_placement_changes_the_age_of_the_data_and_nothing_else() -> None:
     settings = {c.setting: c for c in plan_of("placement").configs if "updates-" in c.setting}
     for config in settings.values():
         per_update = config.prompts_per_rollout // config.updates_per_rollout
-        assert (per_update, config.steps * config.updates_per_rollout) == (4, 200)
+        assert (per_update, config.steps * config.updates_per_rollout) == (4, 160)
         assert math.isclose(config.warmup_steps * config.updates_per_rollout, 40)
 
 
