@@ -6,14 +6,14 @@ moe-rl reproduce
 from collections.abc import Sequence
 
 from moe_rl.config import Family
-from moe_rl.experiments.arms import MAIN_ARMS, check_arms
+from moe_rl.experiments.arms import QUICK_ARMS, check_arms
 from moe_rl.experiments.study import FIVE_SEEDS, StudyPlan, of_arms, seed_by_seed
 from moe_rl.presets import preset
 
 
 def quick(
     *,
-    arms: Sequence[str] = MAIN_ARMS,
+    arms: Sequence[str] = QUICK_ARMS,
     seeds: Sequence[int] = FIVE_SEEDS,
     families: Sequence[Family] = (),
 ) -> StudyPlan:

@@ -8,7 +8,7 @@ from moe_rl.analysis.verdicts.verdicts import MIN_SEEDS
 from moe_rl.commands.reproduce import Reproduce
 from moe_rl.config import ConfigError
 from moe_rl.experiments import collapse_map
-from moe_rl.experiments.arms import ARMS, MAIN_ARMS, arm_config
+from moe_rl.experiments.arms import ARMS, QUICK_ARMS, arm_config
 from moe_rl.experiments.bench.training import useful_operations
 from moe_rl.experiments.quick import quick
 from moe_rl.experiments.runner import check_study, run_all, run_folder
@@ -83,7 +83,7 @@ def test_the_quick_study_is_the_main_arms_on_enough_seeds_for_a_verdict() -> Non
         (arm, seed) for seed in FIVE_SEEDS for arm in ("grpo", "grpo+replay", "gspo")
     ]
     assert len(FIVE_SEEDS) >= MIN_SEEDS
-    assert Reproduce().seeds == FIVE_SEEDS and Reproduce().arms == MAIN_ARMS
+    assert Reproduce().seeds == FIVE_SEEDS and Reproduce().arms == QUICK_ARMS
 
 
 def test_the_quick_study_of_families_has_a_setting_for_each() -> None:
