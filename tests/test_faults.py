@@ -87,6 +87,28 @@ OPTIONS = {
 }
 
 
+LOSSES = """
+def scalar(inputs): return inputs.logprobs.sum()
+def still(inputs): return inputs.logprobs.detach()
+def broken(inputs): return inputs.logprobs * float("nan")
+"""
+
+
+def own_loss(function: str) -> Fault:
+    return Fault((*RUN, "--loss", f"own.py:{function}"), write("own.py", LOSSES))
+
+
+ARMS = {
+    "no such arm": Fault(("reproduce", "--arms", "grpo", "gsop")),
+    "an own loss with an arm's name": Fault(("reproduce", "--arms", "own.py:gspo")),
+    "no file of an own loss": Fault((*RUN, "--loss", "nowhere.py:f")),
+    "no function of that name": own_loss("absent"),
+    "one number instead of a token's": own_loss("scalar"),
+    "a loss that has no gradient": own_loss("still"),
+    "a loss that is NaN": own_loss("broken"),
+}
+
+
 def run_of(folder: Path, **changes: Any) -> Path:
     """run/ with the config of RUN."""
     config = preset("tiny").replace(**{"steps": 1, "sft_steps": 2} | changes).named()
@@ -320,7 +342,7 @@ DATA = {
     "traces of two models": Fault(("churn", "a.npy", "b.npy"), two_shapes),
 }
 
-FAULTS = OPTIONS | FOLDERS | MODELS | DATA
+FAULTS = OPTIONS | FOLDERS | MODELS | ARMS | DATA
 TABLE_ROW = re.compile(r"^\| (?P<what>.*?) +\| `(?P<message>[^`]+)` +\| (?P<code>\d+) +\|$", re.M)
 ROWS = {row["what"]: row for row in TABLE_ROW.finditer(PAGE.read_text())}
 
