@@ -24,7 +24,7 @@ CHAIN = [
     "churn_one", "churn_last", "churn_early", "router_disagreement", "token_disagreement",
     "token_var", "sequence_var", "token_ess", "mean_ratio", "survival_10", "rollout_survival_10",
     "negative_above", "largest_token", "clip_share", "grad_norm", "routing_share",
-    "response_length",
+    "response_length", "replay_coverage",
 ]  # fmt: skip
 WHOLE = ["skipped", "pass_at_1", "operations"]  # of all steps, collapsed by then or not
 
@@ -53,6 +53,8 @@ def run_measures(study: StudyRuns) -> pd.DataFrame:
     skipped              updates skipped because their gradient was NaN or inf
     pass_at_1            the last held-out pass@1
     operations           floating-point operations of the run
+    replay_coverage      mean share of response (token, layer) pairs that were really replayed; NaN
+                         without replay
     routing_share        share of Var(log w) due to routing, see attribution.py
     response_length      mean tokens of a response
     seconds, seconds_per_step, instruments_share     of summary.json
@@ -118,6 +120,7 @@ def _links(study: StudyRuns, measures: pd.DataFrame) -> pd.DataFrame:
         ("skipped", updates, "skipped", "sum"),
         ("pass_at_1", study.steps, "pass_at_1", "last"),
         ("operations", study.steps, "operations", "sum"),
+        ("replay_coverage", updates, "replay/coverage", "mean"),
         ("response_length", before_collapse(study.steps, measures), "response_length", "mean"),
     ):
         if column in frame:

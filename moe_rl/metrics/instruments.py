@@ -191,6 +191,20 @@ def update_metrics(
     return metrics
 
 
+def coverage_sums(replayed: Tensor, mask: Tensor) -> Tensor:
+    """What `replay/coverage` is the quotient of: sums, which add up over parts of a batch.
+
+    Args:
+        replayed: bool [B, T, L], routers that were given their recorded choice.
+        mask: bool [B, T], response tokens.
+
+    Returns:
+        float64 [2]: (token, layer) pairs that were replayed, and all.
+    """
+    rows = replayed[mask]
+    return torch.tensor([rows.sum(), rows.numel()], dtype=torch.float64, device=mask.device)
+
+
 def router_statistics(logits: Tensor, routes: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Margin, confidence and entropy of the routers, `[B, T, L]`, NaN where they do not count.
 

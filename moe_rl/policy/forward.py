@@ -72,6 +72,9 @@ class ForwardOutput(NamedTuple):
     """float32 [B, T, L, E] where each response token is predicted."""
     values: Tensor | None = None
     """float32 [B, T] where each response token is predicted."""
+    replayed: Tensor | None = None
+    """bool [B, T, L]: the routers that were given their recorded choice where each response token
+    is predicted; None where nothing is replayed."""
 
     @staticmethod
     def concatenate(outputs: list["ForwardOutput"]) -> "ForwardOutput":
@@ -99,7 +102,7 @@ def response_pass(
     # Responses of one token are predicted by the prompt alone: there is nothing to read after it.
     if batch.response_ids.shape[1] == 1 and read is _one_pass:
         read = _cached
-    hidden, routes, logits = read(policy, batch, options)
+    hidden, routes, logits, replayed = read(policy, batch, options)
     head = policy.model.get_output_embeddings()
     found = token_logprobs(
         hidden,
@@ -116,6 +119,7 @@ def response_pass(
         routed_experts=routes,
         router_logits=logits,
         values=None if options.value_head is None else options.value_head(hidden),
+        replayed=replayed,
     )
 
 
@@ -157,8 +161,9 @@ def routing_contexts(
             yield None
 
 
-# Hidden states [B, T, H] where each response token is predicted, routes, router logits.
-_Read = tuple[Tensor, Tensor | None, Tensor | None]
+# Hidden states [B, T, H] where each response token is predicted, routes, router logits, and which
+# routers were given their recorded choice.
+_Read = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _one_pass(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Read:
@@ -177,12 +182,14 @@ def _one_pass(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _
             batch.response_ids[:, :-1],
             None if bool(batch.prompt_mask.all()) else batch.prompt_mask,
         )
-    routes = logits = None
+    routes = logits = replayed = None
     if options.record:
         routes = full_record(*_split_rows(_live(seen), batch), group)
     if options.router_logits:
         logits = predictions(*_split_rows(seen.router_logits, batch), group)
-    return predictions(prompt_hidden, response_hidden, group), routes, logits
+    if options.replay is not None:
+        replayed = predictions(*_split_rows(seen.replayed, batch), group)
+    return predictions(prompt_hidden, response_hidden, group), routes, logits, replayed
 
 
 def _split_rows(rows: Tensor, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
@@ -211,12 +218,14 @@ def _cached(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Re
             rest = policy.continue_responses(
                 batch.response_ids[:, :-1], cache, batch.prompt_mask, group
             )
-    routes = logits = None
+    routes = logits = replayed = None
     if options.record:
         routes = full_record(_live(seen_prompts), seen and _live(seen), group)
     if options.router_logits:
         logits = predictions(seen_prompts.router_logits, seen and seen.router_logits, group)
-    return predictions(prompt_hidden, rest, group), routes, logits
+    if options.replay is not None:
+        replayed = predictions(seen_prompts.replayed, seen and seen.replayed, group)
+    return predictions(prompt_hidden, rest, group), routes, logits, replayed
 
 
 def _whole(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Read:
@@ -235,14 +244,16 @@ def _whole(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Rea
             position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
             use_cache=False,
         ).last_hidden_state
-    routes = logits = None
+    routes = logits = replayed = None
     if options.record:
         live = _live(seen)
         # The last sampled token is never read: -1 means no record.
         routes = torch.cat([live, torch.full_like(live[:, :1], -1)], dim=1)
     if options.router_logits:
         logits = seen.router_logits[:, prompt_length - 1 :]
-    return hidden[:, prompt_length - 1 :], routes, logits
+    if options.replay is not None:
+        replayed = seen.replayed[:, prompt_length - 1 :]
+    return hidden[:, prompt_length - 1 :], routes, logits, replayed
 
 
 _LAYOUTS = {"one_pass": _one_pass, "cached": _cached, "whole": _whole}

@@ -259,6 +259,15 @@ class ReplayedRouting:
         """As of `RecordedRouting`."""
         return self.live.router_logits
 
+    @property
+    def replayed(self) -> Tensor:
+        """bool `[B, S, L]`: where the routers of these forwards were given their recorded ids."""
+        ran = (self.live_routed_experts >= 0).all(dim=-1)
+        rows, length, _ = ran.shape
+        recorded = (self.routes[:, :rows, :length] >= 0).all(dim=-1).permute(1, 2, 0).to(ran.device)
+        beyond = length - recorded.shape[1]
+        return ran & torch.nn.functional.pad(recorded, (0, 0, 0, beyond), value=False)
+
     def ids(self, layer: int, live: Tensor) -> Tensor:
         """Ids of the shape of `live`: recorded, and live where there is no record."""
         ids = self._rows(self.routes[layer]).to(live.device, live.dtype).view(live.shape)

@@ -207,6 +207,8 @@ class Learner:
         with self.clock.timed("updates"), self._training_mode():
             passed = self.gradients(experience, step, update)
         metrics: dict[str, Any] = {"loss": self.ranks.total(sum(part.loss for part in passed))}
+        if self.plan.is_on:
+            metrics["replay/coverage"] = self._coverage(experience, passed)
         if config.instruments:
             with self.clock.timed("instruments"):
                 metrics |= self.observe(experience, passed, step, update)
@@ -218,6 +220,17 @@ class Learner:
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return metrics | {"grad_norm": norm, "skipped": int(skipped)}
+
+    def _coverage(self, experience: Experience, passed: list[Passed]) -> float:
+        """Share of response (token, layer) pairs, of all ranks, that were really replayed."""
+        covered = pairs = 0.0
+        for part in passed:
+            if part.forward.counts:
+                mask = experience.batch.response_mask[self.passes.rows(part.forward.prompts)]
+                assert part.output.replayed is not None
+                found = instruments.coverage_sums(part.output.replayed, mask).tolist()
+                covered, pairs = covered + found[0], pairs + found[1]
+        return self.ranks.total(covered) / self.ranks.total(pairs)
 
     @torch.no_grad()
     def observe(

@@ -1,6 +1,7 @@
 """Tests of the analysis room: rows of runs and arms, and the split of the log-ratio variance."""
 
 import json
+import math
 
 import pandas as pd
 import pytest
@@ -69,6 +70,18 @@ def test_updates_without_a_gradient_have_no_branches(tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     measured = run_measures(load_study(root)).iloc[0]
     assert measured["negative_above"] == measured["largest_token"] == pytest.approx(0.3)
+
+
+def test_coverage_is_of_all_updates_and_nan_without_replay(tmp_path):
+    root = synthetic.write_study(tmp_path, arms=["gspo", "grpo"], seeds=1, steps=3, updates=1)
+    file = root / "runs/staleness/gspo/seed1/updates.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row, value in zip(rows, (1.0, 0.4, 1.0), strict=True):
+        row["replay/coverage"] = value
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arms = summarize(load_study(root)).set_index("arm")
+    assert arms.loc["gspo", "replay_coverage"] == pytest.approx(0.8)
+    assert math.isnan(arms.loc["grpo", "replay_coverage"])
 
 
 def test_churn_is_taken_one_step_and_all_steps_after_the_old_policy(tmp_path):

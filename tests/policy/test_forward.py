@@ -84,7 +84,12 @@ def test_layouts_replay_the_same_choices_and_see_the_same_live_ones(
     read = response_positions(ours.routed_experts, batch.prompt_ids.shape[1])[mask]
     expected = response_positions(whole.routed_experts, batch.prompt_ids.shape[1])[mask]
     assert (read.sort(-1).values == expected.sort(-1).values).float().mean() > 0.999
-    live = response_pass(policy, batch, ForwardOptions()).logprobs
+    recorded = response_positions((foreign >= 0).all(dim=-1), batch.prompt_ids.shape[1])
+    for output in (ours, whole):
+        assert torch.equal(output.replayed[mask], recorded[mask]) and not recorded[mask].all()
+    alone = response_pass(policy, batch, ForwardOptions())
+    live = alone.logprobs
+    assert alone.replayed is None
     assert (live - ours.logprobs)[mask].abs().max() > 1e-2, "the foreign choices must matter"
 
 

@@ -142,6 +142,7 @@ def test_minus_one_means_the_live_choice(build, tokens, family) -> None:
     with torch.no_grad(), replay_routing(model, routes) as replayed, record_routing(model) as used:
         model(tokens)
     live = (routes < 0).any(dim=-1)
+    assert torch.equal(replayed.replayed, ~live)
     assert torch.equal(sets(used.routed_experts)[live], sets(replayed.live_routed_experts)[live])
     assert torch.equal(used.routed_experts[~live], routes[~live])
     assert torch.equal(used.routed_experts[1], own[1])
@@ -204,6 +205,7 @@ def test_generation_runs_on_beyond_the_record(model, tokens) -> None:
     assert torch.equal(used.routed_experts[:, :7], routes)
     assert torch.equal(used.routed_experts[:, 7:], replayed.live_routed_experts[:, 7:])
     assert replayed.live_routed_experts.shape == (4, 10, 2, 2)
+    assert replayed.replayed[:, :7].all() and not replayed.replayed[:, 7:].any()
 
 
 def test_a_forward_longer_than_the_record_is_live_past_its_end(model, tokens) -> None:
@@ -212,6 +214,7 @@ def test_a_forward_longer_than_the_record_is_live_past_its_end(model, tokens) ->
         model(tokens)
     assert torch.equal(used.routed_experts[:, :5], routes)
     assert torch.equal(used.routed_experts[:, 5:], replayed.live_routed_experts[:, 5:])
+    assert replayed.replayed[:, :5].all() and not replayed.replayed[:, 5:].any()
 
 
 def test_a_dense_control_replays_in_any_order(build, tokens) -> None:

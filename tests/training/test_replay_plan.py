@@ -129,3 +129,23 @@ def test_sub_batches_and_padding_carry_the_gate_weights(cold: Path) -> None:
     assert torch.equal(part.gate_weights[:, inside][:, :-1], batch.gate_weights[4:12, :-1])
     recorded = (part.routed_experts >= 0).all(-1)
     assert torch.equal(part.gate_weights.isfinite().all(-1), recorded)
+
+
+@pytest.mark.parametrize("replay", ["disabled", "R2", "R3"])
+def test_coverage_is_the_share_of_response_pairs_with_a_record(replay: str, cold: Path) -> None:
+    """Without instruments too; rows of -1 are not replayed, those of the prompt do not count."""
+    config = tiny(replay, updates_per_rollout=1, instruments=False, prompts_per_forward=1)
+    learner = trainer_of(config, cold).learner
+    experience, _ = trainer_of(config, cold).experience(0)
+    line = learner.update(experience, 0, 0)
+    if replay == "disabled":
+        assert "replay/coverage" not in line
+        return
+    assert line["replay/coverage"] == 1.0
+    mask, prompt = experience.batch.response_mask, experience.batch.prompt_ids.shape[1]
+    lost = experience.replay.clone()
+    lost[:, : prompt - 1] = -1  # of the prompt alone
+    lost[0, prompt, 1] = -1
+    line = learner.update(dataclasses.replace(experience, replay=lost), 0, 0)
+    pairs = int(mask.sum()) * lost.shape[2]
+    assert line["replay/coverage"] == pytest.approx(1 - 1 / pairs, abs=1e-9)
