@@ -336,6 +336,9 @@ DATA = {
     "an SGLang response without sizes": trace(
         "t.json", '{"meta_info": {"routed_experts": "AAAA"}}'
     ),
+    "a response that lacks rows": trace(
+        "t.json", '{"prompt_token_ids": [5, 5], "token_ids": [6], "routed_experts": [[[0, 1]]]}'
+    ),
     "an expert id below -1": ids(np.where(IDS == 0, -7, IDS)),
     "an expert chosen twice": ids(np.full_like(IDS, 3)),
     "a trace without records": ids(np.zeros_like(IDS)),

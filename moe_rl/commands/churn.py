@@ -17,7 +17,7 @@ class Churn(TraceLayout, Command):
     """Compare two recorded routings of the same tokens: churn by layer and position."""
 
     trace_a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TRACE_A")]
-    """File or folder: npz, npy, safetensors, json (vLLM, SGLang), jsonl or folder (Megatron-LM)."""
+    """File or folder: npz, npy, safetensors, json, jsonl, parquet; jsonl or folder: Megatron-LM."""
     trace_b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TRACE_B")]
     """The same tokens, routed by another policy or another engine."""
     plot: Path | None = None
@@ -32,11 +32,13 @@ class Churn(TraceLayout, Command):
         from moe_rl.traces.files import same_tokens
 
         paths = self.trace_a, self.trace_b
-        traces = [usable(self.read(path).routed_experts, path) for path in paths]
+        read = [self.read(path) for path in paths]
+        traces = [usable(one.routed_experts, path) for one, path in zip(read, paths, strict=True)]
         result = compare(*same_tokens(*(routes for routes, _ in traces)))
-        for _, note in traces:
-            if note:
-                print(note)
+        for path, one, (_, note) in zip(paths, read, traces, strict=True):
+            for line in (*(f"{path}: {said}" for said in one.notes), note):
+                if line:
+                    print(line)
         print(describe(result))
         if self.plot is not None:
             from moe_rl.analysis.plots.traces import churn_of_traces

@@ -65,7 +65,7 @@ class StudyOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceLayout:
-    """Sizes that some kinds of recorded traces do not contain."""
+    """What some kinds of recorded traces do not say about themselves."""
 
     num_layers: int | None = None
     """For an SGLang response: number of decoder layers of the model."""
@@ -73,6 +73,8 @@ class TraceLayout:
     """For an SGLang response: number of experts per token."""
     batch_size: int = 1
     """For a Megatron-LM trace: sequences per micro-batch."""
+    array: str = "routed_experts"
+    """Name of the array, field or column that holds the routes."""
 
     def read(self, path: Path) -> "Trace":
         """The trace in a file or folder."""

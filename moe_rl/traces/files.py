@@ -1,30 +1,38 @@
 """Traces: recorded routes read from files, whoever wrote them.
 
     read_trace("rollout.npz")                                  ours, or an array `routed_experts`
+    read_trace("rollout.npz", array="routes")                  an array of another name
     read_trace("response.json")                                vLLM's OpenAI-style response
+    read_trace("responses.jsonl")                              one a line, also of vllm run-batch
+    read_trace("responses.parquet")                            one a row
     read_trace("response.json", num_layers=48, top_k=8)        SGLang's response
     read_trace("trace_dir/router_trace_rank0.jsonl")           Megatron-LM's router trace
     read_trace("trace_dir")                                    all its ranks, as further rows
 
-One reader a layout, chosen by the suffix. Nothing is unpickled.
+One reader a layout, chosen by the suffix, and for JSONL by what its lines hold. Nothing is
+unpickled.
 """
 
+import importlib
+import io
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_rl.traces.foreign import KEY, PROMPT_KEY, from_vllm, stack_rows
+from moe_rl.traces.foreign import KEY, from_vllm, stack_rows
 from moe_rl.traces.megatron import MEGATRON_FILES, read_megatron
-from moe_rl.traces.responses import read_responses
+from moe_rl.traces.responses import Responses, read_responses
 
 # What json, numpy and safetensors raise on a damaged file, and our readers on a wrong content.
 _BAD_FILE = (ValueError, EOFError, zipfile.BadZipFile, zlib.error, SafetensorError)
@@ -38,6 +46,12 @@ class Trace:
     """int16 `[B, S, L, K]`, -1 where there is no record."""
     source: str
     """The system that writes files of this layout."""
+    response: Tensor | None = None
+    """bool `[B, S]`: where response tokens are predicted; None where the file does not say."""
+    tokens: Tensor | None = None
+    """int64 `[B, S]`, the tokens that were routed, -1 behind them; None likewise."""
+    notes: tuple[str, ...] = ()
+    """What was left out or filled in while reading."""
 
 
 def read_trace(
@@ -46,13 +60,15 @@ def read_trace(
     num_layers: int | None = None,
     top_k: int | None = None,
     batch_size: int = 1,
+    array: str = KEY,
 ) -> Trace:
-    """Read a trace by its suffix: .npz, .npy, .safetensors, .json, .jsonl, or a folder of .jsonl.
+    """Read a trace by its suffix: .npz, .npy, .safetensors, .json, .jsonl, .parquet, or a folder.
 
     Args:
         num_layers: decoder layers of the model, dense ones included; only SGLang needs it.
         top_k: K, experts per token; only SGLang needs it.
         batch_size: sequences in one micro-batch of a Megatron-LM trace, which flattens `[S, B]`.
+        array: name of the array, field or column that holds the routes.
 
     Raises:
         ValueError: unknown suffix, damaged file, or no routes `[B, S, L, K]` in it; the message
@@ -62,25 +78,32 @@ def read_trace(
     path = Path(path)
     # Numbers differ in width, and rank 10 comes after rank 9.
     shards = sorted(path.glob(MEGATRON_FILES), key=lambda file: (len(file.name), file.name))
+    sizes = {"num_layers": num_layers, "top_k": top_k}
     try:
         if path.suffix in (".npz", ".npy"):
             loaded = np.load(path)
-            return _from_arrays({KEY: loaded} if isinstance(loaded, np.ndarray) else loaded)
+            named = {array: loaded} if isinstance(loaded, np.ndarray) else loaded
+            return _from_arrays(named, array)
         if path.suffix == ".safetensors":
-            return _from_arrays(load_file(path))
+            return _from_arrays(load_file(path), array)
         if path.suffix == ".json":
-            rows, source = read_responses(json.loads(path.read_bytes()), num_layers, top_k)
-            return Trace(routed_experts=stack_rows(rows), source=source)
+            content = [json.loads(path.read_bytes())]
+            return _from_responses(read_responses(content, key=array, **sizes))
+        if path.suffix == ".parquet":
+            return _from_responses(read_responses(_rows(path), key=array, **sizes))
+        if path.suffix == ".jsonl" and not _is_megatron(path):
+            return _from_responses(read_responses(_lines(path), key=array, **sizes))
         if path.suffix == ".jsonl" or shards:
-            rows = read_megatron(shards or [path], batch_size)
-            return Trace(routed_experts=stack_rows(rows), source="Megatron-LM")
+            rows, notes = read_megatron(shards or [path], batch_size)
+            return Trace(routed_experts=stack_rows(rows), source="Megatron-LM", notes=notes)
         raise ValueError(
-            "a trace is a file .npz, .npy, .safetensors, .json (vLLM, SGLang) or .jsonl "
-            f"(Megatron-LM), or a folder with {MEGATRON_FILES}"
+            "a trace is a file .npz, .npy, .safetensors, .json or .jsonl (vLLM, SGLang), .parquet "
+            f"(one response a row) or .jsonl (Megatron-LM), or a folder with {MEGATRON_FILES}"
         )
     except _BAD_FILE as error:
         what = "not JSON: " if isinstance(error, json.JSONDecodeError) else ""
-        raise ValueError(f"{path}: {what}{error}") from error
+        hint = "; name a file of one response a line .jsonl" if "Extra data" in str(error) else ""
+        raise ValueError(f"{path}: {what}{error}{hint}") from error
 
 
 def write_trace(path: Path | str, routed_experts: Tensor) -> None:
@@ -103,12 +126,78 @@ def same_tokens(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a[:, :length], b[:, :length]
 
 
-def _from_arrays(arrays: Mapping[str, np.ndarray]) -> Trace:
-    """`routed_experts` `[S, L, K]` or `[B, S, L, K]`; vLLM 0.21 has the prompt's routes beside."""
-    if KEY not in arrays:
-        raise ValueError(f"holds {sorted(arrays)[:8]}; expected an array {KEY!r}")
-    routes, source = arrays[KEY], "numpy"
-    if PROMPT_KEY in arrays:
-        routes, source = from_vllm(routes, arrays[PROMPT_KEY]), "vLLM 0.21"
+def _from_arrays(arrays: Mapping[str, np.ndarray], name: str) -> Trace:
+    """The array `name`, `[S, L, K]` or `[B, S, L, K]`; vLLM 0.21 has the prompt's routes beside."""
+    if name not in arrays:
+        raise ValueError(
+            f"holds the arrays {sorted(arrays)[:8]} and no {name!r}; name the one with the routes "
+            "(--array NAME on the command line)"
+        )
+    routes, source = arrays[name], "numpy"
+    if f"prompt_{name}" in arrays:
+        routes, source = from_vllm(routes, arrays[f"prompt_{name}"]), "vLLM 0.21"
     rows = list(routes) if routes.ndim == 4 else [routes]
     return Trace(routed_experts=stack_rows(rows), source=source)
+
+
+def _from_responses(found: Responses) -> Trace:
+    """The record of some completions, with what their responses say about their tokens."""
+    record = stack_rows(found.rows)
+    shape = record.shape[:2]
+    response = tokens = None
+    if None not in found.prompts:
+        # The last token of a sequence predicts none; where nothing tells the length, rows do.
+        ends = [
+            len(row) if length is None else length - 1
+            for row, length in zip(found.rows, found.lengths, strict=True)
+        ]
+        first, end = torch.tensor(found.prompts)[:, None] - 1, torch.tensor(ends)[:, None]
+        response = (torch.arange(shape[1]) >= first) & (torch.arange(shape[1]) < end)
+    if None not in found.tokens:
+        tokens = torch.full(shape, -1)
+        for row, ids in zip(tokens, found.tokens, strict=True):
+            row[: len(ids or [])] = torch.tensor(ids)[: len(row)]
+    return Trace(
+        routed_experts=record,
+        source=found.source,
+        response=response,
+        tokens=tokens,
+        notes=found.notes,
+    )
+
+
+def _is_megatron(path: Path) -> bool:
+    """Whether a JSONL file is a router trace of Megatron-LM."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        head = file.read(1 << 16)
+    if '"router_replay_forward_verify"' in head or '"valid_sha256"' in head:
+        raise ValueError(
+            "a trace of NeMo-RL (NRL_R3_TRACE), which holds digests and previews of routes and not "
+            "the routes; save the responses of its rollout instead"
+        )
+    return '"top_indices"' in head
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    """The objects of a JSONL file."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number}: not JSON: {error}") from error
+
+
+def _rows(path: Path) -> Sequence[Any]:
+    """The rows of a parquet file."""
+    try:
+        parquet: Any = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise ValueError("a parquet file is read by pyarrow; pip install pyarrow") from error
+    content = io.BytesIO(path.read_bytes())
+    try:
+        rows: list[Any] = parquet.read_table(content).to_pylist()
+    except OSError as error:  # what it finds damaged in the bytes
+        raise ValueError(str(error)) from error
+    return rows

@@ -5,14 +5,17 @@
 | vLLM 0.14 `routed_experts`               | int32 `[S-1, all layers, K]`                          |
 | vLLM 0.21 `prompt_routed_experts` and    | int16 `[P, L, K]` and `[G, L, K]`, -1 where a cached  |
 |   `routed_experts`                       |   prefix was not run again                            |
-| vLLM 0.22 and later `routed_experts`     | int16 `[S-1, L, K]`                                   |
-| SGLang `meta_info["routed_experts"]`     | base64 of int32, flat `[S-1, all layers, K]`          |
+| vLLM 0.22 and later `routed_experts`     | uint8 or int16 `[S-1, L, K]`                          |
+| SGLang `meta_info["routed_experts"]`     | flat bytes `[S-1, all layers, K]`                     |
+| prime-rl `routed_experts`                | an object with data, shape, dtype and start           |
+| NeMo-RL `message["routed_experts"]`      | an envelope `[S, L, K]`, the last row a filler        |
 | Megatron-LM router trace                 | JSONL, one line per pass and layer: `megatron.py`     |
+
+How one array is written as text: `encodings.py`.
 
 The last token is sampled and never fed, so no engine has a route for it: its row is -1 here.
 """
 
-import base64
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,7 +27,6 @@ from moe_rl.routing.routed_experts import NO_RECORD, check_routed_experts
 from moe_rl.routing.taps import find_routers
 
 KEY = "routed_experts"
-PROMPT_KEY = "prompt_routed_experts"
 _LARGEST_ID = torch.iinfo(torch.int16).max
 
 
@@ -45,9 +47,12 @@ def stack_rows(rows: Sequence[np.ndarray]) -> Tensor:
         )
     low, high = min(int(row.min()) for row in rows), max(int(row.max()) for row in rows)
     if max(-low, high) > _LARGEST_ID:
+        # The largest number of an unsigned type is what a -1 becomes in it.
+        wrapped = {np.iinfo(row.dtype).max for row in rows if row.dtype.kind == "u"}
+        hint = " (a -1 of an unsigned type)" if high in wrapped else ""
         raise ValueError(
-            f"routed_experts: ids from {low} to {high}; expected at most {_LARGEST_ID}: were the "
-            "bytes read as the type they were written in?"
+            f"routed_experts: ids from {low} to {high}{hint}; expected at most {_LARGEST_ID}: were "
+            "the bytes read as the type they were written in?"
         )
     longest = max(row.shape[0] for row in rows)
     out = torch.full((len(rows), longest, *rows[0].shape[1:]), NO_RECORD, dtype=torch.int16)
@@ -58,28 +63,9 @@ def stack_rows(rows: Sequence[np.ndarray]) -> Tensor:
 
 def from_vllm(generated: np.ndarray, prompt: np.ndarray | None = None) -> np.ndarray:
     """Routes `[S or S-1, L, K]` of one vLLM completion; 0.21 has those of its prompt apart."""
-    return generated if prompt is None else np.concatenate([prompt, generated], axis=0)
-
-
-def from_sglang(encoded: str, *, num_layers: int, top_k: int) -> np.ndarray:
-    """Routes int32 `[S-1, num_layers, K]` of one SGLang response.
-
-    Args:
-        encoded: `meta_info["routed_experts"]`, base64 of little-endian int32.
-        num_layers: all decoder layers of the model, dense ones included.
-
-    Raises:
-        ValueError: not base64, or not a whole number of tokens.
-    """
-    raw = base64.b64decode(encoded, validate=True)
-    size = 4 * num_layers * top_k
-    if size <= 0 or len(raw) % size:
-        raise ValueError(
-            f"routed_experts: {len(raw)} bytes are no whole number of tokens of {num_layers} "
-            f"layers x {top_k} experts x 4 bytes; give num_layers (all decoder layers) and top_k "
-            "of the model that was served"
-        )
-    return np.frombuffer(raw, dtype="<i4").reshape(-1, num_layers, top_k)
+    # A response of one token has no row: its token is never fed.
+    whole = [part for part in (prompt, generated) if part is not None and part.size]
+    return np.concatenate(whole) if len(whole) > 1 else (whole or [generated])[0]
 
 
 def fit_to_model(

@@ -6,10 +6,14 @@ A line is one MoE layer of one forward pass:
 
 A step may have several passes; the n-th line of a layer in a step belongs to its n-th pass. Steps
 follow each other and are joined along the tokens. Lines of "mtp" blocks are left out.
+
+The tracer is a forward hook, so activation recomputation writes the lines of its layers once more:
+they hold the ids of a line before them, and are left out and counted. A pass of fewer than four
+tokens is never taken for a repeat: it may look like another by chance.
 """
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +23,14 @@ import numpy as np
 MEGATRON_FILES = "router_trace_rank*.jsonl"
 
 
-def read_megatron(files: Sequence[Path], batch_size: int) -> list[np.ndarray]:
-    """Rows `[S, L, K]` of the files of all ranks, in the order of `files`.
+_FEWEST_TOKENS = 4
+"""Of a pass that may be taken for a repeat."""
+
+
+def read_megatron(
+    files: Sequence[Path], batch_size: int
+) -> tuple[list[np.ndarray], tuple[str, ...]]:
+    """Rows `[S, L, K]` of the files of all ranks, in the order of `files`, and what was left out.
 
     A pass flattens the tokens of a micro-batch of `batch_size` sequences from `[S, B]`. With 1 a
     file is one row; with more, every sequence of every pass is a row.
@@ -31,8 +41,10 @@ def read_megatron(files: Sequence[Path], batch_size: int) -> list[np.ndarray]:
     """
     rows: list[np.ndarray] = []
     layers_of: dict[str, list[int]] = {}
+    repeats = 0
     for file in files:
-        layers_of[file.name], passes = _passes(file)
+        layers_of[file.name], passes, repeated = _passes(file)
+        repeats += repeated
         if batch_size > 1:
             bad = next((len(ids) for ids in passes if len(ids) % batch_size), None)
             if bad is not None:
@@ -48,26 +60,65 @@ def read_megatron(files: Sequence[Path], batch_size: int) -> list[np.ndarray]:
             f"its files trace different layers, {layers_of}: stages of a pipeline, whose files do "
             "not say which rows belong together; read them one by one"
         )
-    return rows
+    note = (
+        f"{repeats} lines hold the ids of a line before them, as activation recomputation writes "
+        "its layers once more: left out"
+    )
+    return rows, (note,) if repeats else ()
 
 
-def _passes(file: Path) -> tuple[list[int], list[np.ndarray]]:
-    """The layers, and the ids `[N, L, K]` of each pass, in the order of the file."""
+def _passes(file: Path) -> tuple[list[int], list[np.ndarray], int]:
+    """The layers, the ids `[N, L, K]` of each pass in the order of the file, and lines left out."""
     passes: list[np.ndarray] = []
     layers: list[int] = []
-    for step, by_layer in _steps(file).items():
+    repeats = 0
+    for step, lines in _steps(file).items():
+        by_layer = _without_repeats(lines)
+        repeats += sum(map(len, lines.values())) - sum(map(len, by_layer.values()))
         layers = layers or sorted(by_layer)
         sizes = [[ids.shape for ids in by_layer[layer]] for layer in layers if layer in by_layer]
         if sorted(by_layer) != layers or any(size != sizes[0] for size in sizes):
-            lines = {layer: len(by_layer[layer]) for layer in sorted(by_layer)}
+            counts = {layer: len(by_layer[layer]) for layer in sorted(by_layer)}
             raise ValueError(
-                f"step {step} of {file.name}: lines by layer {lines}; expected the layers {layers} "
-                "with as many lines and tokens each: the trace is cut off or mixes files"
+                f"step {step} of {file.name}: lines by layer {counts}; expected the layers "
+                f"{layers} with as many lines and tokens each: the trace is cut off or mixes files"
             )
         passes += [
             np.stack(ids, axis=1) for ids in zip(*(by_layer[n] for n in layers), strict=True)
         ]
-    return layers, passes
+    return layers, passes, repeats
+
+
+def _without_repeats(by_layer: dict[int, list[np.ndarray]]) -> dict[int, list[np.ndarray]]:
+    """The lines of a step without those that recomputation has written; `[N, K]` each.
+
+    Of a pass that was recomputed in every layer all lines must be repeats. Where some layers have
+    more lines than others, those alone were recomputed.
+    """
+    repeats = {layer: _repeats(lines) for layer, lines in by_layer.items()}
+    if len({len(lines) for lines in by_layer.values()}) == 1:
+        whole = set.intersection(*repeats.values())
+        repeats = dict.fromkeys(by_layer, whole)
+    kept = {
+        layer: [ids for n, ids in enumerate(lines) if n not in repeats[layer]]
+        for layer, lines in by_layer.items()
+    }
+    # Where the counts do not come out even there is another reason, and the lines stay as they are.
+    return kept if len({len(lines) for lines in kept.values()}) == 1 else by_layer
+
+
+def _repeats(lines: Sequence[np.ndarray]) -> set[int]:
+    """Numbers of the lines that hold the ids of an earlier line, each of which has one repeat."""
+    waiting: Counter[bytes] = Counter()
+    found = set()
+    for number, ids in enumerate(lines):
+        content = ids.tobytes()
+        if waiting[content]:
+            waiting[content] -= 1
+            found.add(number)
+        elif len(ids) >= _FEWEST_TOKENS:
+            waiting[content] += 1
+    return found
 
 
 def _steps(file: Path) -> dict[int, dict[int, list[np.ndarray]]]:

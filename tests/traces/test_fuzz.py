@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
+from trace_faults import nemo, parquet, payload
 
 from moe_rl.traces import read_trace
 
@@ -45,6 +46,10 @@ WHOLE: dict[str, bytes] = {
     "base64.json": text({"outputs": [{"routed_experts": NPY}]}),
     "sglang.json": text([{"meta_info": {"routed_experts": FLAT}}]),
     "megatron.jsonl": b"\n".join(map(text, LINES)),
+    "lines.jsonl": b"\n".join(text({"choices": [{"routed_experts": NPY}]}) for _ in range(2)),
+    "nemo.json": text({"choices": [{"message": {"routed_experts": nemo(IDS[0])}}]}),
+    "object.json": text({"choices": [{"routed_experts": payload(IDS[0])}]}),
+    "lists.parquet": parquet([{"routed_experts": row.tolist()} for row in IDS]),
 }
 
 
@@ -59,14 +64,17 @@ def test_a_file_that_was_cut_off_is_an_error_with_the_path(
     assert read_trace(path, num_layers=L, top_k=K).routed_experts.shape[1:] == (5, L, K)
     path.write_bytes(WHOLE[name][: int(share * len(WHOLE[name]))])
     try:
-        # A router trace that ends with a line is whole, if smaller.
+        # Lines that end with a line are whole, if fewer.
         routes = read_trace(path, num_layers=L, top_k=K).routed_experts
-        assert name.endswith(".jsonl") and routes.shape[2] < L
+        assert name.endswith(".jsonl") and (routes.shape[2] < L or len(routes) < 2)
     except ValueError as error:
         assert str(error).startswith(f"{path}: ")
 
 
-@given(raw=st.binary(max_size=64), suffix=st.sampled_from(["npz", "npy", "safetensors", "json"]))
+@given(
+    raw=st.binary(max_size=64),
+    suffix=st.sampled_from(["npz", "npy", "safetensors", "json", "parquet"]),
+)
 def test_other_bytes_are_an_error_with_the_path(
     raw: bytes, suffix: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -74,6 +82,35 @@ def test_other_bytes_are_an_error_with_the_path(
     path.write_bytes(raw)
     with pytest.raises(ValueError, match=rf"{path}: "):
         read_trace(path)
+
+
+KEYS = [
+    "routed_experts", "prompt_routed_experts", "choices", "outputs", "meta_info", "message",
+    "response", "body", "error", "usage", "custom_id", "prompt_token_ids", "token_ids",
+    "prompt_tokens", "completion_tokens", "dtype", "start", "shape", "data",
+    "routed_experts_start_len", "routed_experts_dtype",
+]  # fmt: skip
+LEAVES = st.sampled_from([None, True, -1, 3, 10**30, 0.5, "", "uint8", NPY, FLAT, IDS[0].tolist()])
+CHANGES = st.dictionaries(st.sampled_from(KEYS), LEAVES, max_size=2)
+
+
+@settings(max_examples=100)
+@given(response=CHANGES, choice=CHANGES, array=CHANGES, lines=st.booleans())
+def test_a_response_of_wrong_fields_is_a_trace_or_an_error_with_the_path(
+    response: dict[str, Any],
+    choice: dict[str, Any],
+    array: dict[str, Any],
+    lines: bool,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    one = {"token_ids": [6] * 3, "routed_experts": payload(IDS[0]) | array} | choice
+    content = {"prompt_token_ids": [5, 5], "choices": [one], "usage": {}} | response
+    path = tmp_path_factory.mktemp("json") / ("x.jsonl" if lines else "x.json")
+    path.write_bytes(text(content))
+    try:
+        assert read_trace(path, num_layers=L, top_k=K).routed_experts.ndim == 4
+    except ValueError as error:
+        assert str(error).startswith(f"{path}: ")
 
 
 def test_a_flipped_bit_of_an_npz_is_found_by_its_checksum(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from moe_rl.replay_check import check_trace
 from moe_rl.replay_check.families import build_family
 from moe_rl.routing import find_routers, record_routing, replay_routing
 from moe_rl.traces import fit_to_model, read_trace, write_trace
+from moe_rl.traces.encodings import from_sglang
 from moe_rl.traces.files import same_tokens
-from moe_rl.traces.foreign import from_sglang, stack_rows
+from moe_rl.traces.foreign import stack_rows
 
 E, K, L, S = 8, 2, 3, 7
 
