@@ -112,6 +112,11 @@ def response_positions(sequence_values: Tensor, prompt_length: int) -> Tensor:
     return sequence_values[:, prompt_length - 1 : -1]
 
 
+def predicting(response_mask: Tensor, prompt_length: int) -> Tensor:
+    """Where a sequence predicts the response tokens of a mask: bool [B, T] -> [B, Sp + T]."""
+    return pad(response_mask, (prompt_length - 1, 1), value=False)
+
+
 def predictions(prompt_values: Tensor, response_values: Tensor | None, group_size: int) -> Tensor:
     """Values where each response token is predicted: [P, Sp, ...] and [B, T-1, ...] -> [B, T, ...].
 

@@ -114,7 +114,11 @@ class CheckReplay(TraceLayout, Command):
         shape = " x ".join(str(size) for size in routes.shape)
         known = float((routes >= 0).all(dim=-1).float().mean())
         print(f"{path}: {trace.source}, [B, S, L, K] = {shape}, {known:.1%} with a record")
-        findings = check_trace(routes, num_experts=self.num_experts)
+        for note in trace.notes:
+            print(f"{path}: {note}")
+        findings = check_trace(
+            routes, num_experts=self.num_experts, response=trace.response, tokens=trace.tokens
+        )
         for finding in findings:
             line = f"{finding.check:<{NAME_WIDTH}} {MARKS[finding.passed]:<5} {finding.reason}"
             print(line.rstrip())

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from moe_rl.replay_check.check_trace import check_trace
+from moe_rl.replay_check.check_trace import Record, check_trace, fillers
 from moe_rl.routing.routed_experts import NO_RECORD
 from moe_rl.routing.statistics import churn, per_layer, router_disagreement, token_disagreement
 
@@ -62,8 +62,8 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
 def usable(routes: Tensor, path: Path) -> tuple[Tensor, str]:
     """Routes `[B, S, L, K]` in which every row is a choice or -1, and what had to be left out.
 
-    Engines fill rows that they did not record with zeros. With K > 1 no router chooses expert 0 K
-    times, so such a row is no choice; counted as one it would agree with every other fill.
+    Engines fill rows that they did not record with zeros, or with 0 to K - 1 in every layer. Such a
+    row is no choice: counted as one it would agree with every other fill.
 
     Raises:
         ValueError: begins with `path`; ids that no router can have chosen.
@@ -75,9 +75,13 @@ def usable(routes: Tensor, path: Path) -> tuple[Tensor, str]:
     if not (routes > 0).any():
         raise ValueError(f"{path}: every id is 0 or -1: the engine recorded nothing")
     filled = (routes == 0).all(dim=-1, keepdim=True) & (routes.shape[-1] > 1)
+    filled = filled | fillers(Record(routes=routes))[..., None, None]
     count = int(filled.sum())
     share = count / filled.numel()
-    note = f"{path}: {count} (token, layer) pairs ({share:.1%}) hold zeros: left out, not recorded"
+    note = (
+        f"{path}: {count} (token, layer) pairs ({share:.1%}) hold zeros or 0..K-1: left out, not "
+        "recorded"
+    )
     return routes.masked_fill(filled, NO_RECORD), note if count else ""
 
 

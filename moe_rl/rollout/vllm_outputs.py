@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from moe_rl.batch import RolloutBatch
+from moe_rl.batch import RolloutBatch, predicting
 from moe_rl.policy.policy import Policy
+from moe_rl.replay_check.check_trace import require_information
+from moe_rl.routing import find_routers
 from moe_rl.routing.routed_experts import NO_RECORD
 from moe_rl.traces.foreign import from_vllm, record_for_model
 
@@ -53,7 +55,7 @@ def read_outputs(
     `prompt_ids` and `prompt_mask` [P, Sp] are left padded, as they were sent.
 
     Raises:
-        ValueError: a field is missing or malformed.
+        ValueError: a field is missing or malformed, or the routes tell nothing.
         FloatingPointError: a log-prob is NaN or inf.
     """
     responses = []
@@ -80,7 +82,9 @@ def read_outputs(
             logprobs = _read_logprobs(completion.logprobs, tokens, where)
             routes = _read_routes(output, completion, policy, where)
             responses.append(_Response(tokens, logprobs, truncated, routes))
-    return _batch_responses(responses, policy, prompt_ids, prompt_mask)
+    batch = _batch_responses(responses, policy, prompt_ids, prompt_mask)
+    _check_routes(batch, policy)
+    return batch
 
 
 def _read_logprobs(rows: Any, tokens: list[int], where: str) -> list[float]:
@@ -105,17 +109,30 @@ def _read_routes(output: Any, completion: Any, policy: Policy, where: str) -> Te
     prompt = getattr(output, "prompt_routed_experts", None)
     rows = from_vllm(np.asarray(completion.routed_experts), prompt)
     try:
-        # Some releases give the last token a row too, though it was never fed: no route.
-        record = record_for_model([rows[: length - 1]], policy.model, num_tokens=length)[0]
+        # Some releases give the last token a row too, though it was never fed: no route. More rows
+        # are of other tokens.
+        fed = rows[:-1] if len(rows) == length else rows
+        record = record_for_model([fed], policy.model, num_tokens=length)[0]
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    lost = (record[prompt_length - 1 : -1] < 0).flatten(1).any(dim=1).nonzero()
-    if len(lost):
-        raise ValueError(
-            f"{where}: routed_experts has no record where response token {int(lost[0])} is "
-            "predicted, and a replay would choose live there; leave vLLM more memory"
-        )
     return record
+
+
+def _check_routes(batch: RolloutBatch, policy: Policy) -> None:
+    group, prompt_length = batch.group_size, batch.prompt_ids.shape[1]
+    prompts = batch.prompt_ids.repeat_interleave(group, dim=0)
+    assert batch.routed_experts is not None
+    try:
+        require_information(
+            batch.routed_experts,
+            num_experts=find_routers(policy.model)[0].num_experts,
+            response=predicting(batch.response_mask, prompt_length),
+            tokens=torch.cat([prompts, batch.response_ids], dim=1),
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"vLLM, where sequence b is completion b % {group} of request b // {group}: {error}"
+        ) from error
 
 
 def _batch_responses(

@@ -1,5 +1,6 @@
 """`moe-rl check-replay` and `moe-rl churn` as a user meets them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,19 @@ def test_a_model_folder_is_checked_and_a_broken_trace_fails(tmp_path: Path, here
     bad = here("check-replay", "bad.npz", "--num-experts", "8")
     assert bad.returncode == 1
     assert "last token" in bad.stdout and "FAIL" in bad.stdout and "-1, or expert 0" in bad.stdout
+
+
+def test_a_note_of_the_reader_is_printed_and_a_lost_completion_fails(
+    tmp_path: Path, here: Here
+) -> None:
+    done = {"custom_id": "a", "response": {"body": {"choices": [{"mine": routes()[0].tolist()}]}}}
+    failed = {"custom_id": "b", "response": None, "error": "too long"}
+    (tmp_path / "b.jsonl").write_text(f"{json.dumps(done)}\n{json.dumps(failed)}\n")
+    for words, code in ((["check-replay", "b.jsonl"], 1), (["churn", "b.jsonl", "b.jsonl"], 0)):
+        run = here(*words, "--array", "mine")
+        assert run.returncode == code, run.stderr
+        assert "1 of 2 completions have no 'mine'" in run.stdout
+        assert ("FAIL  1 sequences have no record" in run.stdout) == bool(code)
 
 
 def test_churn_prints_and_plots(tmp_path: Path, here: Here) -> None:

@@ -263,9 +263,20 @@ FAULTS: dict[str, tuple[C, str]] = {
         HERE + "routed_experts is missing.*enable_return_routed_experts=True",
     ),
     "routes too few": (reroute(lambda r: r[:-2]), HERE + r"routed_experts: \d+ positions for"),
+    "routes twice": (
+        reroute(lambda r: np.repeat(r, 2, axis=0)),
+        HERE + r"routed_experts: \d+ positions for",
+    ),
     "routes of another top-k": (reroute(lambda r: r[:, :, :1]), HERE + "routed_experts: shape"),
     "routes beyond the experts": (write(0, [0, 8]), HERE + "routed_experts: ids range from"),
-    "no record of the response": (write(-1, -1), HERE + "routed_experts has no record where"),
+    "rows that were filled": (
+        reroute(lambda r: 0 * r + np.arange(2, dtype=r.dtype)),
+        r"vLLM, where sequence b is .*tokens hold 0..K-1 in every layer",
+    ),
+    "no record of the response": (
+        write(-1, -1),
+        r"vLLM, where sequence b .*no record where a resp.*= \[5, ",
+    ),
 }
 
 
