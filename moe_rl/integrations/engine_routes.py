@@ -4,8 +4,6 @@ A sequence of an engine is prompt and response without padding; a trainer's batc
 on the left and responses on the right. Layouts of engines: moe_rl/traces/foreign.py.
 """
 
-import base64
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moe_rl.replay_check.check_trace import require_information
+from moe_rl.routing import find_routers
 from moe_rl.routing.routed_experts import NO_RECORD
+from moe_rl.traces.encodings import decode_routes
 from moe_rl.traces.foreign import from_vllm, record_for_model
 
 FIELD = "routed_experts"
@@ -50,24 +51,19 @@ def join_prompts(routes: Sequence[Any], prompts: Sequence[Any] | None) -> list[n
 
 
 def as_array(value: Any, index: int) -> np.ndarray:
-    """Ids of sequence `index` from an array, a tensor, nested lists, or base64 of an npy file.
+    """Ids of sequence `index` in any form of moe_rl/traces/encodings.py that says its shape.
 
-    Flat bytes (SGLang) do not say their shape: pass moe_rl.traces.foreign.from_sglang(...) of them.
+    Flat bytes (SGLang) do not: pass `from_sglang(...)` of that module of them.
 
     Raises:
-        ValueError: None, or numpy's own of uneven lists or of a text that is no npy file.
+        ValueError: None, or a value that cannot be decoded.
     """
     if value is None:
         raise ValueError(
             f"{FIELD}: sequence {index} has none; turn the engine's record on (vLLM: "
             "enable_return_routed_experts=True)"
         )
-    if isinstance(value, Tensor):
-        return value.detach().cpu().numpy()
-    if isinstance(value, str):
-        array: np.ndarray = np.load(io.BytesIO(base64.b64decode(value)))
-        return array
-    return np.asarray(value)
+    return decode_routes(value)[0]
 
 
 def lay_out(
@@ -108,3 +104,33 @@ def lay_out(
         start = prompt_length - prompt
         batch[index, start : start + len(row)] = record[index, : len(row)]
     return batch
+
+
+def check_record(
+    record: Tensor,
+    tokens: Tensor,
+    counted: Sequence[Sequence[int]],
+    *,
+    prompt_length: int,
+    model: nn.Module,
+) -> None:
+    """Refuse a record that tells nothing, or lacks rows where a token of the loss is predicted.
+
+    Args:
+        record: int16 `[B, S, L, K]`, of `lay_out`.
+        tokens: int64 `[B, S]`, the padded batch.
+        counted: of each response 1 for every token that the loss counts, 0 for those of tools.
+        prompt_length: positions of the padded prompts.
+
+    Raises:
+        ValueError: names the check of `moe-rl check-replay` that fails.
+    """
+    response = torch.zeros(record.shape[:2], dtype=torch.bool)
+    for row, mask in zip(response, counted, strict=True):
+        row[prompt_length - 1 : prompt_length - 1 + len(mask)] = torch.tensor(mask) > 0
+    require_information(
+        record,
+        num_experts=find_routers(model)[0].num_experts,
+        response=response,
+        tokens=tokens.cpu(),
+    )

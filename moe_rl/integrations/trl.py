@@ -20,9 +20,21 @@ from torch import Tensor, nn
 
 from moe_rl.batch import response_positions
 from moe_rl.config import RoutingReplay
-from moe_rl.integrations.engine_routes import FIELD, PROMPT_FIELD, join_prompts, lay_out
-from moe_rl.integrations.trl_metrics import MicroBatch, global_routing, update_metrics
+from moe_rl.integrations.engine_routes import (
+    FIELD,
+    PROMPT_FIELD,
+    check_record,
+    join_prompts,
+    lay_out,
+)
+from moe_rl.integrations.trl_metrics import (
+    MicroBatch,
+    global_coverage,
+    global_routing,
+    update_metrics,
+)
 from moe_rl.integrations.trl_support import require_same_tokens, require_support, require_tested_trl
+from moe_rl.metrics.instruments import coverage_sums
 from moe_rl.routing import record_routing, replay_routing
 from moe_rl.routing.statistics import churn
 
@@ -42,6 +54,8 @@ class _TrlRollout:
 
     lengths: list[tuple[int, int]]
     """(prompt tokens, response tokens) of each sequence."""
+    counted: list[list[int]]
+    """Of each response 1 for every token that the loss counts, 0 for those of tools."""
     engine_routes: list[np.ndarray]
     replay: Tensor | None = None
     live: Tensor | None = None
@@ -86,6 +100,7 @@ class RoutingReplayMixin(GRPOTrainer):
         self._inputs_under_way: dict[str, Any] | None = None
         self._before_backward: MicroBatch | None = None
         self._micro_batches: list[MicroBatch] = []
+        self._coverage: list[Tensor] = []
         super().__init__(*args, **kwargs)
         require_support(self)
 
@@ -112,7 +127,10 @@ class RoutingReplayMixin(GRPOTrainer):
             engine_routes = join_prompts(routes, prompt_routes)
         lengths = [(len(p), len(c)) for p, c in zip(prompt_ids, completion_ids, strict=True)]
         # Only now: forwards that a rollout_func makes are its own.
-        self._rollout_under_way = _TrlRollout(lengths=lengths, engine_routes=engine_routes)
+        counted = generated[2] or [[1] * response for _, response in lengths]
+        self._rollout_under_way = _TrlRollout(
+            lengths=lengths, counted=counted, engine_routes=engine_routes
+        )
         return generated
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -157,6 +175,8 @@ class RoutingReplayMixin(GRPOTrainer):
             prompt = length - response_length
             given = rollout.engine_routes, rollout.lengths
             record = lay_out(*given, prompt_length=prompt, length=length, model=self.model)
+            counted = rollout.counted
+            check_record(record, tokens, counted, prompt_length=prompt, model=self.model)
             rollout.replay = record.to(tokens.device)
         return rollout.replay
 
@@ -177,7 +197,7 @@ class RoutingReplayMixin(GRPOTrainer):
             replay = None
             if self.routing_replay == "R3":
                 replay = self._engine_record(rollout, input_ids, logits_to_keep)
-            found, rollout.live = self._routed_pass(replay, forward, kwargs)
+            found, rollout.live, _ = self._routed_pass(replay, forward, kwargs)
             rollout.old_logprobs = found[0]
             return found
         if inputs is not None:
@@ -203,16 +223,16 @@ class RoutingReplayMixin(GRPOTrainer):
 
     def _routed_pass(
         self, replay: Tensor | None, forward: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Tensor]:
-        """A pass that replays a record if there is one, and the live choices in it."""
+    ) -> tuple[Any, Tensor, Tensor | None]:
+        """A pass that replays a record if there is one, its live choices, and what was replayed."""
         if replay is None:
             with record_routing(forward[0]) as recorded:
                 found = self._plain_pass(forward, kwargs)
-            return found, recorded.routed_experts
+            return found, recorded.routed_experts, None
         # Backward comes after the block: a replayed forward is recomputed with its own routes.
         with replay_routing(forward[0], replay, validate=False) as replayed:
             found = self._plain_pass(forward, kwargs)
-        return found, replayed.live_routed_experts
+        return found, replayed.live_routed_experts, replayed.replayed
 
     def _update_pass(
         self, inputs: dict[str, Any], forward: tuple[Any, ...], kwargs: dict[str, Any]
@@ -226,7 +246,10 @@ class RoutingReplayMixin(GRPOTrainer):
         splits = every > 0 and (self.state.global_step + 1) % every == 0
         # Before the forward in the loss: between it and its backward the model is left alone.
         other = self._other_logprobs(old, replay, forward) if splits else None
-        found, new = self._routed_pass(replay, forward, kwargs)
+        found, new, replayed = self._routed_pass(replay, forward, kwargs)
+        if replayed is not None:
+            covered = response_positions(replayed, inputs["prompt_ids"].shape[1])
+            self._coverage.append(coverage_sums(covered, _response_mask(inputs)))
         if self.routing_diagnostics:
             logprobs, advantages = found[0], inputs["advantages"]
             logprobs.retain_grad()
@@ -280,6 +303,9 @@ class RoutingReplayMixin(GRPOTrainer):
         if self._micro_batches and self.accelerator.sync_gradients:
             self._log_metrics(update_metrics(self.accelerator, self._micro_batches))
             self._micro_batches.clear()
+        if self._coverage and self.accelerator.sync_gradients:
+            self._log_metrics(global_coverage(self.accelerator, self._coverage))
+            self._coverage.clear()
         return loss
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:

@@ -93,6 +93,12 @@ def global_routing(accelerator: Any, churn: Sequence[Tensor], prefix: str) -> di
     return routing_means(accelerator.reduce(sums, reduction="sum"), prefix)
 
 
+def global_coverage(accelerator: Any, parts: Sequence[Tensor]) -> dict[str, float]:
+    """`replay/coverage` over parts, `coverage_sums` each, and processes, all of which call it."""
+    sums = accelerator.reduce(torch.stack(list(parts)).sum(0), reduction="sum")
+    return {"replay/coverage": float(sums[0] / sums[1])}
+
+
 def update_metrics(accelerator: Any, parts: Sequence[MicroBatch]) -> dict[str, float]:
     """Every metric of one update; every process must call it, with equally many sequences.
 

@@ -8,9 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import trace_faults
 from tiny_trl import tiny_model
 
-from moe_rl.integrations.engine_routes import as_array, join_prompts, lay_out, vllm_routes
+from moe_rl.integrations.engine_routes import (
+    as_array,
+    check_record,
+    join_prompts,
+    lay_out,
+    vllm_routes,
+)
 
 LENGTHS = [(2, 3), (4, 1), (1, 2)]  # prompt and response tokens of each sequence
 PROMPT, WIDTH = 4, 8  # padded
@@ -82,3 +89,28 @@ def test_vllms_outputs_become_one_row_a_completion() -> None:
 def test_what_is_no_array_is_refused(value: Any) -> None:
     with pytest.raises(ValueError):
         as_array(value, 7)
+
+
+def test_every_fault_of_a_record_is_refused() -> None:
+    """On the way that R3 takes: laid beside a padded batch, then checked."""
+    model = tiny_model(num_experts=trace_faults.E, num_hidden_layers=trace_faults.L)
+    response = trace_faults.S - trace_faults.PROMPT
+    lengths = [(trace_faults.PROMPT, response), (trace_faults.PROMPT, response)]
+    width = {"prompt_length": trace_faults.PROMPT + 3}
+    tokens = torch.from_numpy(trace_faults.tokens())
+    tokens = torch.nn.functional.pad(tokens, (3, 2))
+
+    def check(ids: np.ndarray) -> None:
+        record = lay_out(ids, lengths, length=tokens.shape[1], model=model, **width)
+        check_record(record, tokens, [[1] * response] * 2, model=model, **width)
+
+    check(trace_faults.routes())
+    for fault in trace_faults.FAULTS:
+        with pytest.raises(ValueError, match=r"^routed_experts: "):
+            check(trace_faults.spoiled(fault))
+
+
+def test_objects_and_envelopes_are_read_like_arrays() -> None:
+    ids = trace_faults.routes(1)[0]
+    for form in (trace_faults.payload(ids, "uint8"), trace_faults.nemo(ids)):
+        assert np.array_equal(as_array(form, 0), ids)

@@ -64,6 +64,13 @@ def with_routes(change: Any) -> Any:
     return apply
 
 
+def lose(rows: list[Any]) -> list[Any]:
+    """The first response token of the last completion is predicted without a route."""
+    rows[-1] = rows[-1].clone()
+    rows[-1][-2] = -1
+    return rows
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -74,6 +81,7 @@ def with_routes(change: Any) -> Any:
         (with_routes(lambda rows: [row[:, :1] for row in rows]), "the model has 2 MoE layers"),
         (with_routes(lambda rows: [row + 8 for row in rows]), "but the model has 8 experts"),
         (with_routes(lambda rows: [0 * row for row in rows]), "every recorded id is 0"),
+        (with_routes(lose), "2 .token, layer. pairs have no record where a response token is"),
     ],
 )
 def test_routes_that_do_not_fit_are_refused(tmp_path: Path, change: Any, message: str) -> None:

@@ -58,10 +58,12 @@ def test_every_update_replays_what_the_old_policy_chose(tmp_path: Path) -> None:
         assert torch.equal(second["inputs"]["routed_experts"], record)
         assert torch.equal(first["used"], record)
         assert torch.equal(second["used"], record)
+    assert [line["replay/coverage"] for line in logged(trainer)] == [1.0] * 4
     churn = [line["routing/churn"] for line in logged(trainer)]
     assert churn[0] == churn[2] == 0.0 and min(churn[1], churn[3]) > 0.05
     # Without replay the same updates leave the record, so following it is no accident.
     live = train(tmp_path)
+    assert "replay/coverage" not in logged(live)[1]
     assert not torch.equal(live.seen[1]["used"], live.seen[1]["inputs"]["live_routed_experts"])
 
 
@@ -137,7 +139,28 @@ def test_r3_without_diagnostics_makes_no_pass_of_its_own(tmp_path: Path) -> None
     trainer = train(tmp_path, kind=Counting, args={"num_iterations": 1}, **options)
     assert passes == [True] * 4
     assert not [name for name in logged(trainer)[0] if name.startswith(("routing/", "ratio/"))]
+    assert logged(trainer)[0]["replay/coverage"] == 1.0
     assert all("routed_experts" in seen["inputs"] for seen in trainer.seen)
+
+
+def test_tokens_that_the_loss_does_not_count_may_lack_a_record(tmp_path: Path) -> None:
+    """Those of tools, for which the engine may have answered from its cache."""
+
+    def engine(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        out = shifted_engine(prompts, trainer)
+        out["env_mask"] = [[1, 1, 0, 0, 1, 1][: len(c)] for c in out["completion_ids"]]
+        for prompt, routes in zip(out["prompt_ids"], out["routed_experts"], strict=True):
+            for row in routes[len(prompt) + 1 : len(prompt) + 3]:
+                row[:] = [[-1, -1]] * 2
+        return out
+
+    settings = {"max_steps": 1, "num_iterations": 1}
+    trainer = train(tmp_path, args=settings, routing_replay="R3", rollout_func=engine)
+    inputs, used = trainer.seen[0]["inputs"], trainer.seen[0]["used"]
+    live = (inputs["routed_experts"] < 0).any(dim=-1)
+    assert live[:, inputs["prompt_ids"].shape[1] + 1].all()
+    assert torch.equal(used[~live], inputs["routed_experts"][~live])
+    assert logged(trainer)[0]["replay/coverage"] == 1.0
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
