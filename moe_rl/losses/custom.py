@@ -3,21 +3,15 @@
 moe-rl train --loss my_loss.py:my_loss
 """
 
-import contextlib
-import difflib
 import functools
-import hashlib
 import inspect
-import sys
-import traceback
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from moe_rl.losses import Algorithm, LossFunction, LossInputs, find_algorithm, make_inputs
+from moe_rl.runtime.own_code import OwnFunction, load_function, one_line_errors
 from moe_rl.runtime.strict import ConfigError
 
 
@@ -45,33 +39,10 @@ def load_loss(name: str, sha256: str | None = None) -> Algorithm:
         ConfigError: the file cannot be read or run, has another sha256 or no such function, or the
             function takes something else than inputs and options that are numbers.
     """
-    path, _, function_name = name.rpartition(":")
-    try:
-        source = Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"loss={name!r}: {path} cannot be read ({error.strerror}); give FILE.py:FUNCTION"
-        ) from error
-    found = hashlib.sha256(source).hexdigest()
-    if sha256 not in (None, found):
-        raise ConfigError(
-            f"loss={name!r}: the sha256 of {path} is {found}, the config has loss_sha256={sha256}: "
-            "the file was changed. Bring it back, or leave loss_sha256 out for another run"
-        )
-    # Run from the bytes that were hashed: an import would read the file again, and leave a
-    # __pycache__ beside it. In sys.modules, because dataclasses look their module up there.
-    module = sys.modules[f"own_loss_{found[:16]}"] = ModuleType(f"own_loss_{found[:16]}")
-    with _errors_name_the_file(name):
-        exec(compile(source, path, "exec"), module.__dict__)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        nearest = difflib.get_close_matches(function_name, own, n=1, cutoff=0.0)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else "; define one"
-        raise ConfigError(f"loss={name!r}: {path} has no function {function_name!r}{hint}")
-    _check_arguments(name, function)
-    reads_routers = b"router_shift" in source
-    return Algorithm(_named(name, function), reads_routers=reads_routers, sha256=found)
+    own = load_function("loss", name, sha256)
+    _check_arguments(name, own)
+    reads_routers = b"router_shift" in own.source
+    return Algorithm(_named(name, own), reads_routers=reads_routers, sha256=own.sha256)
 
 
 def check_loss(name: str, algorithm: Algorithm, options: Mapping[str, float]) -> None:
@@ -86,7 +57,7 @@ def check_loss(name: str, algorithm: Algorithm, options: Mapping[str, float]) ->
         logprobs, inputs = _small_inputs(spread, algorithm.reads_routers)
         token_losses = algorithm.loss(inputs, **options)
         if token_losses.requires_grad:
-            with _errors_name_the_file(name):
+            with one_line_errors(f"loss={name!r}", name.rpartition(":")[0]):
                 token_losses[inputs.mask].sum().backward()
         gradient = torch.zeros(()) if logprobs.grad is None else logprobs.grad
         for what, values in (("loss", token_losses[inputs.mask]), ("gradient", gradient)):
@@ -105,10 +76,10 @@ def check_loss(name: str, algorithm: Algorithm, options: Mapping[str, float]) ->
         )
 
 
-def _check_arguments(name: str, function: LossFunction) -> None:
+def _check_arguments(name: str, own: OwnFunction) -> None:
     """Refuse a function that cannot be called with inputs and options alone."""
-    with _errors_name_the_file(name):
-        signature = inspect.signature(function)
+    with own.errors():
+        signature = inspect.signature(own.function)
     called = name.rpartition(":")[2]
     parameters = [*signature.parameters.values()]
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -126,13 +97,13 @@ def _check_arguments(name: str, function: LossFunction) -> None:
             )
 
 
-def _named(name: str, function: LossFunction) -> LossFunction:
+def _named(name: str, own: OwnFunction) -> LossFunction:
     """The function, whose errors name its file, and whose result has the shape of its inputs."""
 
-    @functools.wraps(function)
+    @functools.wraps(own.function)
     def loss(inputs: LossInputs, **options: float) -> Tensor:
-        with _errors_name_the_file(name):
-            token_losses = function(inputs, **options)
+        with own.errors():
+            token_losses = own.function(inputs, **options)
         is_tensor = isinstance(token_losses, Tensor)
         found = list(token_losses.shape) if is_tensor else type(token_losses).__name__
         expected = list(inputs.mask.shape)
@@ -144,24 +115,6 @@ def _named(name: str, function: LossFunction) -> LossFunction:
         return token_losses
 
     return loss
-
-
-@contextlib.contextmanager
-def _errors_name_the_file(name: str) -> Iterator[None]:
-    """Turn an error within the user's file into one line that names the file and the line."""
-    try:
-        yield
-    except Exception as error:
-        path = name.rpartition(":")[0]
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == path]
-        if isinstance(error, SyntaxError) and error.filename == path:
-            lines.append(error.lineno)
-        where = f"{path}, line {lines[-1]}" if lines else path
-        text = (str(error).splitlines() or [""])[0]
-        raise ConfigError(
-            f"loss={name!r}: {where}: {type(error).__name__}: {text}; correct the file"
-        ) from error
 
 
 def _small_inputs(spread: float, router_shift: bool) -> tuple[Tensor, LossInputs]:
