@@ -16,7 +16,8 @@ import tyro
 from pydantic import Field
 
 from moe_rl.runtime.strict import ConfigError as ConfigError
-from moe_rl.runtime.strict import Settings, from_plain, strict
+from moe_rl.runtime.strict import Count, PositiveFloat, Settings, Sha256, from_plain, strict
+from moe_rl.tasks.settings import TaskConfig as TaskConfig
 
 AlgorithmName = Literal[
     "grpo",
@@ -63,9 +64,7 @@ SCHEMA = 1
 # Enough to be right as often as the teacher; for a dataset a guess.
 _SFT_STEPS = {"running_sum": 400, "countdown": 600, "dataset": 400}
 
-Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -73,17 +72,17 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 # A label becomes the name of a folder, so it may neither hold a slash nor begin with a dot.
 Label = Annotated[str, Field(pattern=r"^[\w+-][\w.+-]*$")]
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 # FILE.py:FUNCTION, in a run and as an arm of a study.
 OWN_LOSS = re.compile(r"[^:]+\.py:[^\W\d]\w*")
 
 
 @strict
 class ModelConfig(Settings):
-    """The policy: a small MoE built from these sizes, or a local Hugging Face checkpoint."""
+    """The policy: a small MoE built from these sizes, or a Hugging Face checkpoint."""
 
     checkpoint: str | None = None
-    """Folder of a Hugging Face MoE causal LM and tokenizer; the sizes below are then unused."""
+    """Folder or hub id (OWNER/NAME, OWNER/NAME@REVISION) of a Hugging Face MoE causal LM with its
+    tokenizer; the sizes below are then unused."""
     family: Family = "qwen3_moe"
     """Transformers family whose routing, attention and experts a built model has."""
     num_layers: Count = 4
@@ -117,44 +116,6 @@ class ModelConfig(Settings):
                 f"{self.num_attention_heads}: rotary embeddings need a multiple of "
                 f"{2 * self.num_attention_heads}; change one of them"
             )
-
-
-@strict
-class TaskConfig(Settings):
-    """The verifiable-reward task, and the settings of each task."""
-
-    task: Literal["running_sum", "countdown", "dataset"] = "running_sum"
-    """running_sum: running sums of digits modulo 10. countdown: combine numbers to reach a target.
-    dataset: prompts and answers from a file."""
-    digits: Annotated[int, Field(ge=1, le=64)] = 16
-    """For running_sum: digits in a prompt, 1 to 64."""
-    digits_per_token: Literal[1, 2] = 1
-    """For running_sum: digits in a token."""
-    numbers: Annotated[int, Field(ge=2, le=4)] = 3
-    """For countdown: numbers to combine, 2 to 4."""
-    dataset: str | None = None
-    """For dataset: JSONL file with one {"prompt": text, "answer": text} per line."""
-    dataset_sha256: Sha256 | None = None
-    """For dataset: SHA-256 that the file must have. Default: the one it has now."""
-    response_tokens: Count | None = None
-    """For dataset: largest response length (tokens). Default: longest answer's characters + 1."""
-
-    def conflicts(self) -> Iterator[str]:
-        if self.task == "dataset" and self.dataset is None:
-            yield "task=dataset: no file to read; give one as dataset"
-        for name in ("dataset", "dataset_sha256", "response_tokens"):
-            value = getattr(self, name)
-            if value is not None and self.task != "dataset":
-                yield f"{name}={value!r} with task={self.task}: needs task=dataset; choose that"
-
-    def options(self) -> dict[str, Any]:
-        """The named task's own options."""
-        names = {
-            "running_sum": ("digits", "digits_per_token"),
-            "countdown": ("numbers",),
-            "dataset": ("dataset", "dataset_sha256", "response_tokens"),
-        }[self.task]
-        return {name: getattr(self, name) for name in names}
 
 
 @strict
@@ -270,7 +231,13 @@ class RunConfig(Settings):
     attribution_every: CountOrZero = 1
     """Split the log-ratio variance into routing and weights every n rollouts; 0: never."""
     evaluate_every: CountOrZero = 0
-    """Measure held-out pass@1 (64 prompts x 32 samples) every n rollout steps; 0: never."""
+    """Measure held-out pass@1 and pass@k every n rollout steps; 0: never."""
+    evaluation_prompts: Count = 64
+    """Held-out prompts of an evaluation (>= 1); all of a held-out file that has fewer."""
+    evaluation_samples: Count = 32
+    """Responses sampled to each held-out prompt (>= 1); pass@1 is their mean."""
+    evaluation_k: Count = 8
+    """k of pass@k, at most evaluation_samples: is one of k samples right?"""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """At a NaN or inf loss or gradient: stop with a crash bundle, or skip the update."""
     checkpoint_every: CountOrZero = 0
@@ -298,6 +265,16 @@ class RunConfig(Settings):
             yield (
                 f"prompts_per_forward={self.prompts_per_forward}: does not divide the "
                 f"{prompts_per_update} prompts of an update; use a divisor"
+            )
+        if self.evaluate_every and self.evaluation_k > self.evaluation_samples:
+            yield (
+                f"evaluation_k={self.evaluation_k} with evaluation_samples="
+                f"{self.evaluation_samples}: pass@k needs at least k samples; use fewer k"
+            )
+        if self.task.evaluation_dataset is not None and not self.evaluate_every:
+            yield (
+                f"evaluation_dataset={self.task.evaluation_dataset!r} with evaluate_every=0: it "
+                "would never be read; say every how many rollout steps"
             )
         if self.old_passes > 1 and self.old_logprobs == "rollout":
             yield (

@@ -132,7 +132,7 @@ class LLM:
     ) -> list[RequestOutput]:
         self.behaviour.sampled += sampling_params
         first = sampling_params[0]
-        assert not first.detokenize and first.stop_token_ids == [self.policy.eos_id]
+        assert not first.detokenize and first.stop_token_ids == [*self.policy.end_ids]
         policy = dataclasses.replace(self.policy, temperature=first.temperature)
         ids = [prompt["prompt_token_ids"] for prompt in prompts]
         draws = [self.behaviour.draws(p.seed, p.n, p.max_tokens) for p in sampling_params]

@@ -26,9 +26,9 @@ class CheckReplay(TraceLayout, Command):
     """
 
     target: Annotated[
-        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL_FOLDER|FAMILY|TRACE")
+        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL|FAMILY|TRACE")
     ] = None
-    """Model folder, transformers model type (such as qwen3_moe), or file of recorded routing."""
+    """Model folder or hub id, transformers model type (such as qwen3_moe), or file of routes."""
     all: bool = False
     """Check every MoE family of the installed transformers, on small models."""
     seed: int = 0
@@ -42,6 +42,7 @@ class CheckReplay(TraceLayout, Command):
             raise ConfigError("check-replay: give a model folder, a family or a trace, or --all")
         import transformers
 
+        from moe_rl.policy.folder import find_model
         from moe_rl.replay_check.families import (
             FAMILIES,
             REFUSED_FAMILIES,
@@ -53,7 +54,7 @@ class CheckReplay(TraceLayout, Command):
         transformers.logging.set_verbosity_error()
         if self.target is None:
             return max(self._check_families(family_names()), _check_refusals())
-        path = Path(self.target)
+        path = find_model(self.target, "target")
         if (path / "config.json").is_file():
             return self._check_model(path)
         if path.exists():

@@ -9,7 +9,10 @@ from moe_rl import __version__
 from moe_rl.commands.options import Command
 
 _PACKAGES = ("torch", "transformers", "triton", "numpy", "pandas", "matplotlib")
-_OPTIONAL = ("trl", "liger-kernel", "vllm", "kernels", "tensorboard", "wandb", "trackio")
+_OPTIONAL = (
+    *("trl", "liger-kernel", "vllm", "kernels", "tensorboard", "wandb", "trackio"),
+    *("datasets", "math-verify", "reasoning-gym"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,7 @@ class Doctor(Command):
         from moe_rl.kernels.product import product_reason
         from moe_rl.kernels.routing_stats import choose_routing_backend
         from moe_rl.policy.policy import resolve_device
+        from moe_rl.tasks.programs import isolation
 
         cuda = torch.cuda.is_available()
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -49,6 +53,7 @@ class Doctor(Command):
             *((f"log-probs, V = {vocab}", ": ".join(choice)) for vocab, choice in log_probs),
             ("log-probs, CPU products", product_reason()),
             ("routing statistics", ": ".join(choose_routing_backend("auto", device))),
+            ("programs of judge=code", ": ".join(isolation())),
             ("rollout engine", "cached: the policy itself, prompts read once per group"),
         ]
         width = max(len(name) for name, _ in rows)

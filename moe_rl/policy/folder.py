@@ -1,11 +1,13 @@
-"""Models and tokenizers from Hugging Face folders: checked by their files first, then loaded.
+"""Models and tokenizers from Hugging Face folders or the hub: checked by their files, then loaded.
 
 The check takes milliseconds and runs before anything is written. This module imports neither torch
 nor transformers until something is loaded.
 """
 
 import contextlib
+import functools
 import json
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,30 @@ from moe_rl.config import ConfigError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.tiktoken", "spiece.model")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HUB_ID = re.compile(r"(?!.*\.(json\w*|np[yz]|safetensors)$)[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.tiktoken", "*.model"]
+
+
+@functools.cache
+def find_model(name: str, option: str = "checkpoint") -> Path:
+    """The folder of a model: `name` itself, or where the hub's files of that id are kept.
+
+    A hub id is OWNER/NAME or OWNER/NAME@REVISION. Its files are downloaded once; without a network
+    those of the local cache are taken.
+
+    Raises:
+        ConfigError: no such folder, and the hub's files are neither here nor to be had.
+    """
+    folder = Path(name)
+    if folder.exists() or not _HUB_ID.fullmatch(name):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    identity, _, revision = name.partition("@")
+    with loading(f"{option}={name!r}: no such folder here; from the hub"):
+        return Path(
+            snapshot_download(identity, revision=revision or None, allow_patterns=_HUB_FILES)
+        )
 
 
 def check_model_folder(folder: Path, name: str, *, tokenizer: bool = True) -> None:

@@ -7,7 +7,7 @@ Shapes: P prompts, G responses to each, B = P * G, Sp prompt positions, H hidden
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from moe_rl.cpu import FastPath
 from moe_rl.experts import choose_experts
 from moe_rl.kernels.patch import FinalLogits, final_logits
 from moe_rl.policy.families import family_config
-from moe_rl.policy.folder import import_transformers, load_model, loading
-from moe_rl.policy.tokenizer import tokenizer_of
+from moe_rl.policy.folder import find_model, import_transformers, load_model, loading
+from moe_rl.policy.tokenizer import encode_prompt, end_ids, read_tokens, tokenizer_of
 from moe_rl.routing import find_routers
+from moe_rl.tasks.base import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,13 @@ class Policy:
 
     @property
     def eos_id(self) -> int:
-        """Token that ends a response."""
-        return int(self.tokenizer.eos_token_id)
+        """Token that a demonstration ends with."""
+        return self.end_ids[0]
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """All tokens that end a response."""
+        return end_ids(self.tokenizer, self.model.generation_config)
 
     @property
     def device(self) -> torch.device:
@@ -72,20 +78,32 @@ class Policy:
         for router in find_routers(self.model):
             router.module.requires_grad_(False)
 
-    def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
         """Left-padded ids and mask: int64 [P, Sp], bool [P, Sp]."""
-        encoded = self.tokenizer(
-            prompts,
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-            return_tensors="pt",
-        ).to(self.device)
-        return encoded["input_ids"], encoded["attention_mask"].bool()
+        rows = [torch.tensor(encode_prompt(self.tokenizer, prompt)) for prompt in prompts]
+        ids, mask = (
+            torch.nn.utils.rnn.pad_sequence(
+                values, batch_first=True, padding_value=fill, padding_side="left"
+            ).to(self.device)
+            for values, fill in ((rows, self.pad_id), ([torch.ones_like(r) for r in rows], 0))
+        )
+        return ids, mask.bool()
+
+    def until_end(self, response_ids: Tensor) -> list[list[int]]:
+        """The tokens of each response, its end included and without padding: [B, T] -> B lists."""
+        rows = response_ids.tolist()
+        ends = [[token in self.end_ids for token in row] for row in rows]
+        return [
+            row[: end.index(True) + 1] if True in end else row
+            for row, end in zip(rows, ends, strict=True)
+        ]
 
     def decode(self, response_ids: Tensor) -> list[str]:
-        """Text of each response, without padding and end of sequence."""
-        return self.tokenizer.batch_decode(response_ids, skip_special_tokens=True)
+        """Text of each response, without its end and special tokens: [B, T] -> B texts."""
+        return [
+            read_tokens(self.tokenizer, [token for token in row if token not in self.end_ids])
+            for row in self.until_end(response_ids)
+        ]
 
     def read_prompts(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Cache]:
         """Hidden states [P, Sp, H] and the key-value cache of the prompts."""
@@ -136,7 +154,7 @@ def build_policy(
 
     Args:
         config: sizes, or the folder of a checkpoint.
-        alphabet: tokens of the task; a loaded tokenizer must be able to spell them.
+        alphabet: tokens of the tokenizer of a built model.
         seed: of the initial weights of a built model.
         temperature: see `Policy`.
         fuse: on a CPU, swap in the fused layers; False leaves transformers' own.
@@ -154,7 +172,7 @@ def build_policy(
             torch.manual_seed(seed)
             model: Any = AutoModelForCausalLM.from_config(family_config(config, len(tokenizer)))
     else:
-        model, tokenizer = _load(config.checkpoint, alphabet)
+        model, tokenizer = _load(config.checkpoint)
     model = model.to(device=device, dtype=getattr(torch, config.dtype)).eval()
     name = config.checkpoint or config.family
     with loading(name):
@@ -187,8 +205,8 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _load(folder: str, alphabet: Sequence[str]) -> tuple[Any, PreTrainedTokenizerBase]:
-    path, name = Path(folder), f"checkpoint={folder!r}"
+def _load(folder: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    path, name = find_model(folder), f"checkpoint={folder!r}"
     model = load_model(path, name, tokenizer=True)
     with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
@@ -202,13 +220,12 @@ def _load(folder: str, alphabet: Sequence[str]) -> tuple[Any, PreTrainedTokenize
             f"{name}: its tokenizer has {len(tokenizer)} tokens, its model embeds {words}: they do "
             "not belong together; save the model's own tokenizer into the folder"
         )
-    text = "".join(alphabet)
-    spelled = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
-    if tokenizer.eos_token_id is None or spelled != text:
+    ends = end_ids(tokenizer, model.generation_config)
+    if not ends:
         raise ConfigError(
-            f"{name}: its tokenizer cannot spell the task's characters {text!r:.80} or has no "
-            "end-of-sequence token; take a model whose tokenizer does"
+            f"{name}: neither its tokenizer nor its generation_config has an end-of-sequence "
+            "token, so that no response can end; set eos_token_id in generation_config.json"
         )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
     return model, tokenizer

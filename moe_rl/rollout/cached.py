@@ -4,6 +4,7 @@ Prompts are read once per group. Sampling is by inverse distribution function fr
 so a rollout is a pure function of (weights, prompts, uniforms, noise).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from moe_rl.policy.policy import Policy
 from moe_rl.policy.router_noise import RouterNoise
 from moe_rl.rollout.request import Request
 from moe_rl.runtime.seeding import uniforms
+from moe_rl.tasks.base import Prompt
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class CachedEngine:
         )
         return generate(
             self.policy,
-            list(request.prompts),
+            request.prompts,
             torch.from_numpy(draws),
             noise=request.noise,
             router_logits=request.router_logits,
@@ -46,7 +48,7 @@ class CachedEngine:
 @torch.no_grad()
 def generate(
     policy: Policy,
-    prompts: list[str],
+    prompts: Sequence[Prompt],
     draws: Tensor,
     *,
     noise: RouterNoise | None = None,
@@ -63,6 +65,7 @@ def generate(
     draws = draws.to(policy.device)
     options = ForwardOptions(router_logits=router_logits, record_weights=gate_weights)
     tokens, logprobs, masks = list[Tensor](), list[Tensor](), list[Tensor]()
+    ends = torch.tensor(policy.end_ids, device=policy.device)
     finished = torch.zeros(sequences, dtype=torch.bool, device=policy.device)
     of_prompts = noise.for_prompts() if noise else None
     of_responses = noise.for_responses() if noise else None
@@ -76,7 +79,7 @@ def generate(
             masks.append(~finished)
             tokens.append(token.masked_fill(finished, policy.pad_id))
             logprobs.append(logprob)
-            finished = finished | (token == policy.eos_id)
+            finished = finished | torch.isin(token, ends)
             if step + 1 == budget or bool(finished.all()):
                 break
             read = policy.continue_responses(tokens[-1][:, None], cache, prompt_mask, group)

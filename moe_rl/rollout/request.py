@@ -6,14 +6,15 @@ from typing import Protocol
 
 from moe_rl.batch import RolloutBatch
 from moe_rl.policy.router_noise import RouterNoise
+from moe_rl.tasks.base import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One rollout to sample: all that decides its tokens besides the weights."""
 
-    prompts: Sequence[str]
-    """P texts."""
+    prompts: Sequence[Prompt]
+    """P texts, or lists of messages."""
     numbers: Sequence[int]
     """Number of each prompt within its rollout step; part of the address of a random draw."""
     seed: int

@@ -29,11 +29,12 @@ def score_responses(
     """
     group = response_ids.shape[0] // len(problems)
     prompts = [problem.prompt for problem in problems for _ in range(group)]
-    columns = {
+    columns: dict[str, list[Any]] = {
         key: [problem.columns[key] for problem in problems for _ in range(group)]
         for key in problems[0].columns
     }
     responses = policy.decode(response_ids)
+    columns |= {"completion_ids": policy.until_end(response_ids)}  # as TRL's reward functions get
     values = list(task.reward(prompts, responses, **columns))
     where = f"rollout step {step}: task {task.name!r}"
     if len(values) != len(prompts):

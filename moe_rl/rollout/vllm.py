@@ -51,7 +51,7 @@ class VllmEngine:
         # RunConfig refuses router_noise and old_logprobs=rollout with instruments for this engine.
         assert request.noise is None and not request.router_logits
         self._send_weights()
-        ids, mask = self.policy.encode_prompts(list(request.prompts))
+        ids, mask = self.policy.encode_prompts(request.prompts)
         rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
         outputs = self._llm.generate(
             [{"prompt_token_ids": row} for row in rows],
@@ -75,7 +75,7 @@ class VllmEngine:
             seed=request_seed(request.seed, request.purpose, step=request.step, prompt=number),
             logprobs=0,  # of the sampled token alone
             # Without a tokenizer vLLM knows no end of sequence.
-            stop_token_ids=[self.policy.eos_id],
+            stop_token_ids=[*self.policy.end_ids],
             detokenize=False,
         )
 

@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-from moe_rl.config import ConfigError
+from moe_rl.runtime.strict import ConfigError
 
 
 def import_extra(module: str, *, extra: str, option: str) -> ModuleType:

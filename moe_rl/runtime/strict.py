@@ -7,11 +7,16 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
+from pydantic import Field
 
 _T = TypeVar("_T")
+
+Count = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class ConfigError(ValueError):

@@ -6,12 +6,12 @@ problems = task.prompts(numpy.random.default_rng(0), count=32)
 
 from typing import Any
 
-from moe_rl.tasks.base import Problem, Task
+from moe_rl.tasks.base import Problem, Prompt, Task
 from moe_rl.tasks.countdown import Countdown
 from moe_rl.tasks.dataset import Dataset
 from moe_rl.tasks.running_sum import RunningSum
 
-__all__ = ["TASKS", "Countdown", "Dataset", "Problem", "RunningSum", "Task", "make_task"]
+__all__ = ["TASKS", "Countdown", "Dataset", "Problem", "Prompt", "RunningSum", "Task", "make_task"]
 
 TASKS: dict[str, type[RunningSum] | type[Countdown] | type[Dataset]] = {
     task.name: task for task in (RunningSum, Countdown, Dataset)

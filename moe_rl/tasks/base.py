@@ -10,22 +10,31 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+Message = Mapping[str, Any]
+"""One message of a conversation: {"role": "user", "content": text}."""
+Prompt = str | Sequence[Message]
+"""A text, or messages that the chat template of the model's tokenizer writes out."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """A prompt, and the values its reward needs."""
 
-    prompt: str
+    prompt: Prompt
     columns: Mapping[str, Any]
     """Keyword arguments of `Task.reward`, as lists of one entry per completion."""
 
 
 class Listed(NamedTuple):
-    """A problem read from a file: file and line number, prompt, a completion with reward 1."""
+    """A problem with its place, such as file and line number, and a completion with reward 1."""
 
     where: str
-    prompt: str
-    answer: str
+    problem: Problem
+    answer: str | None
+    """None: no completion is known to be right."""
+
+
+_EXAMPLES = 64  # of a task that draws its problems: each differs from the others by little
 
 
 class Task(ABC):
@@ -53,7 +62,17 @@ class Task(ABC):
         """Tokens of the longest completion that can be right, end of sequence included."""
 
     def listed(self) -> Sequence[Listed]:
-        """All problems of a task that reads them from a file; empty for a task that draws them."""
+        """All problems of a task that reads them, held-out ones included, or examples of them."""
+        rng = np.random.default_rng(0)
+        pairs = self.demonstrations(rng, _EXAMPLES, 0.0)
+        problems = self.prompts(np.random.default_rng(0), _EXAMPLES)
+        return [
+            Listed(f"task {self.name}", problem, answer)
+            for problem, (_, answer) in zip(problems, pairs, strict=True)
+        ]
+
+    def held_out(self) -> Sequence[Problem]:
+        """Problems that are evaluated and never trained on; empty for a task that draws them."""
         return ()
 
     @abstractmethod
@@ -63,7 +82,7 @@ class Task(ABC):
     @abstractmethod
     def demonstrations(
         self, rng: np.random.Generator, count: int, slip: float
-    ) -> list[tuple[str, str]]:
+    ) -> list[tuple[Prompt, str]]:
         """`count` pairs (prompt, completion) by an imperfect solver.
 
         At each step the solver slips with probability `slip` (0 to 1) and continues from there.
@@ -71,9 +90,9 @@ class Task(ABC):
 
     @abstractmethod
     def reward(
-        self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]
+        self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
     ) -> list[float]:
-        """1.0 for a right completion, 0.0 for any other, whatever its text.
+        """1.0 for a right completion, less for any other, whatever its text.
 
         The signature is that of TRL's reward functions; `columns` holds the problems' columns, one
         entry per completion, and may hold others.

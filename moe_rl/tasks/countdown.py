@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from moe_rl.tasks.base import Problem, Task, check_range
+from moe_rl.tasks.base import Problem, Prompt, Task, check_range
 
 MAX_NUMBERS = 4  # a fifth would make the search behind every prompt about 30 times as long
 
@@ -74,7 +74,7 @@ class Countdown(Task):
 
     def demonstrations(
         self, rng: np.random.Generator, count: int, slip: float
-    ) -> list[tuple[str, str]]:
+    ) -> list[tuple[Prompt, str]]:
         """A solver that sees which steps leave the target within reach, and slips.
 
         With probability `slip` a step is drawn uniformly from all possible steps, which may be a
@@ -85,7 +85,7 @@ class Countdown(Task):
         return [(p.prompt, self._demonstrate(rng, p, slip)) for p in problems]
 
     def reward(
-        self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]
+        self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
     ) -> list[float]:
         """1.0 where a completion reaches its `target` from its `numbers` by the rules, else 0.0."""
         rows = zip(completions, columns["numbers"], columns["target"], strict=True)

@@ -1,92 +1,122 @@
-"""dataset: prompts and answers from a file, one JSON object a line.
+"""dataset: prompts and answers of rows that others have published, or of your own.
 
     {"prompt": "capital of France? ", "answer": "Paris"}
 
-A completion is right if it equals the answer, white space at the ends of both aside. The file is
-read whole and checked to its last line before anything else happens; its sha256 identifies it.
+Rows come from a file, the hub or reasoning-gym (rows.py), are judged by a named judge (judges.py,
+programs.py) or a function of your own (own_reward.py), and are known by their sha256.
 """
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moe_rl.config import ConfigError
-from moe_rl.tasks.base import Listed, Problem, Task
+from moe_rl.runtime.own_code import OwnFunction
+from moe_rl.runtime.strict import ConfigError
+from moe_rl.tasks.base import Listed, Problem, Prompt, Task
+from moe_rl.tasks.judges import JUDGES, final_answer
+from moe_rl.tasks.own_reward import call_reward, load_reward
+from moe_rl.tasks.programs import MEGABYTES, SECONDS, pass_all, read_cases
+from moe_rl.tasks.rows import Rows, make_gym, read_rows
+from moe_rl.tasks.settings import REASONING_GYM, TaskConfig
+
+_PROMPTS = ("prompt", "question", "problem", "question_content")
+_ANSWERS = ("answer", "solution")
+# Arguments of TRL's reward functions that are no columns.
+_RESERVED = {"prompt", "prompts", "completion", "completions", "completion_ids"}
 
 
-class Row(BaseModel):
-    """One line of the file."""
+class Row(NamedTuple):
+    """One row: its place, what the policy is asked, and what its reward needs."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    where: str
+    prompt: Prompt
+    answer: str | None
+    """A text that is right, as far as the row has one."""
+    columns: dict[str, Any]
 
-    prompt: str = Field(min_length=1)
-    answer: str
 
-
-@dataclass(frozen=True, kw_only=True)
 class Dataset(Task):
-    """Rows of a file, drawn uniformly and with replacement.
+    """Rows of a dataset, drawn uniformly and with replacement.
+
+    Args:
+        options: fields of `TaskConfig`.
 
     Raises:
-        ConfigError: the file cannot be read, is empty, has a line that is no row, or has another
-            sha256 than `dataset_sha256`. Names the file and the line.
+        ConfigError: the dataset or the reward cannot be read, or was changed since it was pinned; a
+            row lacks its prompt or answer, or has an answer that its judge does not accept. Names
+            file and line.
     """
 
     name: ClassVar[str] = "dataset"
 
-    dataset: str
-    """Path of the file."""
+    def __init__(self, **options: Any) -> None:
+        self.settings = given = TaskConfig(task="dataset", **options)
+        assert given.dataset is not None  # TaskConfig refuses it
+        gym = given.dataset.startswith(REASONING_GYM)
+        self.judge = given.judge or ("reasoning_gym" if gym and not given.reward else "exact")
+        self.rows, self.sha256 = self._read("dataset", "train")
+        self.held_out_rows, self.held_out_sha256 = list[Row](), None
+        if given.evaluation_dataset is not None:
+            self.held_out_rows, self.held_out_sha256 = self._read("evaluation", "test")
+        self.own: OwnFunction | None = None
+        if given.reward is not None:
+            self.own = load_reward(given.reward, given.reward_sha256, self.rows[0].columns)
+        else:
+            self._check_answers()
 
-    dataset_sha256: str | None = None
-    """Expected sha256 of the file, in hexadecimal digits; None: not checked."""
+    def pinned(self) -> dict[str, Any]:
+        """The settings that say what the files held when they were read."""
+        return {
+            "dataset_sha256": self.sha256,
+            "evaluation_sha256": self.held_out_sha256,
+            "reward_sha256": self.own and self.own.sha256,
+        }
 
-    response_tokens: int | None = None
-    """Tokens of a response, end of sequence included. None: characters of the longest answer plus
-    one, which is enough where a token is a character."""
-
-    def __post_init__(self) -> None:
-        if self.dataset_sha256 not in (None, self.sha256):
-            raise ConfigError(
-                f"dataset={self.dataset!r}: its sha256 is {self.sha256}, the config has "
-                f"dataset_sha256={self.dataset_sha256}: the file was changed. Bring it back, or "
-                "leave dataset_sha256 out for another run"
-            )
-
-    @property
-    def sha256(self) -> str:
-        return self._content[1]
-
-    @property
+    @cached_property
     def alphabet(self) -> str:
-        return "".join(sorted(set().union(*(row.prompt + row.answer for row in self._rows))))
+        rows = [*self.rows, *self.held_out_rows]
+        return "".join(
+            sorted(set().union(*(_text(row.prompt) + (row.answer or "") for row in rows)))
+        )
 
     @property
     def max_prompt_tokens(self) -> int:
-        return max(len(row.prompt) for row in self._rows)
+        return max(len(_text(row.prompt)) for row in self.rows)
+
+    @cached_property
+    def max_response_tokens(self) -> int:
+        return self.settings.response_tokens or 1 + max(
+            len(row.answer or "") for row in [*self.rows, *self.held_out_rows]
+        )
 
     @property
-    def max_response_tokens(self) -> int:
-        return self.response_tokens or max(len(row.answer) for row in self._rows) + 1
+    def unanswered(self) -> str | None:
+        """Place of the first row whose answer no demonstration can show."""
+        return next((row.where for row in self.rows if row.answer is None), None)
 
     def listed(self) -> list[Listed]:
+        # What must fit and be spelled is a right response, which may be less than the whole answer.
+        part = str if self.judge in ("exact", "reasoning_gym") else final_answer
         return [
-            Listed(f"{self.dataset}, line {n}", row.prompt, row.answer)
-            for n, row in enumerate(self._rows, start=1)
+            Listed(
+                row.where,
+                _problem(row),
+                None if row.answer is None or self.own else part(row.answer),
+            )
+            for row in [*self.rows, *self.held_out_rows]
         ]
 
+    def held_out(self) -> list[Problem]:
+        return [_problem(row) for row in self.held_out_rows]
+
     def prompts(self, rng: np.random.Generator, count: int) -> list[Problem]:
-        rows = self._draw(rng, count)
-        return [Problem(prompt=row.prompt, columns={"answer": row.answer}) for row in rows]
+        return [_problem(row) for row in self._draw(rng, count)]
 
     def demonstrations(
         self, rng: np.random.Generator, count: int, slip: float
-    ) -> list[tuple[str, str]]:
+    ) -> list[tuple[Prompt, str]]:
         """With probability `slip` one character of the answer is another one of the file's.
 
         The position and the other character are uniform. An empty answer has nothing to slip on,
@@ -94,50 +124,159 @@ class Dataset(Task):
         """
         rows = self._draw(rng, count)
         slips = rng.random(count) < slip
-        alphabet = self.alphabet
         return [
-            (row.prompt, _replace_one(rng, row.answer, alphabet) if slipped else row.answer)
+            (
+                row.prompt,
+                _replace_one(rng, row.answer or "", self.alphabet) if slipped else row.answer or "",
+            )
             for row, slipped in zip(rows, slips, strict=True)
         ]
 
     def reward(
-        self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]
+        self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
     ) -> list[float]:
-        """1.0 where a completion is its problem's `answer`, white space at the ends aside."""
-        pairs = zip(completions, columns["answer"], strict=True)
-        return [float(text.strip() == answer.strip()) for text, answer in pairs]
-
-    @property
-    def _rows(self) -> list[Row]:
-        return self._content[0]
+        """What the judge or the user's own function says: of a judge 1.0 for a right completion."""
+        if self.own is not None:
+            return call_reward(self.own, prompts, completions, **columns)
+        answers = columns["answer"]
+        if self.judge == "code":
+            return pass_all(
+                completions,
+                answers,
+                seconds=self.settings.program_seconds or SECONDS,
+                megabytes=self.settings.program_memory or MEGABYTES,
+            )
+        if self.judge == "reasoning_gym":
+            entries = [
+                dict(zip(columns, values, strict=True))
+                for values in zip(*columns.values(), strict=True)
+            ]
+            return [
+                float(self._gym.score_answer(text.strip(), entry))
+                for text, entry in zip(completions, entries, strict=True)
+            ]
+        judge = JUDGES[self.judge]
+        return [float(judge(*pair)) for pair in zip(completions, answers, strict=True)]
 
     @cached_property
-    def _content(self) -> tuple[list[Row], str]:
-        """The rows and the sha256 of one reading: the file may change between two."""
-        try:
-            raw = Path(self.dataset).read_bytes()
-        except OSError as error:
+    def _gym(self) -> Any:
+        return make_gym(str(self.settings.dataset), self.settings.dataset_config, "train")
+
+    def _read(self, which: str, split: str) -> tuple[list[Row], str]:
+        """The rows of the dataset or of the held-out one, and their sha256."""
+        option = "dataset" if which == "dataset" else "evaluation_dataset"
+        source, pin = getattr(self.settings, option), getattr(self.settings, f"{which}_sha256")
+        found = read_rows(
+            source,
+            option=option,
+            config=self.settings.dataset_config,
+            split=getattr(self.settings, f"{which}_split") or split,
+        )
+        if pin not in (None, found.sha256):
             raise ConfigError(
-                f"dataset={self.dataset!r}: cannot be read ({error.strerror})"
-            ) from error
-        if not raw:
-            raise ConfigError(f"dataset={self.dataset!r}: the file is empty; give one row per line")
-        lines = raw.removesuffix(b"\n").split(b"\n")
+                f"{option}={source!r}: its sha256 is {found.sha256}, the config has "
+                f"{which}_sha256={pin}: the file was changed. Bring it back, or leave "
+                f"{which}_sha256 out for another run"
+            )
+        return self._to_rows(found), found.sha256
+
+    def _to_rows(self, found: Rows) -> list[Row]:
+        names = dict.fromkeys(
+            name for row in found.rows for name in row
+        )  # JSONL may leave some out
         rows = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                rows.append(Row.model_validate_json(line))
-            except ValidationError as error:
-                first = error.errors()[0]
-                key = f"{first['loc'][0]}: " if first["loc"] else ""
+        for where, row in zip(found.where, found.rows, strict=True):
+            prompt = self._prompt(row, where)
+            columns = {name: row.get(name) for name in names if name not in _RESERVED}
+            if self.judge == "code":
+                columns["answer"], answer = (
+                    read_cases(row, self.settings.answer_column, where),
+                    None,
+                )
+            else:
+                answer = self._answer(row, where)
+                columns |= {} if answer is None else {"answer": answer}
+            rows.append(Row(where, prompt, answer, columns))
+        return rows
+
+    def _prompt(self, row: Mapping[str, Any], where: str) -> Prompt:
+        value = _pick(row, self.settings.prompt_column, _PROMPTS, "prompt", where)
+        instruction = "" if self.settings.instruction is None else f"\n{self.settings.instruction}"
+        if isinstance(value, str) and value:
+            text = value + instruction
+            return ({"role": "user", "content": text},) if self.settings.chat else text
+        if not isinstance(value, list) or not value or not all(map(_is_message, value)):
+            raise ConfigError(
+                f"{where}: prompt: {value!r:.60} is neither a text nor a list of messages "
+                '{"role": ..., "content": text}; correct the row'
+            )
+        last = value[-1] | {"content": value[-1]["content"] + instruction}
+        return (*value[:-1], last)
+
+    def _answer(self, row: Mapping[str, Any], where: str) -> str | None:
+        optional = self.settings.reward is not None and self.settings.answer_column is None
+        if optional and not any(name in row for name in _ANSWERS):
+            return None
+        value = _pick(row, self.settings.answer_column, _ANSWERS, "answer", where)
+        if isinstance(value, str):
+            return value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return f"{value:.15g}" if isinstance(value, float) else str(value)
+        if self.settings.reward is not None:
+            return None
+        raise ConfigError(
+            f"{where}: answer: {value!r:.60} is no text and no number; correct the row"
+        )
+
+    def _check_answers(self) -> None:
+        """Refuse an answer that the judge would not take for right: nothing could be."""
+        checked = set()
+        for row in [*self.rows, *self.held_out_rows]:
+            if row.answer is None or row.answer in checked:
+                continue
+            checked.add(row.answer)
+            columns = {name: [value] for name, value in row.columns.items()}
+            if self.reward([row.prompt], [row.answer], **columns) != [1.0]:
                 raise ConfigError(
-                    f"{self.dataset}, line {number}: {key}{first['msg']}; give an object of two "
-                    "texts, prompt and answer"
-                ) from error
-        return rows, hashlib.sha256(raw).hexdigest()
+                    f"{row.where}: answer: judge={self.judge} does not take {row.answer!r:.60} for "
+                    "right itself; correct the row, or choose another judge"
+                )
 
     def _draw(self, rng: np.random.Generator, count: int) -> list[Row]:
-        return [self._rows[i] for i in rng.integers(0, len(self._rows), count)]
+        return [self.rows[i] for i in rng.integers(0, len(self.rows), count)]
+
+
+def _problem(row: Row) -> Problem:
+    return Problem(prompt=row.prompt, columns=row.columns)
+
+
+def _text(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else "".join(m["content"] for m in prompt)
+
+
+def _is_message(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("role"), str)
+        and isinstance(value.get("content"), str)
+    )
+
+
+def _pick(
+    row: Mapping[str, Any], named: str | None, usual: Sequence[str], what: str, where: str
+) -> Any:
+    """The value of the named column, or of the first usual one; a dot looks into an object."""
+    if named is None:
+        named = next((name for name in usual if name in row), usual[0])
+    value: Any = row
+    for part in [named] if named in row else named.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise ConfigError(
+                f"{where}: {what}: no column {named!r}; the row has {', '.join(row) or 'none'}; "
+                f"name one as {what}_column"
+            )
+        value = value[part]
+    return value
 
 
 def _replace_one(rng: np.random.Generator, answer: str, alphabet: str) -> str:

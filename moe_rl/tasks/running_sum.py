@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_rl.tasks.base import Problem, Task, check_range
+from moe_rl.tasks.base import Problem, Prompt, Task, check_range
 
 MAX_DIGITS = 64  # keeps a sequence near 128 tokens, which a laptop trains on
 
@@ -63,7 +63,7 @@ class RunningSum(Task):
 
     def demonstrations(
         self, rng: np.random.Generator, count: int, slip: float
-    ) -> list[tuple[str, str]]:
+    ) -> list[tuple[Prompt, str]]:
         """At each step, with probability `slip`, the running sum becomes a uniformly random digit.
 
         The random digit is the right one once in ten, and one wrong digit makes the whole answer
@@ -81,7 +81,7 @@ class RunningSum(Task):
         return list(zip(prompts, _to_text(sums), strict=True))
 
     def reward(
-        self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]
+        self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
     ) -> list[float]:
         """1.0 where a completion is its problem's `answer` exactly, else 0.0."""
         pairs = zip(completions, columns["answer"], strict=True)

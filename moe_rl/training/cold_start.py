@@ -20,14 +20,16 @@ from transformers import Qwen3MoeForCausalLM
 
 from moe_rl.config import RunConfig
 from moe_rl.policy.fit import check_fit
+from moe_rl.policy.folder import find_model
 from moe_rl.policy.policy import Policy, build_policy, resolve_device
+from moe_rl.policy.tokenizer import encode_prompt
 from moe_rl.routing import collect_router_logits, find_routers
 from moe_rl.run_folder.log import check_can_be_made, jsonable
 from moe_rl.run_folder.sealing import is_whole, read_sealed, write_sealed
 from moe_rl.runtime.process import process_of
 from moe_rl.runtime.ranks import Ranks
 from moe_rl.runtime.seeding import generator
-from moe_rl.tasks import Dataset, Task, make_task
+from moe_rl.tasks import Dataset, Prompt, Task, make_task
 from moe_rl.training.evaluation import sample_rewards
 
 # Part of the hash: raise it when a change here makes other weights from the same config.
@@ -157,21 +159,27 @@ def prepare_cold_starts(configs: Sequence[RunConfig], cache: Path) -> None:
 
 
 def _content_of(checkpoint: str | None) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a checkpoint's files: a path alone may come to hold others."""
+    """Names, sizes and times of a checkpoint's files: a path or id may come to mean others."""
     if checkpoint is None:
         return []
-    stats = [(file.name, file.stat()) for file in sorted(Path(checkpoint).glob("*"))]
+    stats = [(file.name, file.stat()) for file in sorted(find_model(checkpoint).glob("*"))]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 def _made_of(config: RunConfig, task: Task) -> dict[str, Any]:
-    # A dataset is what it holds, wherever it lies; options left out decide nothing.
-    options = dataclasses.asdict(config.task) | {"dataset": None}
+    # A dataset is what it holds, wherever it lies; options left out decide nothing, nor does what
+    # judges responses or is held out.
+    options = dataclasses.asdict(config.task) | {"dataset": None, "judge": None}
     if isinstance(task, Dataset):
         options["dataset_sha256"] = task.sha256
+    left_out = ("evaluation_", "reward", "program_")
     return {
         "model": dataclasses.asdict(config.model),
-        "task": {name: value for name, value in options.items() if value is not None},
+        "task": {
+            name: value
+            for name, value in options.items()
+            if value not in (None, False) and not name.startswith(left_out)
+        },
         "cold_start": dataclasses.asdict(config.cold_start) | {"sft_steps": config.sft_steps},
     }
 
@@ -249,12 +257,11 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, mask: Tenso
 
 
 def _supervised_batch(
-    policy: Policy, pairs: list[tuple[str, str]]
+    policy: Policy, pairs: list[tuple[Prompt, str]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Right-padded ids, mask and labels [N, S]; the loss counts response tokens only."""
-    encode = policy.tokenizer
-    prompts = encode([p for p, _ in pairs], add_special_tokens=False)["input_ids"]
-    completions = encode([c for _, c in pairs], add_special_tokens=False)["input_ids"]
+    prompts = [encode_prompt(policy.tokenizer, p) for p, _ in pairs]
+    completions = [policy.tokenizer.encode(c, add_special_tokens=False) for _, c in pairs]
     rows = [p + c + [policy.eos_id] for p, c in zip(prompts, completions, strict=True)]
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), policy.pad_id)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_rl.config import ConfigError, RunConfig
-from moe_rl.policy.folder import check_model_folder
+from moe_rl.policy.folder import check_model_folder, find_model
 from moe_rl.run_folder.checkpoints import Checkpoints
 from moe_rl.run_folder.log import (
     UPDATES,
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The run with its arm named, its dataset and its own loss pinned to what the files hold.
+    """The run with its arm named; its datasets, loss and reward pinned to what their files hold.
 
     Raises:
-        ConfigError: a dataset or a loss that cannot be read or used, or was changed since the
-            config was written.
+        ConfigError: a dataset, a loss or a reward that cannot be read or used, or was changed
+            since the config was written.
         ValueError: see `loss_options` in training/learner.py.
     """
     return _resolve(config)[0]
@@ -51,7 +51,11 @@ def _resolve(config: RunConfig) -> tuple[RunConfig, Task]:
     config = config.named()
     task = make_task(config.task.task, **config.task.options())
     if isinstance(task, Dataset):
-        pinned = dataclasses.replace(config.task, dataset_sha256=task.sha256)
+        if config.sft_steps and task.unanswered is not None:
+            raise ConfigError(
+                f"{task.unanswered}: no answer that a cold start could imitate; use sft_steps=0"
+            )
+        pinned = dataclasses.replace(config.task, **task.pinned())
         config = dataclasses.replace(config, task=pinned)
     from moe_rl.losses.custom import check_loss, choose_algorithm
     from moe_rl.training.learner import loss_options
@@ -147,7 +151,7 @@ def _check_files(config: RunConfig, folder: Path, *, resume: bool) -> None:
         import_extra("vllm", extra="vllm", option="engine='vllm'")
     where = config.model.checkpoint
     if where is not None and not resume:  # a resumed run reads a checkpoint of its own
-        check_model_folder(Path(where), f"checkpoint={where!r}")
+        check_model_folder(find_model(where), f"checkpoint={where!r}")
     check_run_folder(folder, config)
 
 

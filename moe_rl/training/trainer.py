@@ -33,7 +33,7 @@ from moe_rl.runtime.stopwatch import Stopwatch
 from moe_rl.runtime.wrapped import Parallelism
 from moe_rl.tasks import Task
 from moe_rl.training.crash import Crash, NonFinite, collect_experience
-from moe_rl.training.evaluation import pass_at_1
+from moe_rl.training.evaluation import evaluate_policy
 from moe_rl.training.learner import Learner
 from moe_rl.training.state import (
     POLICY,
@@ -142,7 +142,7 @@ class Trainer:
         every = self.config.evaluate_every
         if every and (step + 1) % every == 0:
             with self.clock.timed("evaluation"), self.learner.wrapped.whole():
-                metrics["pass_at_1"] = pass_at_1(self.policy, self.task, step, self.ranks)
+                metrics |= evaluate_policy(self.policy, self.task, self.config, step, self.ranks)
         return {"learning_rate": rate, **metrics}
 
     def experience(self, step: int) -> tuple[Experience, dict[str, Any]]:

@@ -112,11 +112,11 @@ def test_the_last_line_is_read_before_the_first_is_used(tmp_path: Path) -> None:
         (b"", "Invalid JSON"),
         (b'{"prompt": "1+1=", "answer": "2"', "Invalid JSON"),
         (b'{"prompt": "\xff", "answer": "2"}', "Invalid JSON"),
-        (b'["1+1=", "2"]', "Input should be an object"),
-        (b'{"prompt": "1+1="}', "answer: Field required"),
-        (b'{"prompt": "1+1=", "answer": 2}', "answer: Input should be a valid string"),
-        (b'{"prompt": "1+1=", "answer": "2", "solution": "2"}', "solution: Extra inputs"),
-        (b'{"prompt": "", "answer": "2"}', "prompt: String should have at least 1 character"),
+        (b'["1+1=", "2"]', r"\[.* is no object"),
+        (b'{"prompt": "1+1="}', "answer: no column 'answer'; the row has prompt"),
+        (b'{"prompt": "1+1=", "answer": [2]}', "answer: .*is no text and no number"),
+        (b'{"prompt": "1+1=", "answer": true}', "answer: True is no text and no number"),
+        (b'{"prompt": "", "answer": "2"}', "prompt: '' is neither a text nor a list"),
     ],
 )
 def test_a_bad_line_is_named_with_its_number(line: bytes, words: str, tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""Judges: whether a response is right, by the answer of its row. One function a judge.
+
+    exact         it is the answer
+    last_number   its last number is the answer's
+    math_verify   its final expression equals the answer's (huggingface/Math-Verify)
+
+A judge takes the text of a response and that of an answer. `code` is in programs.py.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable
+from decimal import Decimal
+from functools import lru_cache
+from typing import Any
+
+from moe_rl.runtime.extras import import_extra
+
+# A sign that follows a digit or a bracket subtracts. Commas count where they group thousands.
+_NUMBER = re.compile(
+    r"(?:(?<![\w)\]])-)?"
+    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+)
+
+
+def final_answer(text: str) -> str:
+    """What a text gives as its answer: all of it, or what stands behind its last `####`.
+
+    GSM8K ends each solution with such a mark (arXiv 2110.14168).
+    """
+    return text.rpartition("####")[2].strip()
+
+
+def exact(response: str, answer: str) -> bool:
+    """The response is the answer, white space at the ends and forms of characters (NFC) aside."""
+    first, second = (unicodedata.normalize("NFC", text).strip() for text in (response, answer))
+    return first == second
+
+
+def last_number(response: str, answer: str) -> bool:
+    """The last number of the response equals the last one of the answer; one must be there."""
+    found, expected = (_last_number(final_answer(text)) for text in (response, answer))
+    return expected is not None and found == expected
+
+
+def math_verify(response: str, answer: str) -> bool:
+    """The response's final expression and the answer's are mathematically equal."""
+    package = import_extra("math_verify", extra="math", option="judge='math_verify'")
+    return bool(package.verify(_parse_answer(answer), package.parse(final_answer(response))))
+
+
+@lru_cache(maxsize=2**14)
+def _parse_answer(answer: str) -> list[Any]:
+    package = import_extra("math_verify", extra="math", option="judge='math_verify'")
+    text = final_answer(answer)
+    # A bare formula such as \frac{1}{2} is none to the parser without delimiters.
+    marked = text if "boxed" in text or "$" in text or r"\(" in text else rf"\boxed{{{text}}}"
+    return list(package.parse(marked))
+
+
+def _last_number(text: str) -> Decimal | None:
+    found = _NUMBER.findall(text)
+    return Decimal(found[-1].replace(",", "")) if found else None
+
+
+JUDGES: dict[str, Callable[[str, str], bool]] = {
+    "exact": exact,
+    "last_number": last_number,
+    "math_verify": math_verify,
+}
