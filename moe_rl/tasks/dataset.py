@@ -202,6 +202,8 @@ class Dataset(Task):
     def _prompt(self, row: Mapping[str, Any], where: str) -> Prompt:
         value = _pick(row, self.settings.prompt_column, _PROMPTS, "prompt", where)
         instruction = "" if self.settings.instruction is None else f"\n{self.settings.instruction}"
+        if self.judge == "code" and row.get("starter_code"):  # LiveCodeBench's, with the signature
+            instruction = f"\n{row['starter_code']}{instruction}"
         if isinstance(value, str) and value:
             text = value + instruction
             return ({"role": "user", "content": text},) if self.settings.chat else text
