@@ -18,6 +18,8 @@ from moe_rl.runtime.strict import ConfigError
 from moe_rl.tasks.settings import REASONING_GYM
 
 HUB_ID = re.compile(r"(?!.*\.(jsonl?|parquet|csv)$)[\w-][\w.-]*(/[\w.-]+)?")
+# reasoning-gym draws row n from seed + n, so that near seeds give the same rows.
+_HELD_OUT_SEED = 2**31
 _READERS = {".parquet": "parquet", ".csv": "csv"}
 
 
@@ -65,7 +67,7 @@ def make_gym(source: str, config: str | None, split: str) -> Any:
     name = f"dataset={source!r}"
     gym = import_extra("reasoning_gym", extra="reasoning-gym", option=name)
     with _one_line(name):
-        settings = {"seed": int(split != "train")} | json.loads(config or "{}")
+        settings = {"seed": 0 if split == "train" else _HELD_OUT_SEED} | json.loads(config or "{}")
         return gym.create_dataset(source.removeprefix(REASONING_GYM), **settings)
 
 

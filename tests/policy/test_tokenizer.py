@@ -30,7 +30,8 @@ from moe_rl.training.cold_start import _supervised_batch
 TEXTS = ["capital of France? ", "Paris", " two\nlines", "four, I think .", "cafe\u0301", "1+1="]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
-    "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
