@@ -55,6 +55,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     folder = tmp_path_factory.mktemp("docs")
     # Each has a metric more.
     config = preset("tiny").replace(sft_steps=2, steps=1, algorithm="ppo", routing_replay="TRR")
+    config = config.replace(evaluate_every=1, evaluation_prompts=2)
     train(config, folder / "run", cold_start_cache=folder / "cold")
     keys: dict[str, set[str]] = {"summary.json": set(json.loads(read(folder, "summary.json")))}
     for name in ("steps.jsonl", "updates.jsonl"):

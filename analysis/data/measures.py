@@ -26,7 +26,7 @@ CHAIN = [
     "negative_above", "largest_token", "clip_share", "grad_norm", "routing_share",
     "response_length", "replay_coverage",
 ]  # fmt: skip
-WHOLE = ["skipped", "pass_at_1", "operations"]  # of all steps, collapsed by then or not
+WHOLE = ["skipped", "pass_at_1", "pass_at_k", "operations"]  # of all steps, collapsed by then or not
 
 
 def run_measures(study: StudyRuns) -> pd.DataFrame:
@@ -51,7 +51,7 @@ def run_measures(study: StudyRuns) -> pd.DataFrame:
     clip_share           mean share of tokens whose gradient the clip removes
     grad_norm            median norm before clipping
     skipped              updates skipped because their gradient was NaN or inf
-    pass_at_1            the last held-out pass@1
+    pass_at_1, pass_at_k the last held-out ones
     operations           floating-point operations of the run
     replay_coverage      mean share of response (token, layer) pairs that were really replayed; NaN
                          without replay
@@ -119,6 +119,7 @@ def _links(study: StudyRuns, measures: pd.DataFrame) -> pd.DataFrame:
         ("grad_norm", before, "grad_norm", "median"),
         ("skipped", updates, "skipped", "sum"),
         ("pass_at_1", study.steps, "pass_at_1", "last"),
+        ("pass_at_k", study.steps, "pass_at_k", "last"),
         ("operations", study.steps, "operations", "sum"),
         ("replay_coverage", updates, "replay/coverage", "mean"),
         ("response_length", before_collapse(study.steps, measures), "response_length", "mean"),
@@ -152,6 +153,7 @@ def summarize(study: StudyRuns, measures: pd.DataFrame | None = None) -> pd.Data
     collapse_step                   median time of collapse of the runs that collapsed
     unstable                        runs whose drawdown exceeds 20%
     skipped                         updates skipped because their gradient was NaN or inf
+    pass_at_1, pass_at_k            medians over seeds of the last held-out ones; NaN without any
     incomplete                      runs that were interrupted: listed, not counted
     the links of the chain          medians over seeds (see `run_measures`)
     instruments_share, seconds_per_step, seconds    means over seeds
@@ -185,7 +187,7 @@ def _arm_row(group: pd.DataFrame) -> dict[str, Any]:
         **medians("collapse_step"),
         "unstable": int(done["unstable"].sum()),
         "skipped": int(done["skipped"].fillna(0).sum()),
-        **medians(*CHAIN),
+        **medians("pass_at_1", "pass_at_k", *CHAIN),
         **{
             name: float(done[name].astype(float).mean())
             for name in ("instruments_share", "seconds_per_step", "seconds")
