@@ -249,6 +249,17 @@ def without_experts(folder: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(folder)
 
 
+def offline(folder: Path) -> pytest.MonkeyPatch:
+    """As without a network, and without waiting for one."""
+    import datasets
+    import huggingface_hub
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    return patch
+
+
 MODELS = {
     "no model in the folder": model(lambda x: (x / "config.json").unlink()),
     "no weights": model(lambda x: (x / WEIGHTS).unlink()),
@@ -264,11 +275,25 @@ MODELS = {
     "a tokenizer without the characters": model(
         lambda x: tokenizer_of("abcdefghijk").save_pretrained(x)
     ),
+    "a hub id that cannot be had": Fault((*RUN, "--checkpoint", "acme/none"), offline),
 }
 
 DATASET = (*RUN, "--task", "dataset")
 READ = (*DATASET, "--dataset", "rows.jsonl")
 ROW = b'{"prompt": "1+1=", "answer": "2"}\n'
+
+
+NUMBER = ("--judge", "last_number")
+
+
+def without_math_verify(folder: Path) -> object:
+    write("rows.jsonl", ROW)(folder)
+    return not_installed("math_verify")(folder)
+
+
+def bad_reward(folder: Path) -> None:
+    write("rows.jsonl", ROW)(folder)
+    write("own.py", "import math\nmine = maths.floor\n")(folder)
 
 
 def third_line(line: bytes) -> Fault:
@@ -318,7 +343,23 @@ DATA = {
     "an empty dataset": Fault(READ, write("rows.jsonl", "")),
     "a line that is not JSON": third_line(b'{"prompt": "1+1=", "answer": "2"'),
     "a row without an answer": third_line(b'{"prompt": "1+1="}'),
-    "an answer that is not a text": third_line(b'{"prompt": "1+1=", "answer": 2}'),
+    "no such column": Fault((*READ, "--prompt-column", "question"), write("rows.jsonl", ROW)),
+    "an answer that is not a text": third_line(b'{"prompt": "1+1=", "answer": [2]}'),
+    "an answer that its judge refuses": Fault(
+        (*READ, *NUMBER, "--response-tokens", "9"),
+        write("rows.jsonl", ROW.replace(b'"2"', b'"two"')),
+    ),
+    "no tests of a program": Fault(
+        (*READ, "--judge", "code", "--response-tokens", "9"), write("rows.jsonl", ROW)
+    ),
+    "a judge not installed": Fault(
+        (*READ, "--judge", "math_verify", "--response-tokens", "9"), without_math_verify
+    ),
+    "a judge without a response length": Fault((*READ, *NUMBER), write("rows.jsonl", ROW)),
+    "an own reward that cannot be loaded": Fault(
+        (*READ, "--reward", "own.py:mine", "--response-tokens", "9"), bad_reward
+    ),
+    "a hub dataset that cannot be had": Fault((*DATASET, "--dataset", "acme/none"), offline),
     "a dataset that has changed": Fault(
         ("train", "--config", "old.json", "--out", "run"), changed_dataset
     ),
