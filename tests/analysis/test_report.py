@@ -178,6 +178,20 @@ def test_a_study_without_a_complete_run_still_has_a_report(tmp_path, one_figure)
     assert "no run is complete yet" in write_report(root).read_text()
 
 
+def test_held_out_scores_are_columns_where_a_run_has_them(tmp_path, one_figure):
+    root = synthetic.write_study(tmp_path / "s", arms=["grpo", "gspo"], seeds=1, steps=3, updates=1)
+    assert "pass@k" not in write_report(root).read_text()
+    file = root / "runs/staleness/gspo/seed1/steps.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0] |= {"pass_at_1": 0.111, "pass_at_k": 0.222}
+    rows[1] |= {"pass_at_1": 0.337, "pass_at_k": 0.554}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    html = write_report(root).read_text()
+    Page(html)
+    assert all(shown in html for shown in ("pass@1", "pass@k", "33.7%", "55.4%"))
+    assert "11.1%" not in html
+
+
 def test_metrics_that_no_run_recorded_are_named_not_drawn(tmp_path):
     root = synthetic.write_study(tmp_path / "s", arms=["grpo"], seeds=1, steps=3, updates=2)
     file = root / "runs/staleness/grpo/seed1/updates.jsonl"
