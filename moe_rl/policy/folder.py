@@ -103,6 +103,22 @@ def load_model(folder: Path, name: str, *, tokenizer: bool, **options: Any) -> A
     return model
 
 
+def as_loaded(model: Any, dtype: Any) -> Any:
+    """A model of transformers as it would be loaded in `dtype` from a folder of its weights.
+
+    Only the loader knows which parameters and buffers a family keeps in float32: a cast would take
+    rotary tables and correction biases along.
+    """
+    import_transformers()
+    # The loader's own way for weights that are at hand; it shares those that need no rounding.
+    state = model.state_dict()
+    loaded = type(model).from_pretrained(None, config=model.config, state_dict=state, dtype=dtype)
+    # How the names of the weights in memory become those of files, where none were read: a file
+    # would else get the names in memory, which other readers do not know.
+    loaded._weight_conversions = getattr(model, "_weight_conversions", None)
+    return loaded
+
+
 def import_transformers() -> Any:
     """transformers without its progress bars, which would break our one line per step."""
     import transformers

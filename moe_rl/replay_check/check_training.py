@@ -4,7 +4,9 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from moe_rl.policy.folder import as_loaded
 from moe_rl.replay_check.check_subject import Subject, difference
 from moe_rl.replay_check.claims import Claims
 from moe_rl.routing.replay import replay_routing
@@ -107,7 +109,10 @@ def _replayed_gradient(subject: Subject, routes: Tensor) -> dict[str, Tensor]:
 def law_bf16(subject: Subject) -> Claims:
     """In bfloat16 too, replaying one's own record changes no bit."""
     half = copy.copy(subject)
-    half.model = copy.deepcopy(subject.model).to(torch.bfloat16)
+    if isinstance(subject.model, PreTrainedModel):
+        half.model = as_loaded(subject.model, torch.bfloat16).eval()
+    else:
+        half.model = copy.deepcopy(subject.model).to(torch.bfloat16)
     half.taps = find_routers(half.model)
     try:
         half.plain = half.output()

@@ -180,6 +180,15 @@ def family_names() -> list[str]:
     return [name for name in FAMILIES if name in CONFIG_MAPPING]
 
 
+def causal_families() -> list[str]:
+    """Those of `family_names` that have a causal LM, which can be trained."""
+    return [name for name in family_names() if _has_head(small_config(name))]
+
+
+def _has_head(config: Any) -> bool:
+    return type(config) in AutoModelForCausalLM._model_mapping
+
+
 def formula_of(model_type: str) -> Formula | None:
     """The formula of a config's `model_type`; a multimodal wrapper has that of its text model."""
     return FAMILIES.get(model_type) or FAMILIES.get(f"{model_type}_text")
@@ -219,14 +228,17 @@ def build_family(name: str, *, seed: int = 0, **changes: Any) -> nn.Module:
         ValueError: the installed transformers does not know the family.
     """
     config = small_config(name, **changes)
-    has_head = type(config) in AutoModelForCausalLM._model_mapping
-    kind = AutoModelForCausalLM if has_head else AutoModel
+    kind = AutoModelForCausalLM if _has_head(config) else AutoModel
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = kind.from_config(config, attn_implementation="eager")
+    drawn = {name for name, _ in model.named_parameters()}
     with torch.no_grad():
         for key, value in model.state_dict().items():
-            if value.is_floating_point() and (value.ndim > 1 or "bias" in key):
+            if not value.is_floating_point():
+                continue
+            # Other buffers are tables, as of the decay in linear attention: no weights.
+            if "bias" in key or (value.ndim > 1 and key in drawn):
                 value.normal_(0, 0.3, generator=generator)
     return model.eval()

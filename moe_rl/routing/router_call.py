@@ -113,12 +113,19 @@ class RouterCall(TorchFunctionMode):
             if func in _TOPKS and not self.tap.has_method:
                 return self._topk(func, args, kwargs)
             if func in _PRODUCTS:
-                product = func(*args, **kwargs)
-                if product.shape[-1] != self.tap.num_experts:
-                    return product
-                self.logits = product
-                return product if self.perturb is None else self.perturb(product)
+                return self._product(func(*args, **kwargs))
         return func(*args, **kwargs)
+
+    def _product(self, product: Tensor) -> Tensor:
+        experts, width = self.tap.num_experts, product.shape[-1]
+        # Inkling's router scores its shared experts too, in the last columns.
+        if width not in (experts, getattr(self.tap.module, "n_total_experts", experts)):
+            return product
+        self.logits = product[..., :experts] if width > experts else product
+        if self.perturb is None:
+            return product
+        noisy = self.perturb(self.logits)
+        return torch.cat([noisy, product[..., experts:]], -1) if width > experts else noisy
 
     def _topk(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         scores: Tensor = args[0] if args else kwargs["input"]

@@ -88,6 +88,8 @@ class RouterTap:
     top_k: int
     num_groups: int | None = None
     """Expert groups of a group-limited router (DeepSeek), None for a plain router."""
+    correction_bias: Tensor | None = None
+    """What is added to the scores for the choice alone, `[E]` or `[1, E]`; None: nothing is."""
 
     @property
     def has_method(self) -> bool:
@@ -98,7 +100,28 @@ class RouterTap:
     def follows_logits(self) -> bool:
         """False if groups, a correction bias or its own method may choose by more than logits."""
         plain = self.num_groups is None and not self.has_method
-        return plain and _correction_bias(self.module) is None
+        return plain and self.correction_bias is None
+
+    @property
+    def ranks_by_logits(self) -> bool:
+        """Whether the choice is the K largest logits, as groups and biases are now.
+
+        True also of one group, and of a bias that is equal for all experts, as a new model has it.
+        """
+        if self.has_method or (self.num_groups or 1) > 1:
+            return False
+        bias = self.correction_bias
+        return bias is None or bool(bias.amin() == bias.amax())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The router's own parameters.
+
+        Where a whole block routes by itself (DBRX) these are the ones outside its experts.
+        """
+        routes_itself = hasattr(type(self.module), ROUTING_METHOD)
+        for name, parameter in self.module.named_parameters():
+            if not (routes_itself and "expert" in name):
+                yield parameter
 
     @property
     def decoder_layer(self) -> int:
@@ -141,7 +164,7 @@ def survey(model: nn.Module) -> tuple[list[RouterTap], nn.Module]:
                 "adapters decide the one that routes; adapt it by LoRA (target_modules or "
                 "target_parameters), or merge the adapter first"
             )
-    taps = [_tap(path, by_path[path], model) for path in paths]
+    taps = [_tap(path, by_path, model) for path in paths]
     shapes = sorted({(tap.num_experts, tap.top_k) for tap in taps})
     if len(shapes) > 1:
         raise ValueError(
@@ -207,11 +230,15 @@ def _layer_index(path: str) -> int:
     return next((int(part) for part in path.split(".") if part.isdigit()), -1)
 
 
-def _tap(path: str, module: nn.Module, model: nn.Module) -> RouterTap:
+def _tap(path: str, by_path: dict[str, nn.Module], model: nn.Module) -> RouterTap:
+    module = by_path[path]
     groups = getattr(module, "num_group", None) or getattr(module, "n_group", None)
     if getattr(module, "topk_method", None) == "greedy" or hasattr(module, "select_experts"):
         groups = None
     bias = _correction_bias(module)
+    if bias is None and "." in path:
+        # Some blocks hold it themselves and hand it to their router (MiniMax-M2, LFM2, Afmoe).
+        bias = _correction_bias(by_path[path.rpartition(".")[0]])
     return RouterTap(
         name=strip_wrappers(path),
         module=module,
@@ -219,6 +246,7 @@ def _tap(path: str, module: nn.Module, model: nn.Module) -> RouterTap:
         num_experts=_setting(module, model, NUM_EXPERTS_NAMES) if bias is None else bias.numel(),
         top_k=_setting(module, model, TOP_K_NAMES),
         num_groups=groups,
+        correction_bias=bias,
     )
 
 

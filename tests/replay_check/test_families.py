@@ -1,5 +1,6 @@
 """Record and replay on every family of the installed transformers, and the checker's own teeth."""
 
+import gc
 import importlib
 import re
 from pathlib import Path
@@ -27,9 +28,7 @@ from moe_rl.routing.taps import ROUTER_CLASS_NAME
 # What a law cannot say, and why, is written here: a law that stops applying is noticed.
 NOT_APPLICABLE = {
     ("inkling_text", "weights"): "no formula",
-    ("inkling2_text", "bf16"): "does not run in bfloat16",
     ("jetmoe", "checkpointing"): "supports no gradient checkpointing",
-    ("minimax", "cache"): "without replay its cache",
     ("openai_privacy_filter", "cache"): "no cache",
 }
 
@@ -171,6 +170,7 @@ def test_the_checker_leaves_the_model_as_it_was() -> None:
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+    gc.collect()  # taps stay until the graphs that may recompute a router are gone
     assert all("forward" not in tap.module.__dict__ for tap in find_routers(model))
     assert torch.equal(torch.random.get_rng_state(), state)
 

@@ -6,6 +6,7 @@ from routes import record
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_rl.replay_check.families import build_family
 from moe_rl.routing import find_routers, record_routing, replay_routing, router_noise
 
 SOFTMAX = ["qwen3_moe", "olmoe", "mixtral"]
@@ -27,6 +28,24 @@ def test_no_noise_changes_nothing(build, tokens, family) -> None:
         plain = model(tokens).logits
         with router_noise(model, lambda layer, logits: torch.zeros_like(logits)):
             assert torch.equal(model(tokens).logits, plain)
+
+
+# Of the first four the block holds the correction bias; Inkling's router scores shared experts too.
+@pytest.mark.parametrize("family", ["afmoe", "hy_v3", "lfm2_moe", "minimax_m2", "inkling_text"])
+def test_noise_goes_into_a_choice_that_keeps_its_bias(tokens, family) -> None:
+    model = build_family(family)
+    with torch.no_grad(), record_routing(model) as plain:
+        model(tokens)
+
+    def silent(layer: int, logits: Tensor) -> Tensor:
+        return torch.zeros_like(logits)
+
+    with torch.no_grad(), router_noise(model, silent), record_routing(model) as same:
+        model(tokens)
+    assert torch.equal(same.routed_experts, plain.routed_experts)
+    with torch.no_grad(), router_noise(model, gaussian(3.0)), record_routing(model) as other:
+        model(tokens)
+    assert not torch.equal(other.routed_experts, plain.routed_experts)
 
 
 @pytest.mark.parametrize("family", SOFTMAX)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, SwitchTransformersConfig
 
+from moe_rl.replay_check.families import build_family, family_names
 from moe_rl.routing import find_routers, record_routing
 from moe_rl.routing.taps import strip_wrappers
 
@@ -115,3 +116,25 @@ def test_a_router_of_unknown_size_is_refused_by_name() -> None:
 
     with pytest.raises(AttributeError, match="'BareTopKRouter' object has no attribute 'num_exp"):
         find_routers(nn.ModuleDict({"gate": BareTopKRouter()}))
+
+
+@pytest.mark.parametrize("family", family_names())
+def test_a_router_is_said_to_rank_by_logits_exactly_where_it_does(family) -> None:
+    """Of random correction biases; the other routers' logits do not say who is next."""
+    model = build_family(family)
+    tokens = torch.randint(2, 60, (4, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), record_routing(model, router_logits=True) as recorded:
+        model(tokens)
+    taps, chosen = find_routers(model), recorded.routed_experts.long()
+    largest = recorded.router_logits.topk(chosen.shape[-1], dim=-1).indices
+    same = (chosen.sort().values == largest.sort().values).all(-1).flatten(0, 1).all(0)
+    assert [tap.ranks_by_logits for tap in taps] == same.tolist()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "minimax_m2", "ernie4_5_moe", "laguna"])
+def test_a_bias_that_is_equal_for_all_experts_moves_no_choice(family) -> None:
+    model = build_family(family, **({"n_group": 1, "topk_group": 1} if "deep" in family else {}))
+    for tap in find_routers(model):
+        assert tap.correction_bias is not None and not tap.ranks_by_logits
+        tap.correction_bias.data.fill_(0.5)
+        assert tap.ranks_by_logits
