@@ -21,7 +21,10 @@ from transformers import PreTrainedModel
 from moe_rl.kernels.logprobs import TokenLogprobs, token_logprobs
 
 _METHOD = "token_logprobs"
-_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+_SCALES = (
+    *("logit_scale", "logits_scaling", "lm_head_multiplier"),
+    "logits_mup_width_multiplier",
+)
 _PROBE_TOKENS = 4
 
 
@@ -35,7 +38,11 @@ class FinalLogits:
     def logits(self, hidden: Tensor, head: nn.Linear) -> Tensor:
         """The logits themselves, in float32: for the comparison."""
         bias = None if head.bias is None else head.bias.float()
-        logits = F.linear(hidden.float(), head.weight.float(), bias) * self.scale
+        return self.of_product(F.linear(hidden.float(), head.weight.float(), bias))
+
+    def of_product(self, product: Tensor) -> Tensor:
+        """The logits, of what the head gives."""
+        logits = product if self.scale == 1 else product * self.scale
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
@@ -204,7 +211,10 @@ def _tried_logits(model: Any) -> FinalLogits:
 
 
 def _readings(model: Any) -> Iterator[FinalLogits]:
-    """What the config may mean. Granite divides by `logits_scaling`, HyperCLOVA X multiplies."""
+    """What the config may mean. Granite divides by `logits_scaling`, HyperCLOVA X multiplies.
+
+    Inkling divides the hidden states, which the head, a product, does not see.
+    """
     config = model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
     if cap:

@@ -3,8 +3,9 @@
 Three layouts read the same tokens to the same numbers, up to rounding:
 
     one_pass   all prompts and responses as the rows of one sequence: fused attention only, fastest
-    cached     each prompt once per group into a key-value cache, then the responses: any model
-    whole      every sequence from its first token: gradient checkpointing, which forbids a cache
+    cached     each prompt once per group into a key-value cache, then the responses: most models
+    whole      every sequence from its first token: gradient checkpointing, which forbids a cache,
+               and models whose cache serves no group
 
 Shapes: P prompts, B = P * G responses, Sp prompt and T response positions, L MoE layers, E experts,
 K experts per token, H hidden.
@@ -105,11 +106,12 @@ def response_pass(
     hidden, routes, logits, replayed = read(policy, batch, options)
     head = policy.model.get_output_embeddings()
     found = token_logprobs(
-        hidden,
+        hidden.to(head.weight.dtype),
         head.weight,
         batch.response_ids,
         bias=head.bias,
-        temperature=policy.temperature,
+        temperature=policy.temperature / policy.final.scale,
+        softcap=policy.final.softcap,
         ignore_index=None,  # what counts is the caller's mask to say
         entropy=options.entropy,
     )
@@ -125,7 +127,7 @@ def response_pass(
 
 def choose_layout(policy: Policy) -> Layout:
     """The fastest layout that the model, as it is now, allows."""
-    if policy.gradient_checkpointing:
+    if policy.gradient_checkpointing or policy.reads_whole:
         return "whole"
     return "one_pass" if FastPath(policy.model).is_installed() else "cached"
 
@@ -238,12 +240,7 @@ def _whole(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Rea
     replay = options.replayed(lambda record: record[:, :-1])
     noise = options.noise.for_sequences(prompt_length) if options.noise else None
     with routing_contexts(policy.model, options, replay, noise) as seen:
-        hidden = policy.model.base_model(
-            input_ids=ids,
-            attention_mask=None if bool(mask.all()) else mask.long(),
-            position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
-        ).last_hidden_state
+        hidden = policy.read_whole(ids, mask)
     routes = logits = replayed = None
     if options.record:
         live = _live(seen)

@@ -6,20 +6,27 @@ Shapes: P prompts, G responses to each, B = P * G, Sp prompt positions, H hidden
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from moe_rl.config import ConfigError, ModelConfig
 from moe_rl.cpu import FastPath
 from moe_rl.experts import choose_experts
 from moe_rl.kernels.patch import FinalLogits, final_logits
 from moe_rl.policy.families import family_config
-from moe_rl.policy.folder import find_model, import_transformers, load_model, loading
+from moe_rl.policy.folder import as_loaded, find_model, import_transformers, load_model, loading
+from moe_rl.policy.probe import check_logits, must_read_whole
 from moe_rl.policy.tokenizer import encode_prompt, end_ids, read_tokens, tokenizer_of
 from moe_rl.routing import find_routers
 from moe_rl.tasks.base import Prompt
@@ -35,6 +42,10 @@ class Policy:
     """Name of the experts backend."""
     temperature: float = 1.0
     """Log-probs and samples are taken at this temperature."""
+    final: FinalLogits = field(default_factory=FinalLogits)
+    """What the model does to the logits of its head."""
+    reads_whole: bool = False
+    """Sequences are read from their first token each time: the model's cache serves no group."""
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -65,6 +76,14 @@ class Policy:
         return self.model.device
 
     @property
+    def backbone(self) -> Any:
+        """The model without its head; Llama 4 holds it under another name than it says."""
+        inside = self.model.base_model
+        if inside is not self.model:
+            return inside
+        return next(m for m in self.model.children() if isinstance(m, PreTrainedModel))
+
+    @property
     def active_parameters(self) -> int:
         """Parameters that one token passes through: all, but only K of E experts per layer."""
         named = [*self.model.named_parameters()]
@@ -74,9 +93,10 @@ class Policy:
         return shared + experts * router.top_k // router.num_experts
 
     def freeze_routers(self) -> None:
-        """Keep every router's weights as they are."""
+        """Keep every router's own weights as they are, and no others."""
         for router in find_routers(self.model):
-            router.module.requires_grad_(False)
+            for parameter in router.parameters():
+                parameter.requires_grad_(False)
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
         """Left-padded ids and mask: int64 [P, Sp], bool [P, Sp]."""
@@ -105,6 +125,18 @@ class Policy:
             for row in self.until_end(response_ids)
         ]
 
+    def read_whole(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states [B, S, H] of sequences from their first token on, without a cache.
+
+        `mask` bool [B, S] is False on padding, which comes first.
+        """
+        return self.backbone(
+            input_ids=ids,
+            attention_mask=None if bool(mask.all()) else mask.long(),
+            position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+
     def read_prompts(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Cache]:
         """Hidden states [P, Sp, H] and the key-value cache of the prompts."""
         cache = FastPath(self.model).new_cache()
@@ -128,7 +160,7 @@ class Policy:
         if mask is not None:
             mask = mask.long()
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        return self.model.base_model(
+        return self.backbone(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
@@ -138,7 +170,9 @@ class Policy:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 next-token logits at the sampling temperature: [..., H] -> [..., V]."""
-        return self.model.get_output_embeddings()(hidden).float() / self.temperature
+        head = self.model.get_output_embeddings()
+        product = head(hidden.to(head.weight.dtype)).float()  # some families' streams are float32
+        return self.final.of_product(product) / self.temperature
 
 
 def build_policy(
@@ -161,33 +195,54 @@ def build_policy(
         sharded: FSDP2 will shard the model: only what acts through its modules' forwards is used.
 
     Raises:
-        ConfigError: a folder without a model that has routers and a tokenizer, logits that are more
-            than the head's product, or a device or experts backend that is unusable here.
+        ConfigError: a folder without a model that has routers and a tokenizer, logits that do not
+            come from the head, or a device or experts backend that is unusable here; or a model
+            that reads padded sequences wrongly (see `must_read_whole`).
     """
     import_transformers()  # no progress bars, neither now nor when the model is saved
-    device = resolve_device(config.device)
+    device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
     if config.checkpoint is None:
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(alphabet)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model: Any = AutoModelForCausalLM.from_config(family_config(config, len(tokenizer)))
+        model = as_loaded(model, dtype)  # drawn in float32 whatever the dtype
     else:
-        model, tokenizer = _load(config.checkpoint)
-    model = model.to(device=device, dtype=getattr(torch, config.dtype)).eval()
-    name = config.checkpoint or config.family
+        model, tokenizer = _load(config.checkpoint, dtype)
+    model = model.to(device).eval()
+    name = config.family if config.checkpoint is None else f"checkpoint={config.checkpoint!r}"
     with loading(name):
         final = final_logits(model)
-    # Training computes log-probs from the head's product alone: it would leave the rest out.
-    if final != FinalLogits():
-        raise ConfigError(
-            f"{name}: its logits are scaled or capped ({final}), which training does not support; "
-            "take a model whose logits are those of its head"
-        )
-    choice = choose_experts(device, config.experts_implementation)
-    model.set_experts_implementation(choice.name)
+    experts = _set_experts(model, device, config.experts_implementation)
     if fuse and not sharded:
         FastPath(model).install()
-    return Policy(model=model, tokenizer=tokenizer, experts=choice.name, temperature=temperature)
+    policy = Policy(
+        model=model, tokenizer=tokenizer, experts=experts, temperature=temperature, final=final
+    )
+    # The fused layers have a cache of their own, made for groups.
+    if config.checkpoint is None or FastPath(model).is_installed():
+        return policy
+    check_logits(policy, name)
+    return replace(policy, reads_whole=must_read_whole(policy, name))
+
+
+def _set_experts(model: Any, device: torch.device, requested: str) -> str:
+    """Give the model its experts backend; returns its name.
+
+    Raises:
+        ValueError: see `choose_experts`; or a backend by name for a model that takes none.
+    """
+    choice = choose_experts(device, requested)
+    try:
+        model.set_experts_implementation(choice.name)
+    except ValueError as error:
+        if requested != "auto":
+            raise ConfigError(
+                f"experts_implementation={requested!r}: {type(model).__name__} computes its "
+                "experts by code of its own; use auto"
+            ) from error
+        return "own"
+    return choice.name
 
 
 def resolve_device(name: str) -> torch.device:
@@ -205,9 +260,9 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _load(folder: str) -> tuple[Any, PreTrainedTokenizerBase]:
+def _load(folder: str, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
     path, name = find_model(folder), f"checkpoint={folder!r}"
-    model = load_model(path, name, tokenizer=True)
+    model = load_model(path, name, tokenizer=True, dtype=dtype)
     with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     try:

@@ -1,6 +1,6 @@
-"""The default rollout engine: the policy itself, decoding with a key-value cache.
+"""The default rollout engine: the policy itself, decoding with a key-value cache where it has one.
 
-Prompts are read once per group. Sampling is by inverse distribution function from given uniforms,
+Sampling is by inverse distribution function from given uniforms,
 so a rollout is a pure function of (weights, prompts, uniforms, noise).
 """
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from moe_rl.batch import RolloutBatch, full_record, predictions
-from moe_rl.policy.forward import ForwardOptions, routing_contexts
+from moe_rl.policy.forward import ForwardOptions
 from moe_rl.policy.policy import Policy
 from moe_rl.policy.router_noise import RouterNoise
+from moe_rl.rollout.readers import read_whole, read_with_cache
 from moe_rl.rollout.request import Request
 from moe_rl.runtime.seeding import uniforms
 from moe_rl.tasks.base import Prompt
@@ -67,13 +68,9 @@ def generate(
     tokens, logprobs, masks = list[Tensor](), list[Tensor](), list[Tensor]()
     ends = torch.tensor(policy.end_ids, device=policy.device)
     finished = torch.zeros(sequences, dtype=torch.bool, device=policy.device)
-    of_prompts = noise.for_prompts() if noise else None
-    of_responses = noise.for_responses() if noise else None
-    with routing_contexts(policy.model, options, noise=of_prompts) as seen_prompts:
-        hidden, cache = policy.read_prompts(prompt_ids, prompt_mask)
-    cache.batch_repeat_interleave(group)
-    hidden = hidden[:, -1].repeat_interleave(group, dim=0)
-    with routing_contexts(policy.model, options, noise=of_responses) as seen:
+    read = read_whole if policy.reads_whole else read_with_cache
+    with read(policy, prompt_ids, prompt_mask, group, options, noise) as reading:
+        hidden = reading.hidden
         for step in range(budget):
             token, logprob = sample_tokens(policy.logits(hidden), draws[:, step])
             masks.append(~finished)
@@ -82,17 +79,13 @@ def generate(
             finished = finished | torch.isin(token, ends)
             if step + 1 == budget or bool(finished.all()):
                 break
-            read = policy.continue_responses(tokens[-1][:, None], cache, prompt_mask, group)
-            hidden = read[:, -1]
-    # Where all responses end at once no token was read after the prompts: `seen` is empty.
-    seen = seen if len(tokens) > 1 else None
-    routes = full_record(seen_prompts.routed_experts, seen and seen.routed_experts, group)
+            hidden = reading.next(tokens[-1])
+    routes = full_record(*reading.recorded("routed_experts"), group)
     logits = weights = None
     if router_logits:
-        logits = predictions(seen_prompts.router_logits, seen and seen.router_logits, group)
+        logits = predictions(*reading.recorded("router_logits"), group)
     if gate_weights:
-        responses = seen and seen.gate_weights
-        weights = full_record(seen_prompts.gate_weights, responses, group, fill=torch.nan)
+        weights = full_record(*reading.recorded("gate_weights"), group, fill=torch.nan)
     return RolloutBatch(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,

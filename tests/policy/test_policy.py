@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from moe_rl.policy.forward import ForwardOptions, response_pass
 from moe_rl.policy.policy import Policy, build_policy
 from moe_rl.policy.router_noise import RouterNoise
 from moe_rl.policy.tokenizer import tokenizer_of
-from moe_rl.replay_check.families import build_family
 from moe_rl.rollout.cached import sample_tokens
 
 
@@ -120,17 +118,3 @@ def test_a_checkpoint_that_does_not_fit_its_own_config_is_refused(
             weights.write_bytes(weights.read_bytes()[:-100])
         with pytest.raises(ConfigError, match=why):
             build_policy(ModelConfig(checkpoint=str(tmp_path)), ALPHABET)
-
-
-def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
-    """Training's log-probs are of the head's product alone."""
-    for family, scale in (("qwen3_moe", 1.0), ("granitemoe", 8.0)):
-        model: Any = build_family(family, vocab_size=64)
-        model.config.logits_scaling = model.logits_scaling = scale
-        model.save_pretrained(tmp_path / family)
-        tokenizer_of("abc").save_pretrained(tmp_path / family)
-    build_policy(ModelConfig(checkpoint=str(tmp_path / "qwen3_moe"), device="cpu"), "abc", seed=0)
-    with pytest.raises(ConfigError, match=r"granitemoe: its logits are scaled .*scale=0\.125"):
-        build_policy(
-            ModelConfig(checkpoint=str(tmp_path / "granitemoe"), device="cpu"), "abc", seed=0
-        )
