@@ -100,7 +100,7 @@ class ModelConfig(Settings):
     experts_implementation: Annotated[str, tyro.conf.arg(aliases=["--experts"])] = "auto"
     """Experts backend: auto, or a name registered in transformers' ExpertsInterface."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Parameter and activation type."""
+    """Parameter and activation type; bfloat16 weights are trained through float32 masters."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
 

@@ -117,7 +117,7 @@ def router_margin(steps: pd.DataFrame) -> Figure:
     label = "router margin (logits)"
     figure, axes, absent = style.line_figure(steps, "step", "routing/margin", label)
     if absent:
-        axes.set_title(f"{', '.join(absent)}: no choice, no margin", fontsize=7, loc="right")
+        axes.set_title(f"{', '.join(absent)}: no choice by logits", fontsize=7, loc="right")
     axes.set_ylim(bottom=0)
     return figure
 

@@ -36,16 +36,18 @@ Gather = Callable[[Tables], dict[str, Tensor]]
 
 @torch.no_grad()
 def rollout_metrics(
-    batch: RolloutBatch, old: ForwardOutput, *, gather: Gather = dict
+    batch: RolloutBatch, old: ForwardOutput, *, by_logits: Tensor, gather: Gather = dict
 ) -> dict[str, Any]:
     """The old policy's routing on a rollout: margin, confidence, entropy and load.
 
-    `old` is its pass over the batch, with router logits; token entropy where it has it.
+    `old` is its pass over the batch, with router logits; token entropy where it has it. `by_logits`
+    bool [L] is False for routers that choose by more than their logits, which have no margin.
     """
     assert old.routed_experts is not None and old.router_logits is not None
     mask, logits = batch.response_mask, old.router_logits
     routes = response_positions(old.routed_experts, batch.prompt_ids.shape[1])
     router = router_statistics(logits, routes, mask)
+    router["margin"] = router["margin"].masked_fill(~by_logits, torch.nan)
     own = {"routes": routes, "mask": mask, **router}
     if old.entropy is not None:
         own["token_entropy"] = old.entropy
@@ -109,6 +111,7 @@ def update_metrics(
     rollout_logprobs: Tensor,
     old_routes: Tensor,
     old_router_logits: Tensor | None,
+    by_logits: Tensor,
     prompt_length: int,
     value_losses: Tensor | None = None,
     other_logprobs: Sequence[Tensor] = (),
@@ -126,6 +129,7 @@ def update_metrics(
         old_logprobs, rollout_logprobs: float32 [B, T].
         old_routes: int16 [B, Sp + T, L, K], live choices of the old policy.
         old_router_logits: float32 [B, T, L, E], its router logits.
+        by_logits: see `rollout_metrics`.
         prompt_length: Sp.
         value_losses: float32 [B, T], of a value head.
         other_logprobs: of the same pass with replay off instead of on or on instead of off; adds
@@ -149,7 +153,8 @@ def update_metrics(
     }
     logits = output.router_logits
     if logits is not None:
-        own["margin"] = statistics.margin(logits, old.shape[-1], mask)
+        margin = statistics.margin(logits, old.shape[-1], mask)
+        own["margin"] = margin.masked_fill(~by_logits, torch.nan)
         if old_router_logits is not None:
             own["shift"] = statistics.shift(old_router_logits, logits, old, mask)
     if value_losses is not None:

@@ -31,9 +31,10 @@ from moe_rl.runtime.ranks import Ranks
 from moe_rl.runtime.seeding import generator
 from moe_rl.tasks import Dataset, Prompt, Task, make_task
 from moe_rl.training.evaluation import sample_rewards
+from moe_rl.training.master_weights import MasterWeights
 
 # Part of the hash: raise it when a change here makes other weights from the same config.
-_VERSION = 4
+_VERSION = 5
 # Threads are part of what makes the weights (the order of sums), so they are fixed.
 _THREADS = 2
 _EVALUATION_PROMPTS = 512
@@ -198,8 +199,9 @@ def train_on_demonstrations(
     model = policy.model  # in evaluation mode: dropout draws from a state that no seed decides
     router = find_routers(model)[0]
     balanced = settings.load_balance_coef > 0 and router.num_experts > router.top_k
+    weights = MasterWeights(model.parameters())
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.sft_learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        weights.masters, lr=settings.sft_learning_rate, betas=(0.9, 0.95), weight_decay=0.0
     )
     loss = torch.tensor(float("nan"))
     for step in range(steps):
@@ -217,8 +219,9 @@ def train_on_demonstrations(
         else:
             loss = model(**batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
-        optimizer.step()
+        weights.take_gradients()
+        torch.nn.utils.clip_grad_norm_(weights.masters, _MAX_GRAD_NORM)
+        weights.step(optimizer)
         optimizer.zero_grad()
         if progress is not None:
             progress(step, loss.item())

@@ -20,7 +20,6 @@ from moe_rl.config import ConfigError, load_config
 from moe_rl.run_folder.log import NoLog
 from moe_rl.run_folder.sealing import Damaged, read_sealed
 from moe_rl.runtime.process import prepare_process
-from moe_rl.runtime.wrapped import clip_gradients
 from moe_rl.tasks import make_task
 from moe_rl.training.cold_start import saved_policy
 from moe_rl.training.crash import CONFIG, CRASH, load_experience
@@ -117,7 +116,7 @@ def _inspect(
     named = learner.named_parameters().items()
     gradients = [n for n, p in named if p.grad is not None and not _finite(p.grad)]
     report.found += [f"gradients: {_some(gradients)}"] if gradients else []
-    report.metrics["grad_norm"] = clip_gradients(learner.parameters, math.inf)
+    report.metrics["grad_norm"] = learner.clip_gradients(math.inf)
 
 
 def _tokens(experience: Experience, passed: list[Passed], first_prompt: int) -> list[str]:

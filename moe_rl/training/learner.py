@@ -22,11 +22,13 @@ from moe_rl.losses.ppo import value_loss
 from moe_rl.metrics import instruments
 from moe_rl.policy.forward import ForwardOutput
 from moe_rl.policy.policy import Policy
+from moe_rl.routing import find_routers
 from moe_rl.routing.statistics import shift
 from moe_rl.runtime.ranks import Ranks
 from moe_rl.runtime.share import Share
 from moe_rl.runtime.stopwatch import Stopwatch
 from moe_rl.runtime.wrapped import Parallelism, Wrapped, clip_gradients
+from moe_rl.training.master_weights import MasterWeights
 from moe_rl.training.passes import Forward, Passes
 from moe_rl.training.replay_plan import ReplayPlan
 from moe_rl.training.value_head import ValueHead
@@ -99,6 +101,8 @@ class Learner:
             # transformers >= 5.2x renames it; the old name warns there.
             enable = getattr(model, "activation_checkpointing_enable", None)
             (enable or model.gradient_checkpointing_enable)()
+        chosen = [tap.ranks_by_logits for tap in find_routers(policy.model)]
+        self.by_logits = torch.tensor(chosen, device=policy.device)
         self._recomputed = [
             module
             for module in policy.model.modules()
@@ -115,12 +119,12 @@ class Learner:
             value_head=self.value_head,
             reads_routers=config.instruments or self.algorithm.reads_routers,
         )
-        groups: list[dict[str, Any]] = [{"params": [*policy.model.parameters()], "rate": 1.0}]
-        if self.value_head is not None:
+        self.weights = MasterWeights(policy.model.parameters())
+        groups: list[dict[str, Any]] = [{"params": self.weights.masters, "rate": 1.0}]
+        if self.value_head is not None:  # float32, whatever the policy's dtype
             groups += [{"params": [*self.value_head.parameters()], "rate": config.value_rate}]
-        for group in groups:
-            group["params"] = [p for p in group["params"] if p.requires_grad]
         self.parameters = [p for group in groups for p in group["params"]]
+        self._elements = ranks.total(self.weights.elements)
         self.optimizer = torch.optim.AdamW(
             groups,
             lr=config.learning_rate,
@@ -136,6 +140,12 @@ class Learner:
         if self.value_head is not None:
             named |= self.value_head.named_parameters(prefix="value_head")
         return named
+
+    def stepped_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What the optimiser steps for each trained parameter: itself, or its float32 master."""
+        named = self.named_parameters().items()
+        names = [name for name, parameter in named if parameter.requires_grad]
+        return dict(zip(names, self.parameters, strict=True))
 
     def set_learning_rate(self, rate: float) -> None:
         """Take the policy's learning rate of a rollout step; the value head's is in proportion."""
@@ -213,12 +223,21 @@ class Learner:
             with self.clock.timed("instruments"):
                 metrics |= self.observe(experience, passed, step, update)
         with self.clock.timed("updates"):
-            norm = clip_gradients(self.parameters, config.max_grad_norm)
+            norm = self.clip_gradients(config.max_grad_norm)
             # Both are sums over ranks: all of them decide alike.
             skipped = not (math.isfinite(norm) and math.isfinite(metrics["loss"]))
+        before = None
+        if config.instruments:
+            with self.clock.timed("instruments"):
+                before = self.weights.copies()
+        with self.clock.timed("updates"):
             if not skipped:
-                self.optimizer.step()
+                self.weights.step(self.optimizer)
             self.optimizer.zero_grad(set_to_none=True)
+        if before is not None:
+            with self.clock.timed("instruments"):
+                moved = self.ranks.total(self.weights.count_moved(before))
+                metrics["weights/moved_share"] = moved / self._elements
         return metrics | {"grad_norm": norm, "skipped": int(skipped)}
 
     def _coverage(self, experience: Experience, passed: list[Passed]) -> float:
@@ -231,6 +250,11 @@ class Learner:
                 found = instruments.coverage_sums(part.output.replayed, mask).tolist()
                 covered, pairs = covered + found[0], pairs + found[1]
         return self.ranks.total(covered) / self.ranks.total(pairs)
+
+    def clip_gradients(self, most: float) -> float:
+        """Scale the gradients of all ranks to a norm of at most `most`; return the one before."""
+        self.weights.take_gradients()
+        return clip_gradients(self.parameters, most)
 
     @torch.no_grad()
     def observe(
@@ -273,6 +297,7 @@ class Learner:
             old_logprobs=experience.old_logprobs[rows],
             old_routes=experience.old_routes[rows],
             old_router_logits=_select(experience.old_router_logits, rows),
+            by_logits=self.by_logits,
             value_losses=value_losses,
             prompt_length=batch.prompt_ids.shape[1],
             other_logprobs=others,

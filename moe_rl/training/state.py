@@ -1,7 +1,8 @@
 """What a run must remember to resume bit for bit, as files of one checkpoint.
 
     policy/                 Hugging Face checkpoint with the tokenizer, and the value head, if any,
-                            in value_head.safetensors
+                            in value_head.safetensors. Weights are float32 (the masters) also where
+                            the policy's are bfloat16, which its config.json then says.
     optimizer.safetensors   AdamW's moments and step counts, by parameter name
     progress.json           rollout steps done, their rewards, and seconds by purpose
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from moe_rl.policy.folder import load_model
 from moe_rl.run_folder.sealing import Fill
 from moe_rl.runtime.wrapped import shard_like, whole_tensor
 from moe_rl.training.learner import Learner
@@ -46,8 +48,10 @@ def collect_policy(learner: Learner) -> Fill:
     """
     policy, head = learner.policy, learner.value_head
     model, whole = policy.model, None
-    if any(isinstance(p, DTensor) for p in model.parameters()):
-        whole = {name: whole_tensor(value) for name, value in model.state_dict().items()}
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if sharded or learner.weights.has_copies:
+        exact = learner.weights.exact(model.state_dict(keep_vars=True))
+        whole = {name: whole_tensor(value) for name, value in exact.items()}
 
     values = {}
     if head is not None:
@@ -70,7 +74,7 @@ def collect_state(progress: Progress, learner: Learner) -> Fill:
     fill_policy = collect_policy(learner)
     optimizer = {
         f"{name}/{key}": whole_tensor(value).contiguous()
-        for name, parameter in learner.named_parameters().items()
+        for name, parameter in learner.stepped_parameters().items()
         for key, value in learner.optimizer.state.get(parameter, {}).items()
     }
 
@@ -99,14 +103,26 @@ def load_value_head(folder: Path, learner: Learner) -> None:
             parameter.copy_(shard_like(saved[name], parameter))
 
 
+def load_masters(folder: Path, learner: Learner) -> None:
+    """Put the float32 masters, where there are any, where they were when the policy was saved."""
+    if not learner.weights.has_copies:
+        return
+    # As a model: files may name and split weights otherwise than the model that they make.
+    model = load_model(folder, str(folder), tokenizer=True, dtype=torch.float32)
+    stepped = learner.stepped_parameters()
+    with torch.no_grad():
+        for name, saved in model.named_parameters():
+            if name in stepped:
+                stepped[name].copy_(shard_like(saved, stepped[name]))
+
+
 def load_optimizer(checkpoint: Path, learner: Learner) -> None:
     """Put the optimiser where it was; the learner is new, its policy loaded from the checkpoint."""
-    named = learner.named_parameters()
-    trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    stepped = learner.stepped_parameters()
     # PyTorch knows an optimiser's parameters by their number.
-    numbers = {name: number for number, name in enumerate(trained)}
+    numbers = {name: number for number, name in enumerate(stepped)}
     state: dict[int, dict[str, Tensor]] = {}
     for full_name, tensor in load_file(checkpoint / _OPTIMIZER).items():
         name, key = full_name.rsplit("/", 1)
-        state.setdefault(numbers[name], {})[key] = shard_like(tensor, trained[name])
+        state.setdefault(numbers[name], {})[key] = shard_like(tensor, stepped[name])
     learner.optimizer.load_state_dict({**learner.optimizer.state_dict(), "state": state})

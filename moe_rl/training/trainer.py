@@ -17,6 +17,7 @@ from moe_rl.batch import Experience, RolloutBatch
 from moe_rl.config import RunConfig
 from moe_rl.losses.advantages import gae, group_advantages, whiten
 from moe_rl.metrics import instruments
+from moe_rl.policy.forward import choose_layout
 from moe_rl.policy.policy import Policy
 from moe_rl.rollout.engine import make_engine
 from moe_rl.rollout.precision import describe_numerics
@@ -40,6 +41,7 @@ from moe_rl.training.state import (
     Progress,
     collect_policy,
     collect_state,
+    load_masters,
     load_optimizer,
     load_progress,
     load_value_head,
@@ -91,6 +93,7 @@ class Trainer:
 
     def resume_from(self, checkpoint: Path) -> None:
         """Stand where a checkpoint was written; the policy is loaded from it already."""
+        load_masters(checkpoint / POLICY, self.learner)
         load_value_head(checkpoint / POLICY, self.learner)
         load_optimizer(checkpoint, self.learner)
         self.progress = load_progress(checkpoint)
@@ -168,7 +171,10 @@ class Trainer:
         metrics["operations"] = self._operations(batch)
         if config.instruments:
             with self.clock.timed("instruments"):
-                metrics |= instruments.rollout_metrics(batch, old, gather=gather)
+                by_logits = self.learner.by_logits
+                metrics |= instruments.rollout_metrics(
+                    batch, old, by_logits=by_logits, gather=gather
+                )
                 if config.old_logprobs == "trainer":
                     metrics |= instruments.mismatch_metrics(batch, old, gather=gather)
                 if old.values is not None:
@@ -311,6 +317,7 @@ class Trainer:
             "parameters": sum(p.numel() for p in self.policy.model.parameters()),
             "active_parameters": self.policy.active_parameters,
             "experts": self.policy.experts,
+            "layout": choose_layout(self.policy),
             "rollout_numerics": describe_numerics(
                 self.config.rollout_precision, self.policy.model.dtype
             ),

@@ -49,6 +49,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "value head": {"algorithm": "ppo", "value_rate": 10.0},
     "no instruments": {"instruments": False},
     "rounded rollout": {"rollout_precision": "int4", "routing_replay": "R3"},
+    # At this rate most updates are smaller than half a step of a bfloat16 weight: a master that was
+    # rounded on the way would lose them.
+    "bfloat16": {"dtype": "bfloat16", "learning_rate": 1e-5, "sft_steps": 100},
 }
 
 
