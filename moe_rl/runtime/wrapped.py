@@ -5,6 +5,7 @@ the policy. `_Inside`, a module whose forward runs any function, joins the two.
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
@@ -16,9 +17,25 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_rl.runtime.ranks import Ranks
+from moe_rl.runtime.strict import ConfigError
 
 Parallelism = Literal["ddp", "fsdp"]
 T = TypeVar("T")
+
+
+def check_can_be_sharded(model: Any) -> None:
+    """Refuse a model whose layers hold trained parameters of two types, which FSDP2 cannot shard.
+
+    Raises:
+        ConfigError: it has such parameters, as families in bfloat16 that keep some in float32.
+    """
+    kinds = {p.dtype: name for name, p in model.named_parameters() if p.requires_grad}
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"parallelism='fsdp': {type(model).__name__} has parameters of several types, such as "
+            f"{' and '.join(f'{name} in {dtype}' for dtype, name in kinds.items())}, which FSDP "
+            "cannot shard together; use ddp, or dtype=float32"
+        )
 
 
 class _Inside(nn.Module):
@@ -48,8 +65,13 @@ class Wrapped:
         if ranks.size == 1:
             return
         if parallelism == "ddp":
-            # Buffers are equal on all ranks, and nothing here changes them.
-            self._inside = DistributedDataParallel(self._inside, broadcast_buffers=False)
+            # Buffers are equal on all ranks, and nothing here changes them. Some families have
+            # parameters outside the loss (the indexers of sparse attention), for whose gradients
+            # DDP would wait; where there are none, its advice not to look for them is noise.
+            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+            self._inside = DistributedDataParallel(
+                self._inside, broadcast_buffers=False, find_unused_parameters=True
+            )
             return
         mesh = init_device_mesh(model.device.type, (ranks.size,))
         for layer in getattr(model.base_model, "layers", ()):

@@ -112,6 +112,7 @@ def train(
     from moe_rl.runtime.process import prepare_process
     from moe_rl.runtime.ranks import join
     from moe_rl.runtime.stopping import listen
+    from moe_rl.runtime.wrapped import check_can_be_sharded
     from moe_rl.training.cold_start import saved_policy, starting_policy
     from moe_rl.training.state import POLICY, load_progress
     from moe_rl.training.trainer import Trainer
@@ -131,6 +132,8 @@ def train(
         else:
             policy = saved_policy(config, task, checkpoint / POLICY, sharded=sharded)
         find_weights(policy.model, config.rollout_precision)
+        if sharded:
+            check_can_be_sharded(policy.model)
         log: RunLog | NoLog = NoLog(folder)
         with ranks.together():
             if ranks.main:

@@ -14,7 +14,11 @@ from runtime import workers
 from safetensors.torch import load_file
 
 from moe_rl.config import ConfigError
+from moe_rl.policy.folder import as_loaded
+from moe_rl.replay_check.families import build_family
+from moe_rl.runtime.ranks import Ranks
 from moe_rl.runtime.share import Share
+from moe_rl.runtime.wrapped import check_can_be_sharded
 from moe_rl.training.run import train
 
 
@@ -142,3 +146,28 @@ def test_nan_on_one_rank_stops_both_before_the_step(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "crash" / "00001-01" / "crash.json").is_file()
     last = json.loads((tmp_path / "run" / "updates.jsonl").read_text().splitlines()[-1])
     assert last["skipped"] == 1 and last["grad_norm"] == "NaN"
+
+
+@pytest.mark.distributed
+def test_families_train_on_two_ranks_as_on_one(tmp_path: Path) -> None:
+    """Parameters outside the loss, and float32 masters of sharded bfloat16 weights."""
+    processes.run_worker("families", 2, tmp_path)
+    workers.families(Ranks(), tmp_path)
+    for family, near in (("deepseek_v32", 2e-4), ("deepseek_v3", 0.1)):
+        ours, theirs = (load_file(tmp_path / f"{family}.{n}.safetensors") for n in (2, 1))
+        assert ours.keys() == theirs.keys()
+        lines = json.loads((tmp_path / f"{family}.2.json").read_text())
+        assert all(line["weights/moved_share"] > 0.5 for line in lines[1:])
+        for key, gradient in theirs.items():
+            assert (ours[key] - gradient).norm() <= near * gradient.norm() + 1e-6, key
+    indexers = [key for key in load_file(tmp_path / "deepseek_v32" / "model.safetensors")
+                if "indexer" in key]  # fmt: skip
+    trained = load_file(tmp_path / "deepseek_v32.2.safetensors")
+    assert indexers and not any(name in key for name in indexers for key in trained)
+
+
+def test_parameters_of_two_types_are_not_sharded() -> None:
+    model: Any = build_family("ernie4_5_moe")
+    check_can_be_sharded(model)
+    with pytest.raises(ConfigError, match=r"parallelism='fsdp': .* in torch\.float32.*; use ddp"):
+        check_can_be_sharded(as_loaded(model, torch.bfloat16))

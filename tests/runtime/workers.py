@@ -12,7 +12,9 @@ from runs import Killed, killed_after
 from safetensors.torch import save_file
 
 from moe_rl.config import RunConfig
+from moe_rl.policy.tokenizer import tokenizer_of
 from moe_rl.presets import preset
+from moe_rl.replay_check.families import build_family
 from moe_rl.run_folder.log import NoLog
 from moe_rl.runtime.process import prepare_process
 from moe_rl.runtime.ranks import Ranks, join
@@ -105,6 +107,27 @@ def all_gradients(ranks: Ranks, folder: Path, parallelism: Any) -> None:
         (folder / f"{name}.{parallelism}.{ranks.rank}.json").write_text(json.dumps(lines))
 
 
+def families(ranks: Ranks, folder: Path) -> None:
+    """Gradients and updates: parameters outside the loss, and float32 masters."""
+    prepare_process(1)
+    kinds: tuple[tuple[str, Any, Any], ...]
+    kinds = (("deepseek_v32", "ddp", "float32"), ("deepseek_v3", "fsdp", "bfloat16"))
+    for family, parallelism, dtype in kinds:
+        with ranks.together():
+            if ranks.main:
+                build_family(family, max_position_embeddings=64).save_pretrained(folder / family)
+                tokenizer_of("0123456789=").save_pretrained(folder / family)
+        config = tiny(checkpoint=str(folder / family), dtype=dtype, sft_steps=0)
+        task = make_task(config.task.task, **config.task.options())
+        policy = starting_policy(config, task, folder, sharded=parallelism == "fsdp")
+        trainer = Trainer(config, policy, task, NoLog(folder), ranks=ranks, parallelism=parallelism)
+        found, lines = gradients(trainer)
+        kept = {key: value.contiguous() for key, value in found.items()}
+        if ranks.main:
+            save_file(kept, folder / f"{family}.{ranks.size}.safetensors")
+            (folder / f"{family}.{ranks.size}.json").write_text(json.dumps(lines))
+
+
 def exchange(ranks: Ranks, folder: Path) -> None:
     """What ranks tell each other; each finds its own errors."""
     for dtype in (
@@ -192,6 +215,8 @@ def main() -> None:
     with join() as ranks:
         if name == "gradients":
             all_gradients(ranks, Path(folder), rest[0])
+        elif name == "families":
+            families(ranks, Path(folder))
         elif name == "exchange":
             exchange(ranks, Path(folder))
         elif name == "nan_on_one_rank":
