@@ -41,7 +41,10 @@ def policy() -> Policy:
     return small_policy()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("sweep") and "sweep" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="runs with -m sweep alone"))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
