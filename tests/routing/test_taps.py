@@ -128,6 +128,9 @@ def test_a_router_is_said_to_rank_by_logits_exactly_where_it_does(family) -> Non
     taps, chosen = find_routers(model), recorded.routed_experts.long()
     largest = recorded.router_logits.topk(chosen.shape[-1], dim=-1).indices
     same = (chosen.sort().values == largest.sort().values).all(-1).flatten(0, 1).all(0)
+    if family == "deepseek_v2":  # opens groups by their best expert, and so those of the best two
+        assert same.all()
+        same[:] = False
     assert [tap.ranks_by_logits for tap in taps] == same.tolist()
 
 
