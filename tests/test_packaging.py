@@ -127,10 +127,10 @@ def test_every_dependency_is_pinned_inside_its_range() -> None:
         assert pins[requirement.name] in requirement.specifier, requirement
 
 
-def test_ci_runs_the_two_commands_a_contributor_runs() -> None:
+def test_ci_runs_the_commands_a_contributor_runs() -> None:
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     commands = [line for line in lines if line and not line.startswith(("#", "set ", "cd "))]
-    assert commands == ["make check", "make test"]
+    assert commands == ["make check", "make vllm", "make test"]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 

@@ -116,11 +116,3 @@ def find_weights(model: Any, precision: RolloutPrecision) -> list[tuple[Tensor, 
             "unrounded; use bf16 or float32"
         )
     return found
-
-
-def describe_numerics(precision: RolloutPrecision, dtype: torch.dtype) -> str:
-    """What the engine computes with, for the log: a model of `dtype` whose weights are rounded."""
-    arithmetic = str(dtype).removeprefix("torch.")
-    if precision == "float32":
-        return f"weights and arithmetic {arithmetic}"
-    return f"weights rounded to {precision}, arithmetic {arithmetic}"

@@ -30,7 +30,7 @@ class Request:
     noise: RouterNoise | None = None
     """Router noise of this pass."""
     router_logits: bool = False
-    """Return the router logits as well."""
+    """Return the router logits as well, if the engine has them."""
     gate_weights: bool = False
     """Return the gate weights of the chosen experts as well."""
 

@@ -3,7 +3,6 @@
 | field of RequestOutput    | what it must be                                                      |
 |---------------------------|----------------------------------------------------------------------|
 | `prompt_token_ids`        | the prompt that was sent                                             |
-| `prompt_routed_experts`   | one row per prompt token, in the release that has it (0.21)          |
 | `outputs`                 | G completions, one of each `index`                                   |
 
 | field of CompletionOutput | what it must be                                                      |
@@ -11,7 +10,7 @@
 | `token_ids`               | 1 to max_tokens ids                                                  |
 | `finish_reason`           | stop at the end of sequence; length at max_tokens: truncated         |
 | `logprobs`                | one dict per token, with the finite log-prob of the sampled id       |
-| `routed_experts`          | a layout of moe_rl/traces/foreign.py: one row per token that was fed |
+| `routed_experts`          | `[S - 1, L, K]` or one row more: a row per token that was fed        |
 
 Errors name the request, the completion and the field.
 """
@@ -30,15 +29,17 @@ from moe_rl.policy.policy import Policy
 from moe_rl.replay_check.check_trace import require_information
 from moe_rl.routing import find_routers
 from moe_rl.routing.routed_experts import NO_RECORD
-from moe_rl.traces.foreign import from_vllm, record_for_model
+from moe_rl.traces.foreign import record_for_model
 
 
 class _Response(NamedTuple):
     tokens: list[int]
     logprobs: list[float]
     truncated: bool
-    routes: Tensor
-    """int16 [prompt + response, L, K]."""
+    routes: np.ndarray
+    """Integers [prompt + response - 1, L, K]: the last token was never fed."""
+    where: str
+    """The request and the completion, for errors."""
 
 
 def read_outputs(
@@ -55,7 +56,7 @@ def read_outputs(
     `prompt_ids` and `prompt_mask` [P, Sp] are left padded, as they were sent.
 
     Raises:
-        ValueError: a field is missing or malformed, or the routes tell nothing.
+        ValueError: a field is missing or malformed.
         FloatingPointError: a log-prob is NaN or inf.
     """
     responses = []
@@ -72,9 +73,7 @@ def read_outputs(
             where = f"vLLM, request {i}, completion {completion.index}"
             tokens = [*completion.token_ids]
             truncated = completion.finish_reason == "length" and len(tokens) == max_tokens
-            stopped = completion.finish_reason == "stop" and tokens[-1:] in [
-                [end] for end in policy.end_ids
-            ]
+            stopped = completion.finish_reason == "stop" and tokens[-1:] == [policy.eos_id]
             if not (truncated or stopped):
                 raise ValueError(
                     f"{where}: finish_reason={completion.finish_reason!r} after {len(tokens)} of "
@@ -82,8 +81,9 @@ def read_outputs(
                     "max_model_len must hold prompt and response"
                 )
             logprobs = _read_logprobs(completion.logprobs, tokens, where)
-            routes = _read_routes(output, completion, policy, where)
-            responses.append(_Response(tokens, logprobs, truncated, routes))
+            length = len(output.prompt_token_ids) + len(tokens)
+            routes = _read_routes(completion.routed_experts, length, where)
+            responses.append(_Response(tokens, logprobs, truncated, routes, where))
     batch = _batch_responses(responses, policy, prompt_ids, prompt_mask)
     _check_routes(batch, policy)
     return batch
@@ -98,26 +98,37 @@ def _read_logprobs(rows: Any, tokens: list[int], where: str) -> list[float]:
     return found
 
 
-def _read_routes(output: Any, completion: Any, policy: Policy, where: str) -> Tensor:
-    """int16 [S, L, K] of a prompt and its response; the last token was never fed: -1."""
-    if completion.routed_experts is None:
+def _read_routes(rows: Any, length: int, where: str) -> np.ndarray:
+    """The rows of a sequence of `length` tokens but for the last, which was never fed."""
+    if rows is None:
         raise ValueError(
             f"{where}: routed_experts is missing; build the engine with "
-            "enable_return_routed_experts=True. vLLM 0.21 also loses the record of a request that "
-            "it preempts: leave it more memory"
+            "enable_return_routed_experts=True"
         )
-    prompt_length = len(output.prompt_token_ids)
-    length = prompt_length + len(completion.token_ids)
-    prompt = getattr(output, "prompt_routed_experts", None)
-    rows = from_vllm(np.asarray(completion.routed_experts), prompt)
+    rows = np.asarray(rows)
+    # Some releases give the last token a row too: no route.
+    if rows.ndim != 3 or len(rows) not in (length - 1, length):
+        raise ValueError(
+            f"{where}: routed_experts: shape {list(rows.shape)} for {length} tokens; expected "
+            "[tokens - 1, layers, experts per token]"
+        )
+    return rows[: length - 1]
+
+
+def _record_routes(responses: list[_Response], policy: Policy) -> Tensor:
+    """int16 [B, longest, L, K], right padded by -1.
+
+    All at once, because finding the routers of a model takes longer than reading a response.
+    """
     try:
-        # Some releases give the last token a row too, though it was never fed: no route. More rows
-        # are of other tokens.
-        fed = rows[:-1] if len(rows) == length else rows
-        record = record_for_model([fed], policy.model, num_tokens=length)[0]
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    return record
+        return record_for_model([response.routes for response in responses], policy.model)
+    except ValueError:
+        for response in responses:  # which of them is malformed?
+            try:
+                record_for_model([response.routes], policy.model)
+            except ValueError as error:
+                raise ValueError(f"{response.where}: {error}") from error
+        raise
 
 
 def _check_routes(batch: RolloutBatch, policy: Policy) -> None:
@@ -148,11 +159,12 @@ def _batch_responses(
     logprobs = pad_sequence([torch.tensor(r.logprobs) for r in responses], batch_first=True)
     lengths = torch.tensor([len(r.tokens) for r in responses])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    shape = len(responses), width + ids.shape[1], *responses[0].routes.shape[1:]
+    record = _record_routes(responses, policy)
+    shape = len(responses), width + ids.shape[1], *record.shape[2:]
     routes = torch.full(shape, NO_RECORD, dtype=torch.int16)
-    for row, response in zip(routes, responses, strict=True):
-        end = width + len(response.tokens)
-        row[end - len(response.routes) : end] = response.routes
+    for row, found, response in zip(routes, record, responses, strict=True):
+        fed, end = len(response.routes), width + len(response.tokens) - 1
+        row[end - fed : end] = found[:fed]
     return RolloutBatch(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,

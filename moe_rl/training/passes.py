@@ -64,17 +64,21 @@ class Passes:
         """The old policy over the rollout, in the very batches that the updates will use.
 
         Equal shapes make the first update's ratios 1 up to rounding. Where `old_logprobs` says so,
-        the log-probs are the engine's, and a pass is made only for routes that R2 replays, or for
-        values.
+        the log-probs are the engine's, and a pass is made only for routes that R2 replays, for
+        values, or for router logits that are read and that the engine does not return.
         """
         from_engine = self.config.old_logprobs == "rollout"
         if self.old_passes == 0:
-            return ForwardOutput(
+            from_batch = ForwardOutput(
                 logprobs=batch.rollout_logprobs,
                 entropy=None,
                 routed_experts=batch.routed_experts,
                 router_logits=batch.router_logits,
             )
+            if not self.reads_routers or batch.router_logits is not None:
+                return from_batch
+            seen = self._old_forward(batch, step)
+            return from_batch._replace(router_logits=seen.router_logits, entropy=seen.entropy)
         output = self._old_forward(batch, step)
         if from_engine:
             return output._replace(logprobs=batch.rollout_logprobs)

@@ -26,7 +26,6 @@ from moe_rl.run_folder.log import (
     lock_run_folder,
 )
 from moe_rl.run_folder.trackers import Tracker
-from moe_rl.runtime.extras import import_extra
 from moe_rl.tasks import Dataset, Task, make_task
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ def train(
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text("utf-8"))
         return summary
 
-    from moe_rl.rollout.precision import find_weights
+    from moe_rl.rollout.engine import check_engine
     from moe_rl.runtime.process import prepare_process
     from moe_rl.runtime.ranks import join
     from moe_rl.runtime.stopping import listen
@@ -131,7 +130,7 @@ def train(
             )
         else:
             policy = saved_policy(config, task, checkpoint / POLICY, sharded=sharded)
-        find_weights(policy.model, config.rollout_precision)
+        check_engine(config.engine, policy.model, config.rollout_precision)
         if sharded:
             check_can_be_sharded(policy.model)
         log: RunLog | NoLog = NoLog(folder)
@@ -151,7 +150,9 @@ def train(
 def _check_files(config: RunConfig, folder: Path, *, resume: bool) -> None:
     """Refuse packages, model folders and run folders that cannot be used, without torch."""
     if config.engine == "vllm":
-        import_extra("vllm", extra="vllm", option="engine='vllm'")
+        from moe_rl.rollout.vllm import import_vllm
+
+        import_vllm()
     where = config.model.checkpoint
     if where is not None and not resume:  # a resumed run reads a checkpoint of its own
         check_model_folder(find_model(where), f"checkpoint={where!r}")

@@ -19,8 +19,7 @@ from moe_rl.losses.advantages import gae, group_advantages, whiten
 from moe_rl.metrics import instruments
 from moe_rl.policy.forward import choose_layout
 from moe_rl.policy.policy import Policy
-from moe_rl.rollout.engine import make_engine
-from moe_rl.rollout.precision import describe_numerics
+from moe_rl.rollout.engine import describe_numerics, make_engine
 from moe_rl.rollout.request import Request
 from moe_rl.rollout.rewards import score_responses
 from moe_rl.run_folder.checkpoints import Checkpoints
@@ -319,7 +318,7 @@ class Trainer:
             "experts": self.policy.experts,
             "layout": choose_layout(self.policy),
             "rollout_numerics": describe_numerics(
-                self.config.rollout_precision, self.policy.model.dtype
+                self.config.engine, self.config.rollout_precision, self.policy.model.dtype
             ),
             "processor": cpu_name(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
