@@ -51,6 +51,7 @@ StudyName = Literal[
     "denominator",
     "placement",
     "precision",
+    "engine",
     "length",
     "depth",
     "irreversibility",

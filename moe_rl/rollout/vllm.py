@@ -32,6 +32,8 @@ OPTIONS: dict[str, Any] = {
     "generation_config": "vllm",
     # Ids go in and come out.
     "skip_tokenizer_init": True,
+    # A progress bar for each reload would cut through the run's own lines.
+    "use_tqdm_on_load": False,
 }
 GPU_OPTIONS: dict[str, Any] = {
     # vLLM's default of 0.9 would leave no memory for the trainer, which lives on the same GPU.
