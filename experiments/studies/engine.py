@@ -30,8 +30,8 @@ _ARMS: Variants = {
 def runs(root: Path) -> list[RunConfig]:
     """Three arms, each with either old log-probs."""
     base = preset("mild-stale").replace(setting="bf16", engine="vllm", rollout_precision="bf16")
-    both: Variants = _ARMS | {
+    over_rollout: Variants = {
         f"{arm}+rollout-old": {**changes, "old_logprobs": "rollout"}
         for arm, changes in _ARMS.items()
     }
-    return of_variants(base, both, FIVE_SEEDS[:3])
+    return of_variants(base, {**_ARMS, **over_rollout}, FIVE_SEEDS[:3])
