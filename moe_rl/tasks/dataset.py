@@ -97,14 +97,8 @@ class Dataset(Task):
         return next((row.where for row in self.rows if row.answer is None), None)
 
     def listed(self) -> list[Listed]:
-        # What must fit and be spelled is a right response, which may be less than the whole answer.
-        part = str if self.judge in ("exact", "reasoning_gym") else final_answer
         return [
-            Listed(
-                row.where,
-                _problem(row),
-                None if row.answer is None or self.own else part(row.answer),
-            )
+            Listed(row.where, _problem(row), None if self.own else self._right(row))
             for row in [*self.rows, *self.held_out_rows]
         ]
 
@@ -230,17 +224,24 @@ class Dataset(Task):
             f"{where}: answer: {value!r:.60} is no text and no number; correct the row"
         )
 
+    def _right(self, row: Row) -> str | None:
+        """The shortest response known to be right, which may be less than the whole answer."""
+        if row.answer is None or self.judge in ("exact", "reasoning_gym"):
+            return row.answer
+        return final_answer(row.answer)
+
     def _check_answers(self) -> None:
         """Refuse an answer that the judge would not take for right: nothing could be."""
         checked = set()
         for row in [*self.rows, *self.held_out_rows]:
-            if row.answer is None or row.answer in checked:
+            right = self._right(row)
+            if right is None or right in checked:
                 continue
-            checked.add(row.answer)
+            checked.add(right)
             columns = {name: [value] for name, value in row.columns.items()}
-            if self.reward([row.prompt], [row.answer], **columns) != [1.0]:
+            if self.reward([row.prompt], [right], **columns) != [1.0]:
                 raise ConfigError(
-                    f"{row.where}: answer: judge={self.judge} does not take {row.answer!r:.60} for "
+                    f"{row.where}: answer: judge={self.judge} does not take {right!r:.60} for "
                     "right itself; correct the row, or choose another judge"
                 )
 

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 from moe_rl.runtime.choice import Choice
 from moe_rl.runtime.strict import ConfigError
+from moe_rl.tasks.sandbox import landlock_version
 
 SECONDS, MEGABYTES = 6.0, 1024  # a test of LiveCodeBench has 6 seconds
 _BLOCK = re.compile(r"```[^\n`]*\n(.*?)```", re.S)
@@ -56,14 +57,15 @@ class Case(NamedTuple):
 
 
 def isolation() -> Choice:
-    """How programs are kept from the network and other processes."""
+    """How programs are isolated; the reason says what they may reach."""
+    own = "only files of their own" if landlock_version() else "no Landlock: all files of the user"
     if shutil.which("unshare") is None:
-        return Choice("limits", "unshare is not installed: programs may reach the network")
+        return Choice("limits", f"no unshare: network and other processes; {own}")
     tried = subprocess.run([*_UNSHARE, "true"], capture_output=True, text=True, check=False)
     if tried.returncode:
         said = tried.stderr.strip().partition("\n")[0]
-        return Choice("limits", f"programs may reach the network ({said})")
-    return Choice("namespaces", "unshare works: no network, no other process")
+        return Choice("limits", f"network and other processes ({said}); {own}")
+    return Choice("namespaces", f"no network, no other process; {own}")
 
 
 def read_cases(row: Mapping[str, Any], column: str | None, where: str) -> list[Case]:
@@ -84,8 +86,8 @@ def read_cases(row: Mapping[str, Any], column: str | None, where: str) -> list[C
     function = None
     cases = []
     try:
-        if isinstance(row.get("metadata"), str):
-            function = json.loads(row["metadata"]).get("func_name")
+        if row.get("metadata"):
+            function = _decode(row["metadata"]).get("func_name")
         for name in names:
             found = _decode(row[name]) if row.get(name) else []
             if isinstance(found, dict):

@@ -36,11 +36,17 @@ def limit_resources(seconds: int, megabytes: int) -> None:
         resource.setrlimit(kind, (most, most))
 
 
+def landlock_version() -> int:
+    """Version of the kernel's Landlock interface, 0 without one."""
+    if sys.platform != "linux":
+        return 0
+    return max(0, int(ctypes.CDLL(None).syscall(_CREATE, None, 0, 1)))
+
+
 def limit_files() -> None:
     """Leave the working folder to write, and what Python needs to read, where Landlock is."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    abi = libc.syscall(_CREATE, None, 0, 1)
-    if abi < 1:
+    libc, abi = ctypes.CDLL(None), landlock_version()
+    if abi == 0:
         return
     every = _ALL | (_TRUNCATE if abi >= 3 else 0)
     handled = (ctypes.c_uint64 * 2)(every, _TCP)
@@ -69,7 +75,6 @@ if __name__ == "__main__":
     if child:
         sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0)
     sys.argv[:] = ["program.py"]
-    if sys.platform == "linux":
-        limit_files()
+    limit_files()
     limit_resources(seconds, megabytes)
     runpy.run_path("program.py", run_name="__main__")
