@@ -15,7 +15,7 @@ import numpy as np
 from moe_rl.runtime.own_code import OwnFunction
 from moe_rl.runtime.strict import ConfigError
 from moe_rl.tasks.base import Listed, Problem, Prompt, Task
-from moe_rl.tasks.judges import JUDGES, final_answer
+from moe_rl.tasks.judges import JUDGES, accepts_itself, final_answer
 from moe_rl.tasks.own_reward import call_reward, load_reward
 from moe_rl.tasks.programs import MEGABYTES, SECONDS, pass_all, read_cases
 from moe_rl.tasks.rows import Rows, make_gym, read_rows
@@ -232,14 +232,16 @@ class Dataset(Task):
 
     def _check_answers(self) -> None:
         """Refuse an answer that the judge would not take for right: nothing could be."""
-        checked = set()
         for row in [*self.rows, *self.held_out_rows]:
             right = self._right(row)
-            if right is None or right in checked:
+            if right is None:
                 continue
-            checked.add(right)
-            columns = {name: [value] for name, value in row.columns.items()}
-            if self.reward([row.prompt], [right], **columns) != [1.0]:
+            if self.judge in JUDGES:
+                accepted = accepts_itself(self.judge, right)
+            else:
+                columns = {name: [value] for name, value in row.columns.items()}
+                accepted = self.reward([row.prompt], [right], **columns) == [1.0]
+            if not accepted:
                 raise ConfigError(
                     f"{row.where}: answer: judge={self.judge} does not take {right!r:.60} for "
                     "right itself; correct the row, or choose another judge"

@@ -49,6 +49,12 @@ def math_verify(response: str, answer: str) -> bool:
     return bool(package.verify(_parse_answer(answer), package.parse(final_answer(response))))
 
 
+@lru_cache(maxsize=2**16)
+def accepts_itself(judge: str, answer: str) -> bool:
+    """Whether a judge takes an answer for right: where not, no response could be."""
+    return JUDGES[judge](answer, answer)
+
+
 @lru_cache(maxsize=2**14)
 def _parse_answer(answer: str) -> list[Any]:
     package = import_extra("math_verify", extra="math", option="judge='math_verify'")
