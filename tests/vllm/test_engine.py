@@ -23,10 +23,12 @@ from moe_rl.routing.statistics import churn, router_disagreement
 GROUP, TOKENS = 3, 6
 
 
-def wide_policy() -> Policy:
+def wide_policy(family: str = "qwen3_moe") -> Policy:
     """8 experts, top-2, one head of 32."""
-    model = preset("tiny").replace(num_attention_heads=1, expert_size=32).model
-    return widen(build_policy(model, ALPHABET, seed=3))
+    sizes = {"num_attention_heads": 1, "expert_size": 32}
+    return widen(
+        build_policy(preset("tiny").replace(family=family, **sizes).model, ALPHABET, seed=3)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,16 @@ def test_every_kind_of_weight_follows_the_trainer(part: str, engine: VllmEngine)
     assert not torch.equal(trainer_pass(engine.policy, before), before.rollout_logprobs)
 
 
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_other_families_are_equal_too_before_and_after_an_update(family: str) -> None:
+    engine = make_engine("vllm", wide_policy(family))
+    assert isinstance(engine, VllmEngine)
+    for _ in range(2):
+        assert_equal(engine.policy, engine.sample(request()))
+        for parameter in engine.policy.model.parameters():
+            parameter.data.mul_(1.1)
+
+
 def test_experts_that_a_reload_leaves_behind_stop_the_run(
     engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +175,14 @@ def test_rounded_weights_are_handed_over(engine: VllmEngine) -> None:
     with rounded_weights(policy.model, "int4"):
         assert_equal(policy, batch)
     assert differing_routers(policy, batch) > 0.01
+
+
+def test_an_engine_leaves_the_trainers_threads_to_the_trainer(engine: VllmEngine) -> None:
+    engine.sample(request())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)  # vLLM's worker puts a function that does nothing there
+    assert torch.get_num_threads() == threads + 1
+    torch.set_num_threads(threads)
 
 
 def test_the_copies_of_the_weights_do_not_pile_up(engine: VllmEngine) -> None:
