@@ -49,6 +49,18 @@ def check_logits(policy: "Policy", name: str) -> None:
         )
 
 
+@torch.enable_grad()
+def has_idle_parameters(policy: "Policy") -> bool:
+    """Whether some trained parameters get no gradient, as the indexers of sparse attention."""
+    words = policy.model.get_input_embeddings().num_embeddings
+    ids = torch.arange(2, 8, device=policy.device).remainder(words)[None]
+    hidden = policy.read_whole(ids, torch.ones_like(ids, dtype=torch.bool))
+    policy.logits(hidden).logsumexp(-1).sum().backward()
+    idle = any(p.requires_grad and p.grad is None for p in policy.model.parameters())
+    policy.model.zero_grad(set_to_none=True)
+    return idle
+
+
 @contextlib.contextmanager
 def _running(policy: "Policy", name: str) -> Iterator[None]:
     """Say in one line that a model does not even read one sequence without a cache."""

@@ -5,7 +5,6 @@ the policy. `_Inside`, a module whose forward runs any function, joins the two.
 """
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
@@ -53,11 +52,17 @@ class Wrapped:
     """Runs a model's passes so that gradients are averaged over the ranks; one wraps nothing.
 
     `ddp` keeps the whole model on each rank, `fsdp` a shard of every layer, made in place. A `head`
-    is a module beside the model that passes may call too.
+    is a module beside the model that passes may call too. `idle`: some parameters get no gradient.
     """
 
     def __init__(
-        self, model: Any, ranks: Ranks, parallelism: Parallelism, head: nn.Module | None = None
+        self,
+        model: Any,
+        ranks: Ranks,
+        parallelism: Parallelism,
+        head: nn.Module | None = None,
+        *,
+        idle: bool = False,
     ) -> None:
         self.ranks = ranks
         self._inside: nn.Module = _Inside(model, head)
@@ -65,12 +70,10 @@ class Wrapped:
         if ranks.size == 1:
             return
         if parallelism == "ddp":
-            # Buffers are equal on all ranks, and nothing here changes them. Some families have
-            # parameters outside the loss (the indexers of sparse attention), for whose gradients
-            # DDP would wait; where there are none, its advice not to look for them is noise.
-            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+            # Buffers are equal on all ranks, and nothing here changes them. DDP would wait for the
+            # gradients of idle parameters; to look for them where there are none makes it warn.
             self._inside = DistributedDataParallel(
-                self._inside, broadcast_buffers=False, find_unused_parameters=True
+                self._inside, broadcast_buffers=False, find_unused_parameters=idle
             )
             return
         mesh = init_device_mesh(model.device.type, (ranks.size,))

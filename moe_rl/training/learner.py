@@ -22,6 +22,7 @@ from moe_rl.losses.ppo import value_loss
 from moe_rl.metrics import instruments
 from moe_rl.policy.forward import ForwardOutput
 from moe_rl.policy.policy import Policy
+from moe_rl.policy.probe import has_idle_parameters
 from moe_rl.routing import find_routers
 from moe_rl.routing.statistics import shift
 from moe_rl.runtime.ranks import Ranks
@@ -109,7 +110,8 @@ class Learner:
             if getattr(module, "gradient_checkpointing", False)
         ]
         self.value_head = ValueHead(config, policy) if self.algorithm.learns_value else None
-        self.wrapped = Wrapped(policy.model, ranks, parallelism, self.value_head)
+        idle = ranks.size > 1 and parallelism == "ddp" and has_idle_parameters(policy)
+        self.wrapped = Wrapped(policy.model, ranks, parallelism, self.value_head, idle=idle)
         self.passes = Passes(
             config=config,
             policy=policy,

@@ -14,7 +14,7 @@ from moe_rl.config import ConfigError, ModelConfig
 from moe_rl.policy import probe
 from moe_rl.policy.forward import ForwardOptions, choose_layout, response_pass
 from moe_rl.policy.policy import Policy, build_policy
-from moe_rl.policy.probe import check_logits, must_read_whole
+from moe_rl.policy.probe import check_logits, has_idle_parameters, must_read_whole
 from moe_rl.policy.router_noise import RouterNoise
 from moe_rl.policy.tokenizer import tokenizer_of
 from moe_rl.replay_check.families import build_family, causal_families, family_names
@@ -189,6 +189,14 @@ def test_a_model_that_cannot_be_read_at_all_is_refused(
     policy = broken(loaded(tmp_path), monkeypatch, "read_with_cache", "read_whole")
     with pytest.raises(ConfigError, match=r"^model: .*neither with a cache \(hidden states differ"):
         must_read_whole(policy, "model")
+
+
+@pytest.mark.parametrize(("family", "idle"), [("deepseek_v32", True), ("mixtral", False)])
+def test_parameters_without_a_gradient_are_seen(family: str, idle: bool, tmp_path: Path) -> None:
+    saved(family, tmp_path)
+    policy = loaded(tmp_path)
+    assert has_idle_parameters(policy) == idle
+    assert all(parameter.grad is None for parameter in policy.model.parameters())
 
 
 @pytest.mark.parametrize("family", ["granitemoe", "cohere2_moe", "inkling2_text"])
