@@ -16,7 +16,7 @@ from moe_rl.experiments.study import FIVE_SEEDS, Variants, of_variants
 from moe_rl.presets import preset
 
 PRECISIONS = ("float32", "bf16", "fp8", "int8", "int4")
-_ARMS: Variants = {
+ARMS: Variants = {
     "grpo": {},
     "grpo+rollout-old": {"old_logprobs": "rollout"},
     "grpo+R3": {"routing_replay": "R3"},
@@ -31,6 +31,6 @@ def runs(root: Path) -> list[RunConfig]:
         config
         for precision in PRECISIONS
         for config in of_variants(
-            base.replace(setting=precision, rollout_precision=precision), _ARMS, FIVE_SEEDS
+            base.replace(setting=precision, rollout_precision=precision), ARMS, FIVE_SEEDS
         )
     ]
