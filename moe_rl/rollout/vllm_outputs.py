@@ -73,7 +73,8 @@ def read_outputs(
             where = f"vLLM, request {i}, completion {completion.index}"
             tokens = [*completion.token_ids]
             truncated = completion.finish_reason == "length" and len(tokens) == max_tokens
-            stopped = completion.finish_reason == "stop" and tokens[-1:] == [policy.eos_id]
+            ended = bool(tokens) and tokens[-1] in policy.end_ids
+            stopped = completion.finish_reason == "stop" and ended
             if not (truncated or stopped):
                 raise ValueError(
                     f"{where}: finish_reason={completion.finish_reason!r} after {len(tokens)} of "

@@ -111,6 +111,15 @@ def test_outputs_are_read_as_the_rollout_that_they_are(policy: Policy, last_row:
     assert (found.routed_experts[~fed] == -1).all()
 
 
+def test_every_token_that_ends_a_response_is_an_end(policy: Policy) -> None:
+    policy.model.generation_config.eos_token_id = [1, 5]
+    batch = rollout(policy, PROMPTS, GROUP, TOKENS)
+    last = batch.response_mask.sum(1) - 1
+    ends = batch.response_ids[torch.arange(len(last)), last][~batch.truncated]
+    assert 5 in ends
+    assert torch.equal(read(outputs_of(batch), policy, batch).truncated, batch.truncated)
+
+
 def test_routers_are_searched_once_a_rollout(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

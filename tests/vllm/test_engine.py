@@ -169,6 +169,18 @@ def test_more_prompt_tokens_than_one_step_reads(engine: VllmEngine) -> None:
     assert_equal(engine.policy, engine.sample(many))
 
 
+def test_every_token_that_ends_a_response_ends_it(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = (engine.policy.eos_id, 5)
+    monkeypatch.setitem(vars(engine.policy), "end_ids", ends)  # of a checkpoint with two
+    batch = engine.sample(request(numbers=range(8)))
+    is_end = torch.isin(batch.response_ids, torch.tensor(ends)) & batch.response_mask
+    assert (batch.response_ids[is_end] == 5).any()
+    assert torch.equal(is_end.any(1), ~batch.truncated)
+    assert (is_end.sum(1) <= 1).all()
+
+
 def test_rounded_weights_are_handed_over(engine: VllmEngine) -> None:
     policy = engine.policy
     batch = RoundedEngine(engine, policy.model, "int4").sample(request())
