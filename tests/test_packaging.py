@@ -130,7 +130,9 @@ def test_every_dependency_is_pinned_inside_its_range() -> None:
 def test_ci_runs_the_commands_a_contributor_runs() -> None:
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     commands = [line for line in lines if line and not line.startswith(("#", "set ", "cd "))]
-    assert commands == ["make check", "make vllm", "make test"]
+    assert [command.partition(" ||")[0] for command in commands] == [
+        "make check", "make vllm", "make test",
+    ]  # fmt: skip
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 

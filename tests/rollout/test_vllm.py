@@ -1,4 +1,4 @@
-"""vLLM as the rollout engine: what needs no vLLM. tests/vllm has the rest, and is run from here."""
+"""vLLM as the rollout engine: what needs no vLLM; tests/real_vllm has the rest, and runs from here."""
 
 import dataclasses
 import json
@@ -38,15 +38,15 @@ GROUP, TOKENS = 3, 6
 
 @pytest.mark.slow
 def test_the_real_engine() -> None:
-    """tests/vllm, in the environment that `make vllm` builds beside this one."""
+    """tests/real_vllm, in the environment that `make vllm` builds beside this one."""
     environment = Path(f"{sys.prefix}-vllm")
     if not (environment / ".installed").exists():
         pytest.skip("vLLM is not installed: make vllm")
     outer = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
-    command = [environment / "bin" / "python", "-m", "pytest", "-q", "tests/vllm"]
+    command = [environment / "bin" / "python", "-m", "pytest", "-q", "tests/real_vllm"]
     found = subprocess.run(command, cwd=ROOT, env=outer, capture_output=True, text=True)
     print(found.stdout[-10_000:], found.stderr[-10_000:])
-    assert found.returncode == 0, "tests/vllm failed: its output is below"
+    assert found.returncode == 0, "tests/real_vllm failed: its output is below"
 
 
 # What it returns.
