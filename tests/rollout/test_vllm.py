@@ -1,4 +1,4 @@
-"""vLLM as the rollout engine: what needs no vLLM; tests/real_vllm has the rest, and runs from here."""
+"""vLLM as the rollout engine: what needs no vLLM. Its real tests run from here as well."""
 
 import dataclasses
 import json
