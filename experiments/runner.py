@@ -151,8 +151,10 @@ class _Process:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "config.json"
         write_config(file, config)
+        output = self.folder / OUTPUT
+        output.write_bytes(b"")  # there to be read if the process dies before it writes
         words = train_words(file, self.folder, cold_start_cache)
-        self._process = _server().Process(target=_train, args=(words, self.folder / OUTPUT))
+        self._process = _server().Process(target=_train, args=(words, output))
         self._process.start()
 
     def running(self) -> bool:

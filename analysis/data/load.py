@@ -26,7 +26,7 @@ CONFIG_COLUMNS = [
     "rollout_precision", "num_layers", "num_experts", "experts_per_token", "digits_per_token",
 ]  # fmt: skip
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-_HOW = "`moe-rl reproduce --quick --out DIR` makes a study, `moe-rl train --out DIR` one run"
+_HOW = "`moe-rl reproduce --out DIR` makes a study, `moe-rl train --out DIR` one run"
 
 RunKey = tuple[str, str, int]
 

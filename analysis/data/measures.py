@@ -26,12 +26,8 @@ CHAIN = [
     "negative_above", "largest_token", "clip_share", "grad_norm", "routing_share",
     "response_length", "replay_coverage",
 ]  # fmt: skip
-WHOLE = [
-    "skipped",
-    "pass_at_1",
-    "pass_at_k",
-    "operations",
-]  # of all steps, collapsed by then or not
+# Of all steps, collapsed by then or not.
+WHOLE = ["skipped", "pass_at_1", "pass_at_k", "operations"]
 
 
 def run_measures(study: StudyRuns) -> pd.DataFrame:

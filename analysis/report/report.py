@@ -41,8 +41,7 @@ def write_report(
     *.png, data/*.csv. The same input files give byte for byte the same output.
 
     `study` is what `load_study(run_dir)` gave and `measures` are `run_measures(study)`, where a
-    caller has them. Raises AnalysisError for a
-    folder that cannot be read (see `load_study`).
+    caller has them. Raises AnalysisError for a folder that cannot be read (see `load_study`).
     """
     study = study or load_study(run_dir)
     out = Path(run_dir) / "report"

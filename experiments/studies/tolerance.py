@@ -1,8 +1,8 @@
 """Tolerance: how much disagreement between passes does each arm stand?
 
 Settings: routing-noise with noise 0, 0.02, 0.07, 0.135, 0.25, 0.35 and 0.49. The disagreement
- that a noise makes is measured in the runs: KL k3 between engine and trainer and the
-share of routers that differ, the axes on which published systems are marked.
+that a noise makes is measured in the runs: KL k3 between engine and trainer and the share of
+routers that differ, the axes on which published systems are marked.
 Arms: GRPO, with dual clip, with the engine's log-probs in the denominator, with replay (R3), GSPO.
 Seeds: 21 to 25.
 Primary outcome: final reward. An arm tolerates a noise if its final reward there is less than 0.1

@@ -35,12 +35,10 @@ def check_logits(policy: "Policy", name: str) -> None:
         ConfigError: they are not those of its head, scaled or capped as its config says; or the
             model does not run.
     """
-    head = policy.model.get_output_embeddings()
-    ids = torch.arange(2, 8, device=policy.device).remainder(len(head.weight))[None]
+    ids = _few_tokens(policy)
     with _running(policy, name):
         own = policy.model(input_ids=ids, use_cache=False).logits.float()
-        hidden = policy.read_whole(ids, torch.ones_like(ids, dtype=torch.bool))
-    ours = policy.logits(hidden) * policy.temperature
+        ours = _logits(policy, ids) * policy.temperature
     if own.shape != ours.shape or float((ours - own).norm() / own.norm()) > _tolerance(policy):
         raise ConfigError(
             f"{name}: {type(policy.model).__name__} gives logits that are not its head's product, "
@@ -52,13 +50,21 @@ def check_logits(policy: "Policy", name: str) -> None:
 @torch.enable_grad()
 def has_idle_parameters(policy: "Policy") -> bool:
     """Whether some trained parameters get no gradient, as the indexers of sparse attention."""
-    words = policy.model.get_input_embeddings().num_embeddings
-    ids = torch.arange(2, 8, device=policy.device).remainder(words)[None]
-    hidden = policy.read_whole(ids, torch.ones_like(ids, dtype=torch.bool))
-    policy.logits(hidden).logsumexp(-1).sum().backward()
+    _logits(policy, _few_tokens(policy)).logsumexp(-1).sum().backward()
     idle = any(p.requires_grad and p.grad is None for p in policy.model.parameters())
     policy.model.zero_grad(set_to_none=True)
     return idle
+
+
+def _few_tokens(policy: "Policy") -> Tensor:
+    """One made-up sequence: int64 [1, 6]."""
+    words = policy.model.get_input_embeddings().num_embeddings
+    return torch.arange(2, 8, device=policy.device).remainder(words)[None]
+
+
+def _logits(policy: "Policy", ids: Tensor) -> Tensor:
+    """Logits of whole sequences without padding, over the policy's temperature."""
+    return policy.logits(policy.read_whole(ids, torch.ones_like(ids, dtype=torch.bool)))
 
 
 @contextlib.contextmanager

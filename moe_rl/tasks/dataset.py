@@ -175,18 +175,15 @@ class Dataset(Task):
         return self._to_rows(found), found.sha256
 
     def _to_rows(self, found: Rows) -> list[Row]:
-        names = dict.fromkeys(
-            name for row in found.rows for name in row
-        )  # JSONL may leave some out
+        # JSONL may leave columns out of a row.
+        names = dict.fromkeys(name for row in found.rows for name in row)
         rows = []
         for where, row in zip(found.where, found.rows, strict=True):
             prompt = self._prompt(row, where)
             columns = {name: row.get(name) for name in names if name not in _RESERVED}
             if self.judge == "code":
-                columns["answer"], answer = (
-                    read_cases(row, self.settings.answer_column, where),
-                    None,
-                )
+                answer = None
+                columns["answer"] = read_cases(row, self.settings.answer_column, where)
             else:
                 answer = self._answer(row, where)
                 columns |= {} if answer is None else {"answer": answer}
