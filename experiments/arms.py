@@ -245,8 +245,8 @@ DENSE_ARMS = tuple(
 )
 """Arms that mean something for a model without routing."""
 MAIN_ARMS = ("grpo", "grpo+replay", "gspo")
-QUICK_ARMS = (*MAIN_ARMS, "grpo+dual-clip")
-"""The main claims, and the twist: one branch less, and GRPO does not collapse."""
+TWIST_ARM = "grpo+dual-clip"
+"""One branch less, and GRPO does not collapse."""
 STORY_ARMS = (*MAIN_ARMS, "dense")
 """What maps, families and the first figure show: more lines would hide the story."""
 

@@ -6,18 +6,24 @@ moe-rl reproduce
 from collections.abc import Sequence
 
 from moe_rl.config import Family
-from moe_rl.experiments.arms import QUICK_ARMS, check_arms
+from moe_rl.experiments.arms import MAIN_ARMS, TWIST_ARM, check_arms
 from moe_rl.experiments.study import FIVE_SEEDS, StudyPlan, of_arms, seed_by_seed
 from moe_rl.presets import preset
 
 
 def quick(
     *,
-    arms: Sequence[str] = QUICK_ARMS,
+    arms: Sequence[str] = (),
     seeds: Sequence[int] = FIVE_SEEDS,
     families: Sequence[Family] = (),
 ) -> StudyPlan:
     """The arms under routing noise on paired seeds, in one setting or in one for each family.
+
+    Args:
+        arms: by default the main ones, and of the twist's one run beside them: the 15 of five seeds
+            leave two cores room for it.
+        seeds: of the main arms; the twist's is the first.
+        families: by default qwen3_moe alone.
 
     Raises:
         ConfigError: see `check_arms`.
@@ -25,5 +31,9 @@ def quick(
     check_arms(arms)
     base = preset("routing-noise")
     settings = [base.replace(setting=family, family=family) for family in families] or [base]
-    configs = [config for setting in settings for config in of_arms(setting, arms, seeds)]
+    configs = [
+        config for setting in settings for config in of_arms(setting, arms or MAIN_ARMS, seeds)
+    ]
+    if not arms:
+        configs += of_arms(settings[0], [TWIST_ARM], seeds[:1])
     return StudyPlan(name="reproduce", mode="quick", configs=seed_by_seed(configs))

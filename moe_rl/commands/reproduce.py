@@ -7,7 +7,6 @@ from typing import ClassVar
 from moe_rl.commands.options import Command, StudyOptions
 from moe_rl.commands.studies import INTERRUPTED, run_study
 from moe_rl.config import Family
-from moe_rl.experiments.arms import QUICK_ARMS
 from moe_rl.experiments.study import FIVE_SEEDS
 
 
@@ -17,8 +16,9 @@ class Reproduce(StudyOptions, Command):
 
     interrupted: ClassVar[str] = INTERRUPTED
 
-    arms: tuple[str, ...] = QUICK_ARMS
-    """Arms to compare: names that `moe-rl arms` lists, or your own loss as FILE.py:FUNCTION."""
+    arms: tuple[str, ...] = ()
+    """Arms to compare: names that `moe-rl arms` lists, or your own loss as FILE.py:FUNCTION.
+    Default: grpo, grpo+replay, gspo, and one run of grpo+dual-clip."""
     seeds: tuple[int, ...] = FIVE_SEEDS
     """Random seeds; every arm runs with each. A verdict needs five or more."""
     family: tuple[Family, ...] = ()

@@ -8,7 +8,7 @@ from moe_rl.analysis.verdicts.verdicts import MIN_SEEDS
 from moe_rl.commands.reproduce import Reproduce
 from moe_rl.config import ConfigError
 from moe_rl.experiments import collapse_map
-from moe_rl.experiments.arms import ARMS, QUICK_ARMS, arm_config
+from moe_rl.experiments.arms import ARMS, MAIN_ARMS, TWIST_ARM, arm_config
 from moe_rl.experiments.bench.training import useful_operations
 from moe_rl.experiments.quick import quick
 from moe_rl.experiments.runner import check_study, run_all, run_folder
@@ -78,12 +78,17 @@ def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_quick_study_is_the_main_arms_on_enough_seeds_for_a_verdict() -> None:
-    configs = quick().configs
-    assert [(c.arm, c.seed) for c in configs] == [
-        (arm, seed) for seed in FIVE_SEEDS for arm in QUICK_ARMS
-    ]
+    runs = [(c.arm, c.seed) for c in quick(seeds=Reproduce().seeds).configs]
+    twist = (TWIST_ARM, FIVE_SEEDS[0])
+    assert sorted(runs) == sorted([twist, *((a, s) for s in FIVE_SEEDS for a in MAIN_ARMS)])
     assert len(FIVE_SEEDS) >= MIN_SEEDS
-    assert Reproduce().seeds == FIVE_SEEDS and Reproduce().arms == QUICK_ARMS
+
+
+def test_named_arms_run_with_every_seed() -> None:
+    configs = quick(arms=("grpo", TWIST_ARM), seeds=(1, 2)).configs
+    assert [(c.arm, c.seed) for c in configs] == [
+        (arm, seed) for seed in (1, 2) for arm in ("grpo", TWIST_ARM)
+    ]
 
 
 def test_the_quick_study_of_families_has_a_setting_for_each() -> None:
