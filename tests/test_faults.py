@@ -311,6 +311,14 @@ def changed_dataset(folder: Path) -> None:
 IDS = np.tile(np.arange(2, dtype=np.int16), (1, 4, 2, 1))
 
 
+AUDIT = ("audit", "nowhere", "--prompts", "running_sum")
+
+
+def model_and_trace(folder: Path) -> None:
+    shutil.copytree(saved_model(), folder / "model")
+    np.save(folder / "t.npy", IDS)
+
+
 def trace(name: str, content: str | Callable[[Path], object]) -> Fault:
     """Churn of a file with itself."""
 
@@ -384,6 +392,18 @@ DATA = {
     "an expert chosen twice": ids(np.full_like(IDS, 3)),
     "a trace without records": ids(np.zeros_like(IDS)),
     "traces of two models": Fault(("churn", "a.npy", "b.npy"), two_shapes),
+    "an audit of no prompts": Fault((*AUDIT, "--num-prompts", "0")),
+    "an audit's prompts in another column": Fault(
+        ("audit", "nowhere", "--prompts", "rows.jsonl", "--prompt-column", "ask"),
+        write("rows.jsonl", ROW),
+    ),
+    "an audit of a folder without a model": Fault(AUDIT),
+    "an audit's trace without tokens": Fault(
+        ("audit", "model", "--prompts", "running_sum", "--trace", "t.npy"), model_and_trace
+    ),
+    "an audit's prompt beyond the context": Fault(
+        ("audit", "model", "--prompts", "running_sum", "--max-tokens", "5000"), model_and_trace
+    ),
 }
 
 FAULTS = OPTIONS | FOLDERS | MODELS | ARMS | DATA

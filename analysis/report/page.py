@@ -58,8 +58,8 @@ def bounds(low: float, high: float, digits: int = 2) -> str:
     return f"[{number(low, digits)}, {number(high, digits)}]"
 
 
-def render(context: dict[str, Any]) -> str:
-    """The whole page: `report.html.j2` filled with `context`."""
+def render(context: dict[str, Any], template: str = "report.html.j2") -> str:
+    """The whole page: the template filled with `context`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -75,4 +75,4 @@ def render(context: dict[str, Any]) -> str:
         "NONE": NONE, "MARKS": MARKS, "GENERATOR": GENERATOR, "CLAIMS": CLAIMS,
         "MIN_SEEDS": MIN_SEEDS, "collapse": collapse, "stats": stats,
     }  # fmt: skip
-    return environment.get_template("report.html.j2").render(context)
+    return environment.get_template(template).render(context)

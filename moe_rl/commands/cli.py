@@ -16,6 +16,7 @@ import tyro
 
 from moe_rl import __version__
 from moe_rl.commands.arms import Arms
+from moe_rl.commands.audit import Audit
 from moe_rl.commands.bench import Bench
 from moe_rl.commands.calibrate import Calibrate
 from moe_rl.commands.check_replay import CheckReplay
@@ -49,6 +50,7 @@ COMMANDS: tuple[type[Command], ...] = (
     Watch,
     EarlyWarning,
     CheckReplay,
+    Audit,
     Churn,
     Doctor,
     Bench,

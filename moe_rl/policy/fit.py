@@ -10,7 +10,7 @@ from moe_rl.config import ConfigError
 from moe_rl.policy.policy import Policy
 from moe_rl.policy.tokenizer import chat_text, encode_prompt, read_tokens
 from moe_rl.tasks import Task
-from moe_rl.tasks.base import Listed
+from moe_rl.tasks.base import Listed, Prompt
 
 
 def check_fit(policy: Policy, task: Task) -> None:
@@ -22,21 +22,25 @@ def check_fit(policy: Policy, task: Task) -> None:
             back as something that is not right.
     """
     for row in task.listed():
-        _check_prompt(policy, task, row)
+        check_prompt(policy, row.problem.prompt, task.max_response_tokens, row.where)
         if row.answer is not None:
             _check_answer(policy, task, row, row.answer)
 
 
-def _check_prompt(policy: Policy, task: Task, row: Listed) -> None:
-    prompt, limit = row.problem.prompt, task.max_response_tokens
+def check_prompt(policy: Policy, prompt: Prompt, limit: int, where: str) -> None:
+    """Refuse a prompt that the policy cannot hold with `limit` tokens of response.
+
+    Raises:
+        ConfigError: as of `check_fit`; begins with `where`.
+    """
     try:
         ids = encode_prompt(policy.tokenizer, prompt)
     except ConfigError as error:
-        raise ConfigError(f"{row.where}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
     context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and len(ids) + limit > context:
         raise ConfigError(
-            f"{row.where}: a prompt of {len(ids)} tokens and a response of {limit} exceed the "
+            f"{where}: a prompt of {len(ids)} tokens and a response of {limit} exceed the "
             f"model's context of {context} (max_position_embeddings); shorten the prompt, "
             "lower response_tokens, or take a model of a longer context"
         )
@@ -44,7 +48,7 @@ def _check_prompt(policy: Policy, task: Task, row: Listed) -> None:
     read = policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     if not _bare(read).endswith(_bare(text)):  # in front of it stands what the tokenizer adds
         raise ConfigError(
-            f"{row.where}: the model's tokenizer reads the prompt {text!r:.60} back as "
+            f"{where}: the model's tokenizer reads the prompt {text!r:.60} back as "
             f"{read!r:.60}, so that the model does not see it; take another tokenizer"
         )
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moe_rl.batch import RolloutBatch, full_record, predictions
 from moe_rl.cpu import FastPath
-from moe_rl.kernels import token_logprobs
+from moe_rl.kernels import TokenLogprobs, token_logprobs
 from moe_rl.policy.policy import Policy
 from moe_rl.policy.router_noise import NoiseDraw, RouterNoise
 from moe_rl.routing import record_routing, replay_routing, router_noise
@@ -104,17 +104,7 @@ def response_pass(
     if batch.response_ids.shape[1] == 1 and read is _one_pass:
         read = _cached
     hidden, routes, logits, replayed = read(policy, batch, options)
-    head = policy.model.get_output_embeddings()
-    found = token_logprobs(
-        hidden.to(head.weight.dtype),
-        head.weight,
-        batch.response_ids,
-        bias=head.bias,
-        temperature=policy.temperature / policy.final.scale,
-        softcap=policy.final.softcap,
-        ignore_index=None,  # what counts is the caller's mask to say
-        entropy=options.entropy,
-    )
+    found = score_tokens(policy, hidden, batch.response_ids, entropy=options.entropy)
     return ForwardOutput(
         logprobs=found.logprobs,
         entropy=None if found.entropy is None else found.entropy.detach(),
@@ -122,6 +112,26 @@ def response_pass(
         router_logits=logits,
         values=None if options.value_head is None else options.value_head(hidden),
         replayed=replayed,
+    )
+
+
+def score_tokens(
+    policy: Policy, hidden: Tensor, ids: Tensor, *, entropy: bool = False
+) -> TokenLogprobs:
+    """Log-probs of tokens `ids` from the hidden states that predict them, at the temperature.
+
+    Hidden states [..., H] and int64 ids [...] of equal leading axes.
+    """
+    head = policy.model.get_output_embeddings()
+    return token_logprobs(
+        hidden.to(head.weight.dtype),
+        head.weight,
+        ids,
+        bias=head.bias,
+        temperature=policy.temperature / policy.final.scale,
+        softcap=policy.final.softcap,
+        ignore_index=None,  # what counts is the caller's mask to say
+        entropy=entropy,
     )
 
 

@@ -181,6 +181,7 @@ def build_policy(
     *,
     seed: int = 0,
     temperature: float = 1.0,
+    dtype: torch.dtype | None = None,
     fuse: bool = True,
     sharded: bool = False,
 ) -> Policy:
@@ -191,6 +192,7 @@ def build_policy(
         alphabet: tokens of the tokenizer of a built model.
         seed: of the initial weights of a built model.
         temperature: see `Policy`.
+        dtype: in place of the config's, also one that is not trained in.
         fuse: on a CPU, swap in the fused layers; False leaves transformers' own.
         sharded: FSDP2 will shard the model: only what acts through its modules' forwards is used.
 
@@ -200,7 +202,8 @@ def build_policy(
             that reads padded sequences wrongly (see `must_read_whole`).
     """
     import_transformers()  # no progress bars, neither now nor when the model is saved
-    device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
+    device = resolve_device(config.device)
+    dtype = dtype or getattr(torch, config.dtype)
     if config.checkpoint is None:
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(alphabet)
         with torch.random.fork_rng(devices=[]):

@@ -12,7 +12,11 @@ from .switchboard import tapped
 
 @contextmanager
 def record_routing(
-    model: nn.Module, *, router_logits: bool = False, gate_weights: bool = False
+    model: nn.Module,
+    *,
+    router_logits: bool = False,
+    gate_weights: bool = False,
+    router_margins: bool = False,
 ) -> Iterator[RecordedRouting]:
     """Record the experts that every token of every forward in the block is sent to.
 
@@ -29,6 +33,7 @@ def record_routing(
     Args:
         router_logits: keep the raw router logits `[B, S, L, E]` too.
         gate_weights: keep the weights `[B, S, L, K]` too that the chosen experts counted with.
+        router_margins: keep how far each router was from another set `[B, S, L]` too.
 
     Raises:
         ValueError: the model has no router that can be recorded, see `find_routers`; or one whose
@@ -42,6 +47,7 @@ def record_routing(
             len(board.taps),
             router_logits=router_logits,
             gate_weights=gate_weights,
+            router_margins=router_margins,
             cursor=Cursor(),
         )
         board.recorders.append(recorded)

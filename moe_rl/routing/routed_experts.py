@@ -161,31 +161,45 @@ class RecordedRouting:
         *,
         router_logits: bool,
         gate_weights: bool = False,
+        router_margins: bool = False,
         cursor: Cursor,
     ) -> None:
         self.keeps_logits, self.keeps_weights = router_logits, gate_weights
+        self.keeps_margins = router_margins
         self.cursor = cursor
         self._ids: list[tuple[Span, Tensor]] = []
         self._logits: list[tuple[Span, Tensor]] = []
         self._weights: list[tuple[Span, Tensor]] = []
+        self._margins: list[tuple[Span, Tensor]] = []
         # Of the forward under way, by layer; a later forward overwrites what a failed one left.
         self._layer_ids: list[Tensor] = [torch.empty(0)] * num_layers
         self._layer_logits = list(self._layer_ids)
         self._layer_weights = list(self._layer_ids)
+        self._layer_margins = list(self._layer_ids)
 
-    def keep(self, layer: int, ids: Tensor, logits: Tensor | None, weights: Tensor | None) -> None:
+    def keep(
+        self,
+        layer: int,
+        ids: Tensor,
+        logits: Tensor | None,
+        weights: Tensor | None,
+        margins: Tensor | None,
+    ) -> None:
         """Note what one router did.
 
         Args:
             ids: `[..., K]`.
             logits: raw, `[..., E]`; None unless they are kept.
             weights: gate weights `[N, K]`; None unless they are kept.
+            margins: `[..., 1]`; None unless they are kept.
         """
         self._layer_ids[layer] = ids.detach().flatten(0, -2).to(torch.int16)
         if logits is not None:
             self._layer_logits[layer] = logits.detach().flatten(0, -2).float()
         if weights is not None:
             self._layer_weights[layer] = weights.detach().float()
+        if margins is not None:
+            self._layer_margins[layer] = margins.flatten(0, -2)
 
     def close(self, cache: Any) -> None:
         """End a forward that passed every layer. A second pass over the first rows replaces all."""
@@ -194,11 +208,14 @@ class RecordedRouting:
             self._ids.clear()
             self._logits.clear()
             self._weights.clear()
+            self._margins.clear()
         self._ids.append((span, _stack(self._layer_ids)))
         if self.keeps_logits:
             self._logits.append((span, _stack(self._layer_logits)))
         if self.keeps_weights:
             self._weights.append((span, _stack(self._layer_weights)))
+        if self.keeps_margins:
+            self._margins.append((span, _stack(self._layer_margins)))
         if cache is not None:
             self.cursor.rows_of[cache] = span.row
 
@@ -226,6 +243,19 @@ class RecordedRouting:
             ValueError: the context was opened without `gate_weights=True`.
         """
         return _assemble(self._weights, fill=float("nan"))
+
+    @property
+    def router_margins(self) -> Tensor:
+        """How far each router was from another set of experts: float32 `[B, S, L]`.
+
+        In logits where the largest logits are chosen, and else in the scores that are: with their
+        bias, within the open groups. NaN where nothing ran, and for a router with a method of its
+        own (`ChoosesExperts`), which may rank in any way.
+
+        Raises:
+            ValueError: the context was opened without `router_margins=True`.
+        """
+        return _assemble(self._margins, fill=float("nan")).squeeze(-1)
 
 
 class ReplayedRouting:
@@ -309,7 +339,8 @@ def _assemble(pieces: list[tuple[Span, Tensor]], *, fill: float) -> Tensor:
         raise ValueError(
             "nothing is recorded: no forward of the model has completed in this context; run the "
             "model inside the `with` block before reading, and open it with router_logits=True to "
-            "read logits, with gate_weights=True to read gate weights"
+            "read logits, with gate_weights=True to read gate weights, with router_margins=True "
+            "to read margins"
         )
     # The last piece of a block says how long it is: a cache may have been cut back before it.
     ends = {span.row: span.end for span, _ in pieces}

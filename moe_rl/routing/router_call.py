@@ -31,6 +31,8 @@ _PRODUCTS = frozenset(
 class RouterCall(TorchFunctionMode):
     """One call of one router. Afterwards `chosen` holds its ids, `logits` its raw logits.
 
+    `scores` hold what it chose from, `[..., E]`: with bias, and 0 or -inf in groups that are shut.
+
     Args:
         tap: the router.
         decide: given a function that makes the router's own choice, return the ids `[..., K]` to
@@ -58,6 +60,7 @@ class RouterCall(TorchFunctionMode):
         self.perturb = perturb
         self.weigh = weigh
         self.logits: Tensor | None = None
+        self.scores: Tensor | None = None
         self.chosen: Tensor | None = None
 
     def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -135,6 +138,7 @@ class RouterCall(TorchFunctionMode):
         # which for one group has the width and the k of the choice itself.
         plain = tap.num_groups is None or scores.ndim == 2
         if plain and k == tap.top_k and scores.shape[-1] == tap.num_experts:
+            self.scores = scores.detach()
             if self.ids is None and self.decide is None:
                 own = func(*args, **kwargs)
                 self.chosen = own.indices

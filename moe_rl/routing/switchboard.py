@@ -22,6 +22,7 @@ from .gate_weights import FixedWeights
 from .recomputation import Recomputations, Served, UsedRoutes, in_backward
 from .routed_experts import RecordedRouting, ReplayedRouting
 from .router_call import RouterCall
+from .statistics import margin
 from .taps import RouterTap, survey
 from .top_k import top_k
 
@@ -204,6 +205,7 @@ class Switchboard(Contexts):
         tap, noise = self.taps[layer], running.noise
         live: Tensor | None = None
         weights: Tensor | None = None
+        alone: RouterCall | None = None
         fixed = None if running.replay is None else running.replay.fixed_weights(layer)
 
         def weigh(own: Tensor) -> Tensor:
@@ -250,7 +252,8 @@ class Switchboard(Contexts):
             ids = live if replaying else call.chosen
             assert ids is not None
             logits = call.raw_logits() if buffer.keeps_logits else None
-            buffer.keep(layer, ids, logits, weights if buffer.keeps_weights else None)
+            margins = _margins(tap, alone or call) if buffer.keeps_margins else None
+            buffer.keep(layer, ids, logits, weights if buffer.keeps_weights else None, margins)
         for found in running.collectors:
             found.append(call.raw_logits())
         return output
@@ -310,6 +313,16 @@ def _serve(
     if running.used.checkpointed:
         running.used.served[layer] = Served(ids, fixed)
     return ids
+
+
+def _margins(tap: RouterTap, call: RouterCall) -> Tensor:
+    """Margins `[..., 1]` of one call; see `RecordedRouting.router_margins`."""
+    by_logits = tap.ranks_by_logits and call.logits is not None
+    scores = call.logits if by_logits else call.scores
+    if scores is None:  # a router with a method of its own
+        assert call.chosen is not None
+        return torch.full_like(call.chosen[..., :1], torch.nan, dtype=torch.float32)
+    return margin(scores, tap.top_k).unsqueeze(-1)
 
 
 def _require_every_token(running: ModelForward, tap: RouterTap, ids: Tensor) -> None:

@@ -179,7 +179,7 @@ class Dataset(Task):
         names = dict.fromkeys(name for row in found.rows for name in row)
         rows = []
         for where, row in zip(found.where, found.rows, strict=True):
-            prompt = self._prompt(row, where)
+            prompt = _prompt(self.settings, row, where, code=self.judge == "code")
             columns = {name: row.get(name) for name in names if name not in _RESERVED}
             if self.judge == "code":
                 answer = None
@@ -189,22 +189,6 @@ class Dataset(Task):
                 columns |= {} if answer is None else {"answer": answer}
             rows.append(Row(where, prompt, answer, columns))
         return rows
-
-    def _prompt(self, row: Mapping[str, Any], where: str) -> Prompt:
-        value = _pick(row, self.settings.prompt_column, _PROMPTS, "prompt", where)
-        instruction = "" if self.settings.instruction is None else f"\n{self.settings.instruction}"
-        if self.judge == "code" and row.get("starter_code"):  # LiveCodeBench's, with the signature
-            instruction = f"\n{row['starter_code']}{instruction}"
-        if isinstance(value, str) and value:
-            text = value + instruction
-            return ({"role": "user", "content": text},) if self.settings.chat else text
-        if not isinstance(value, list) or not value or not all(map(_is_message, value)):
-            raise ConfigError(
-                f"{where}: prompt: {value!r:.60} is neither a text nor a list of messages "
-                '{"role": ..., "content": text}; correct the row'
-            )
-        last = value[-1] | {"content": value[-1]["content"] + instruction}
-        return (*value[:-1], last)
 
     def _answer(self, row: Mapping[str, Any], where: str) -> str | None:
         optional = self.settings.reward is not None and self.settings.answer_column is None
@@ -246,6 +230,44 @@ class Dataset(Task):
 
     def _draw(self, rng: np.random.Generator, count: int) -> list[Row]:
         return [self.rows[i] for i in rng.integers(0, len(self.rows), count)]
+
+
+def read_prompts(options: TaskConfig) -> list[Prompt]:
+    """The prompts of a dataset, in its order; answers are not looked at.
+
+    Raises:
+        ConfigError: it cannot be read, or a row has no prompt; names file and line.
+    """
+    assert options.dataset is not None
+    found = read_rows(
+        options.dataset,
+        option="prompts",
+        config=options.dataset_config,
+        split=options.dataset_split or "train",
+    )
+    return [
+        _prompt(options, row, where) for where, row in zip(found.where, found.rows, strict=True)
+    ]
+
+
+def _prompt(
+    settings: TaskConfig, row: Mapping[str, Any], where: str, *, code: bool = False
+) -> Prompt:
+    """What a row asks, with the instruction behind it, and for `code` the signature to fill."""
+    value = _pick(row, settings.prompt_column, _PROMPTS, "prompt", where)
+    instruction = "" if settings.instruction is None else f"\n{settings.instruction}"
+    if code and row.get("starter_code"):  # LiveCodeBench's, with the signature
+        instruction = f"\n{row['starter_code']}{instruction}"
+    if isinstance(value, str) and value:
+        text = value + instruction
+        return ({"role": "user", "content": text},) if settings.chat else text
+    if not isinstance(value, list) or not value or not all(map(_is_message, value)):
+        raise ConfigError(
+            f"{where}: prompt: {value!r:.60} is neither a text nor a list of messages "
+            '{"role": ..., "content": text}; correct the row'
+        )
+    last = value[-1] | {"content": value[-1]["content"] + instruction}
+    return (*value[:-1], last)
 
 
 def _problem(row: Row) -> Problem:

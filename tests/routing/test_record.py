@@ -5,7 +5,7 @@ import torch
 from routes import clean, record
 from torch.nn import functional as F
 
-from moe_rl.routing import find_routers, record_routing, replay_routing
+from moe_rl.routing import find_routers, record_routing, replay_routing, router_noise
 
 KINDS = ["qwen3_moe", "olmoe", "mixtral", "gpt_oss", "deepseek_v3", "deepseek_v2", "jetmoe"]
 SOFTMAX = ["qwen3_moe", "olmoe", "mixtral"]
@@ -232,3 +232,40 @@ def test_a_router_that_is_not_called_once_in_a_forward_is_refused(model, tokens,
     found = rf"must call each router once, but called .'model.layers.0.mlp.gate': {times}"
     with torch.no_grad(), record_routing(model), pytest.raises(ValueError, match=found):
         model(tokens)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "mixtral", "gpt_oss", "jetmoe"])
+def test_noise_below_half_the_margin_changes_no_set_and_above_it_some(
+    build, tokens, family
+) -> None:
+    model = build(family)
+    with record_routing(model, router_margins=True) as own:
+        model(tokens)
+    assert own.router_margins.shape == own.routed_experts.shape[:3]
+    assert (own.router_margins > 0).all()
+    for share, changes in ((0.499, False), (2.0, True)):
+
+        def draw(layer, logits, share=share):
+            margins = own.router_margins[:, :, layer].reshape(-1, 1)
+            signs = torch.where(torch.arange(logits.shape[-1]) % 2 == 0, 1.0, -1.0)
+            return share * margins * signs
+
+        with router_noise(model, draw), record_routing(model) as noisy:
+            model(tokens)
+        # The first layer alone: behind a changed set the margins are others.
+        sets = [r.routed_experts[:, :, 0].sort(-1).values for r in (own, noisy)]
+        assert torch.equal(*sets) != changes
+
+
+def test_margins_of_a_correction_bias_are_those_of_the_scores_that_decide(build, tokens) -> None:
+    model = build("deepseek_v3", n_group=1, topk_group=1)
+    taps = find_routers(model)
+    for tap in taps:
+        tap.correction_bias.normal_()
+    with record_routing(model, router_logits=True, router_margins=True) as recorded:
+        model(tokens)
+    for layer, tap in enumerate(taps):
+        scores = recorded.router_logits[:, :, layer].sigmoid() + tap.correction_bias
+        best = scores.topk(tap.top_k + 1, dim=-1).values
+        gaps = best[..., -2] - best[..., -1]
+        torch.testing.assert_close(recorded.router_margins[:, :, layer], gaps)

@@ -1,0 +1,64 @@
+"""What an audit means for training, in words. Every sentence has its numbers.
+
+Two readings are told apart by KL (k3) on sampled tokens. What is usual is the R3 paper's (arXiv
+2510.11370, section 3): 1.5e-3 nats a token between SGLang and Megatron for Qwen3-30B-A3B, 7.5e-4
+with routes replayed, 6.4e-4 for a dense model of 8B.
+"""
+
+import math
+
+from moe_rl.audit.difference import Difference
+from moe_rl.audit.ways import Kind
+
+USUAL_KL = 6.4e-4
+"""Nats a token between two engines of a dense model: below it replay has nothing to mend."""
+WORTH = 0.5
+"""Share of the KL that replay must remove to be called the cure."""
+
+
+def verdict(name: str, kind: Kind, found: Difference) -> str:
+    """One sentence on a reading that differs by more than its batch's shape."""
+    if found.not_finite == 1:
+        return f"{name}: every log-prob is NaN or inf; this checkpoint does not run so."
+    broken = ""
+    if found.not_finite > 0:
+        broken = f" {found.not_finite:.2%} of its log-probs are NaN or inf and left out."
+    routers = _share(found.router_disagreement)
+    kl, error = found.live.kl_k3, found.live.kl_k3_error
+    measured = f"KL {kl:.2g}" + ("" if math.isnan(error) else f" (standard error {error:.1g})")
+    start = f"{routers} of routers differ, {measured}"
+    if kind == "trace":
+        words = f"{routers} of routers differ, which alone moves this model by {measured}"
+    elif found.router_disagreement == 0:
+        words = f"no router differs, {measured}: there is nothing to replay"
+    elif kl < USUAL_KL:
+        words = (
+            f"replay not needed: {start}, below the {USUAL_KL:.2g} that a dense model has between "
+            "two engines"
+        )
+    elif math.isnan(found.removed):
+        words = f"{start}; not read with equal routes"
+    elif found.removed >= WORTH:
+        words = f"replay needed: {start}, of which replay removes {found.removed:.0%}"
+    else:
+        words = (
+            f"replay does not mend this: {start}, of which it removes "
+            f"{max(found.removed, 0.0):.0%}; the rest is arithmetic or weights, not routing"
+        )
+    return f"{name}: {words}.{broken}"
+
+
+def shape_verdict(rows: list[tuple[str, Difference]], what: str) -> str:
+    """One sentence on all readings that differ in the order of sums alone."""
+    if all(found.router_disagreement == 0 and found.live.largest == 0 for _, found in rows):
+        return f"{what}: bit for bit the same."
+    name, worst = max(rows, key=lambda row: row[1].live.kl_k3)
+    return (
+        f"{what}: at most KL {worst.live.kl_k3:.2g} and {_share(worst.router_disagreement)} of "
+        f"routers ({name})."
+    )
+
+
+def _share(value: float) -> str:
+    """A share as a percentage that is not rounded to 0."""
+    return f"{value:.1%}" if value >= 5e-4 or value == 0 else f"{value:.1e}"
