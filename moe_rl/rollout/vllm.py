@@ -107,8 +107,9 @@ def check_model(model: Any) -> None:
     """Refuse a model for which vLLM's CPU backend has no kernels, or whose experts it keeps.
 
     Raises:
-        ConfigError: names the model's setting.
+        ConfigError: names the model's setting; or see `import_vllm`.
     """
+    import_vllm()  # which says what it logs, before anything else of it is imported
     if not runs_on_cpu():
         return
     config = model.config.get_text_config()
