@@ -5,7 +5,7 @@ from typing import Any
 
 from moe_rl.analysis.plots import audit as plots
 from moe_rl.analysis.report.page import number, render, share
-from moe_rl.analysis.report.svg import inline, settle, to_png, to_svg
+from moe_rl.analysis.report.svg import save_figures
 
 _MOVED = ("engine", "trace", "numerics")
 
@@ -15,8 +15,6 @@ def write_audit_page(out: Path, audit: dict[str, Any]) -> Path:
 
     The same audit gives byte for byte the same files.
     """
-    figures = out / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
     rows = audit["rows"]
     moved = [row for row in rows if row["kind"] in _MOVED and row["router_disagreement"] > 0]
     drawn = [("kl", "How far log-probs are", plots.kl_of_rows(rows))]
@@ -26,14 +24,8 @@ def write_audit_page(out: Path, audit: dict[str, Any]) -> Path:
     if flipping:
         unit = audit["margin_unit"]
         drawn.append(("margins", "Near ties flip", plots.flips_of_rows(flipping, unit)))
-    drawings = []
-    for key, title, figure in drawn:
-        settle(figure)
-        svg = to_svg(figure)
-        (figures / f"{key}.svg").write_text(svg, encoding="utf-8")
-        (figures / f"{key}.png").write_bytes(to_png(figure))
-        drawings.append({"key": key, "title": title, "svg": inline(svg, key, title)})
-    context = {"audit": audit, "figures": drawings, "rows": [_cells(row) for row in rows]}
+    figures = save_figures(out / "figures", drawn)
+    context = {"audit": audit, "figures": figures, "rows": [_cells(row) for row in rows]}
     index = out / "index.html"
     index.write_text(render(context, "audit.html.j2"), encoding="utf-8")
     return index

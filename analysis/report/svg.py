@@ -8,6 +8,7 @@ light and the dark page. Both forms are functions of the drawing alone: no dates
 import io
 import re
 from html import escape
+from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -57,6 +58,22 @@ def to_png(figure: Figure) -> bytes:
     figure.set_dpi(PNG_DPI)
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def save_figures(folder: Path, drawn: list[tuple[str, str, Figure]]) -> list[dict[str, str]]:
+    """Write figures, each (key, title, figure), as SVG and PNG; returns them for a page.
+
+    Each has key, title and svg, the fragment to put into the page.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = []
+    for key, title, figure in drawn:
+        settle(figure)
+        svg = to_svg(figure)
+        (folder / f"{key}.svg").write_text(svg, encoding="utf-8")
+        (folder / f"{key}.png").write_bytes(to_png(figure))
+        saved.append({"key": key, "title": title, "svg": inline(svg, key, title)})
+    return saved
 
 
 def inline(svg: str, prefix: str, title: str) -> str:

@@ -24,6 +24,7 @@ from moe_rl.commands.churn import Churn
 from moe_rl.commands.compare import Compare
 from moe_rl.commands.debug_crash import DebugCrash
 from moe_rl.commands.doctor import Doctor
+from moe_rl.commands.inspect import Inspect
 from moe_rl.commands.map import Map
 from moe_rl.commands.messages import complain, explain, format_warning
 from moe_rl.commands.options import BaseSettings, Command
@@ -51,6 +52,7 @@ COMMANDS: tuple[type[Command], ...] = (
     EarlyWarning,
     CheckReplay,
     Audit,
+    Inspect,
     Churn,
     Doctor,
     Bench,

@@ -1,0 +1,120 @@
+"""The figures of an inspected batch, from what inspection.json holds."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from moe_rl.analysis.plots import style
+
+_LINES = (("#d55e00", "-", "o"), ("#0072b2", "--", "s"), ("#6a51a3", "-.", "^"))
+# The branches of a clipped surrogate: sign of A, place of w.
+_BRANCHES = (
+    ("negative_above", "A < 0, above", "#b3261e"),
+    ("negative_inside", "A < 0, inside", "#e3a8a0"),
+    ("negative_below", "A < 0, below", "#f2d6d2"),
+    ("positive_below", "A > 0, below", "#2f5f8f"),
+    ("positive_inside", "A > 0, inside", "#9dbbd8"),
+    ("positive_above", "A > 0, above", "#cfdfee"),
+)
+
+
+@style.styled
+def engine_against_trainer(scatter: Sequence[Sequence[float]]) -> Figure:
+    """Probability of each sampled token by the engine (x) and by the trainer (y), log axes."""
+    figure = Figure(figsize=(style.COLUMN, 3.0), layout="constrained")
+    axes = figure.subplots()
+    points = np.clip(np.array(scatter, dtype=float), 1e-12, 1.0)
+    low = 10.0 ** np.floor(np.log10(points.min()))
+    axes.plot([low, 1], [low, 1], color=style.GHOST, linewidth=0.8, zorder=1)
+    for factor in (0.5, 2.0):  # F(2) counts what lies outside
+        axes.plot([low, 1], [low * factor, factor], color=style.GHOST, linewidth=0.6, linestyle=":")
+    dots = {"color": "#0072b2", "alpha": 0.5, "markersize": 1.8, "markeredgewidth": 0}
+    axes.plot(x, y, "o", zorder=2, rasterized=True, **dots)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(low, 1.2)
+    axes.set_ylim(low, 1.2)
+    axes.set_aspect("equal")
+    axes.set_xlabel("probability by the engine")
+    axes.set_ylabel("probability by the trainer")
+    _plain(axes.xaxis)
+    _plain(axes.yaxis)
+    return figure
+
+
+@style.styled
+def tails(pairs: Sequence[Mapping[str, Any]]) -> Figure:
+    """Left: P(w > t) beside 1/t. Right: F(tau), the share of tokens off by more than a factor."""
+    figure, (left, right) = style.grid(2, columns=2, height=2.4, sharex=False, sharey=False)
+    ts = [t for t, _ in pairs[0]["survival"]]
+    left.plot(ts, [1 / t for t in ts], color=style.INK, linewidth=1, linestyle="--", label="1/t")
+    shares = [s for pair in pairs for key in ("survival", "extreme") for _, s in pair[key] if s > 0]
+    floor = 10.0 ** (np.floor(np.log10(min(shares, default=1e-3))) - 1)
+    for axes, key in ((left, "survival"), (right, "extreme")):
+        for pair, (colour, dash, mark) in zip(pairs, _LINES, strict=False):
+            x, y = zip(*pair[key], strict=True)
+            axes.plot(
+                x, np.maximum(y, floor), color=colour, linestyle=dash, marker=mark, markersize=3,
+                linewidth=1.4, label=pair["name"] if axes is left else None,
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylim(floor, 1)
+        _plain(axes.xaxis)
+        axes.yaxis.set_major_formatter(
+            FuncFormatter(lambda v, _: "0" if v <= floor * 1.01 else style.plain_number(v))
+        )
+        axes.yaxis.set_minor_locator(NullLocator())
+    left.set_xlabel("ratio t")
+    left.set_ylabel("P(w > t)")
+    right.set_xlabel("factor tau")
+    right.set_ylabel("F(tau)")
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+@style.styled
+def branches(metrics: Mapping[str, float]) -> Figure:
+    """Share of the gradient's mass by branch of the surrogate."""
+    figure = Figure(figsize=(style.WIDE, 1.2), layout="constrained")
+    axes = figure.subplots()
+    start = 0.0
+    for key, label, colour in _BRANCHES:
+        share = metrics[f"branch/{key}"]
+        axes.barh(0, share, left=start, color=colour, label=f"{label} {share:.1%}")
+        start += share
+    axes.set_xlim(0, max(start, 1e-9))
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    axes.xaxis.set_major_formatter(FuncFormatter(style.percent))
+    figure.legend(loc="outside upper center", ncols=3)
+    return figure
+
+
+@style.styled
+def routers_by_layer(by_layer: Sequence[Sequence[float]]) -> Figure:
+    """Churn and router disagreement of each layer, engine against trainer."""
+    figure = Figure(figsize=(style.COLUMN, 2.3), layout="constrained")
+    axes = figure.subplots()
+    for values, (colour, dash, mark), label in zip(
+        zip(*by_layer, strict=True), _LINES, ("expert slots", "routers"), strict=False
+    ):
+        axes.plot(
+            range(len(values)), values, color=colour, linestyle=dash, marker=mark, markersize=3,
+            linewidth=1.4, label=label,
+        )  # fmt: skip
+    axes.set_xlabel("MoE layer")
+    axes.set_ylabel("differ")
+    axes.set_ylim(bottom=0)
+    style.whole_numbers(axes)
+    style.percent_axis(axes)
+    axes.legend()
+    return figure
+
+
+def _plain(axis: Any) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda value, _: style.plain_number(value)))
+    axis.set_minor_locator(NullLocator())

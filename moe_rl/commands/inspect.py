@@ -1,0 +1,51 @@
+"""`moe-rl inspect PATH`: what one recorded batch of any trainer says."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from moe_rl.commands.options import Command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect(Command):
+    """Measure one recorded batch of another trainer or engine, and say what stands out.
+
+    Exit code 1 if something in it is wrong.
+    """
+
+    path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    """Batch of ours or verl's plugin (.safetensors, .npz), prime-rl's token exports (.jsonl or
+    their folder), NeMo-RL's training data (.jsonl), or responses of vLLM or SGLang with routes."""
+    num_experts: int | None = None
+    """Number of experts E; every id must be below it."""
+    out: Path = Path("runs/inspect")
+    """Folder for inspection.json, index.html and figures."""
+
+    def run(self) -> int:
+        """Print what stands out, write the page."""
+        from moe_rl.analysis.report.inspection_page import write_inspection_page
+        from moe_rl.recorded import inspect_batch, read_batch
+        from moe_rl.recorded.findings import findings
+        from moe_rl.recorded.inspection import to_json
+        from moe_rl.run_folder.log import check_can_be_made, write_json
+
+        check_can_be_made(self.out, "out")
+        found = inspect_batch(read_batch(self.path), num_experts=self.num_experts)
+        said = findings(found)
+        print(
+            f"{self.path}: {found.source}, {found.sequences} sequences, {found.tokens} response "
+            f"tokens, with {', '.join(found.holds)}"
+        )
+        for note in found.notes:
+            print(f"note: {note}")
+        for level, words in said:
+            print(f"{level}: {words}")
+        self.out.mkdir(parents=True, exist_ok=True)
+        told = to_json(found) | {"findings": [one._asdict() for one in said]}
+        write_json(self.out / "inspection.json", told)
+        page = write_inspection_page(self.out, told, name=str(self.path))
+        print(f"page: {page}")
+        return int(any(level == "wrong" for level, _ in said))

@@ -1,0 +1,14 @@
+"""Batches that another trainer, or ours, has recorded: read, measured, and told in words.
+
+inspection = inspect_batch(read_batch(path))            # moe-rl inspect
+batch.py       what a batch holds, whatever its source
+readers.py     files of ours, verl, prime-rl, NeMo-RL, vLLM
+inspection.py  the numbers
+findings.py    what stands out
+"""
+
+from moe_rl.recorded.batch import RecordedBatch, write_batch
+from moe_rl.recorded.inspection import Inspection, inspect_batch
+from moe_rl.recorded.readers import read_batch
+
+__all__ = ["Inspection", "RecordedBatch", "inspect_batch", "read_batch", "write_batch"]

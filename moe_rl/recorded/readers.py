@@ -1,0 +1,189 @@
+"""Read a recorded batch: one reader a layout, chosen by the suffix; fields go by their names.
+
+    batch.safetensors, .npz    arrays, of ours or of verl's plugin (`NAMES` in batch.py)
+    rank_0.jsonl, a folder     prime-rl's token exports, also a whole step or run of them
+    train_data_step1.jsonl     NeMo-RL's training data
+    response.json, .jsonl      vLLM's and SGLang's responses with routes: traces/
+
+Nothing is unpickled.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moe_rl.config import ConfigError
+from moe_rl.recorded.batch import LOGPROBS, NAMES, RecordedBatch, find_names, where_predicted
+from moe_rl.traces.files import read_trace
+
+_JSONL = "*.jsonl"
+_BAD_FILE = (ValueError, OSError, EOFError, SafetensorError)
+
+
+def read_batch(path: Path | str) -> RecordedBatch:
+    """The batch in a file, or in a folder of token exports.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no batch; begins with the path.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            files = sorted(path.rglob(_JSONL))
+            if not files:
+                raise ConfigError(
+                    f"no {_JSONL} in the folder; give one of token exports, or a file"
+                )
+            return _from_rows(itertools.chain.from_iterable(map(_lines, files)))
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                source = (file.metadata() or {}).get("source", "safetensors")
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return _from_arrays(arrays, source)
+        if path.suffix == ".npz":
+            loaded = np.load(path)
+            arrays = {name: torch.from_numpy(loaded[name]) for name in loaded.files}
+            return _from_arrays(arrays, "numpy")
+        if path.suffix in (".jsonl", ".json"):
+            rows = _lines(path)
+            if rows and find_names(rows[0]).keys() & {*LOGPROBS, "advantages"}:
+                return _from_rows(rows)
+            return _from_trace(path)
+        raise ConfigError(
+            "a batch is a file .safetensors or .npz, .jsonl of token exports, .json or .jsonl of "
+            "an engine's responses, or a folder of .jsonl files"
+        )
+    except _BAD_FILE as error:
+        said = str(error)
+        raise ConfigError(said if said.startswith(str(path)) else f"{path}: {said}") from error
+
+
+def _from_arrays(arrays: Mapping[str, Tensor], source: str) -> RecordedBatch:
+    found = {field: arrays[name] for field, name in find_names(arrays).items()}
+    if "mask" not in found:
+        raise ConfigError(
+            f"holds {', '.join(sorted(arrays)) or 'nothing'} and no mask of response tokens; name "
+            f"one {' or '.join(NAMES['mask'][:2])}"
+        )
+    mask = found["mask"].bool()
+    notes = []
+    if "old_log_probs" in arrays or "rollout_log_probs" in arrays:
+        source = "verl"
+    for field in ("routes", "trainer_routes"):
+        if field in found:
+            found[field], note = _responses_of(found[field], mask, arrays)
+            notes += note
+    if "advantages" in found and found["advantages"].ndim == 1:
+        found["advantages"] = found["advantages"][:, None].expand(mask.shape)
+    fields: dict[str, Any] = found | {"mask": mask}
+    return RecordedBatch(source=source, notes=tuple(notes), **fields)
+
+
+def _responses_of(
+    routes: Tensor, mask: Tensor, arrays: Mapping[str, Tensor]
+) -> tuple[Tensor, list[str]]:
+    """Routes where response tokens are predicted, of routes of whole sequences or of those."""
+    length, width = routes.shape[1], mask.shape[1]
+    routes = routes.to(torch.int16)
+    if length == width:
+        return routes, []
+    prompts = arrays.get("prompts", arrays.get("prompt_ids"))
+    if prompts is not None and length >= prompts.shape[1] + width - 1:
+        start = prompts.shape[1] - 1
+        return routes[:, start : start + width], []
+    if length > width:
+        start = length - width - 1
+        note = f"routes of {length} positions: the last {width} taken for those of the responses"
+        return routes[:, start : start + width], [note]
+    raise ConfigError(
+        f"routes of {length} positions, the mask has {width}; record the routes of whole sequences "
+        "with `prompts` beside them, or those where response tokens are predicted"
+    )
+
+
+def _from_rows(rows: Sequence[Mapping[str, Any]] | Any) -> RecordedBatch:
+    """Rows of one sequence each, with a list a field over all of its tokens."""
+    rows = list(rows)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping) or "mask" not in find_names(row):
+            raise ConfigError(
+                f"row {number}: no mask of response tokens ({' or '.join(NAMES['mask'][1:])}); "
+                "give token exports of prime-rl or the training data of NeMo-RL"
+            )
+    if not rows:
+        raise ConfigError("no rows; the export is empty")
+    columns: dict[str, list[Tensor]] = {}
+    for number, row in enumerate(rows, start=1):
+        for field, name in find_names(row).items():
+            values = _sequence(row[name])
+            if values is not None:
+                columns.setdefault(field, []).append(values)
+        lengths = {field: len(values[-1]) for field, values in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ConfigError(f"row {number}: fields of unequal lengths {lengths}")
+    partly = [field for field, values in columns.items() if len(values) < len(rows)]
+    notes = tuple(f"{field}: not in every row, left out" for field in partly)
+    whole = {
+        field: torch.nn.utils.rnn.pad_sequence(
+            values, batch_first=True, padding_value=-1 if values[0].ndim == 3 else 0
+        )
+        for field, values in columns.items()
+        if field not in partly
+    }
+    mask = whole["mask"] > 0
+    if all("sample_mask" in row for row in rows):  # NeMo-RL's: whole sequences that do not count
+        mask &= torch.tensor([[float(np.ravel(row["sample_mask"])[0])] for row in rows]) > 0
+    # The first token of a sequence is predicted by nothing.
+    mask[:, 0] = False
+    for field in ("routes", "trainer_routes"):
+        if field in whole:
+            whole[field] = where_predicted(whole[field].to(torch.int16))
+    source = "prime-rl" if "inference_logprobs" in rows[0] else "NeMo-RL"
+    fields: dict[str, Any] = whole | {"mask": mask}
+    return RecordedBatch(source=source, notes=notes, **fields)
+
+
+def _sequence(values: Any) -> Tensor | None:
+    """A row's list as a tensor; None where all of it is null. NeMo-RL has a list around it."""
+    if isinstance(values, list) and len(values) == 1 and isinstance(values[0], list):
+        values = values[0]
+    if not isinstance(values, list) or all(value is None for value in values):
+        return None
+    # A number that JSON cannot hold is null there: it is not finite.
+    return torch.tensor([math.nan if value is None else value for value in values])
+
+
+def _from_trace(path: Path) -> RecordedBatch:
+    """An engine's responses: routes alone."""
+    trace = read_trace(path)
+    routes = where_predicted(trace.routed_experts)
+    if trace.response is None:
+        mask = (routes >= 0).flatten(2).any(-1)
+        notes = (*trace.notes, "the file does not say where responses begin: all tokens are taken")
+    else:
+        mask = torch.nn.functional.pad(trace.response[:, :-1], (1, 0), value=False)
+        notes = trace.notes
+    return RecordedBatch(source=trace.source, mask=mask, routes=routes, notes=notes)
+
+
+def _lines(path: Path) -> list[Any]:
+    """The objects of a JSONL file, or the one of a JSON file."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        return [json.loads(text)]
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{path}: line {number}: not JSON: {error}") from error
+    return rows
