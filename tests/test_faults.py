@@ -311,6 +311,11 @@ def changed_dataset(folder: Path) -> None:
 IDS = np.tile(np.arange(2, dtype=np.int16), (1, 4, 2, 1))
 
 
+def batch(name: str, **arrays: np.ndarray) -> Fault:
+    """Inspection of a file of arrays."""
+    return Fault(("inspect", name), lambda folder: np.savez(folder / name, **arrays))
+
+
 AUDIT = ("audit", "nowhere", "--prompts", "running_sum")
 
 
@@ -403,6 +408,12 @@ DATA = {
     ),
     "an audit's prompt beyond the context": Fault(
         ("audit", "model", "--prompts", "running_sum", "--max-tokens", "5000"), model_and_trace
+    ),
+    "a batch that is not there": Fault(("inspect", "b.safetensors")),
+    "an unknown kind of batch": Fault(("inspect", "b.csv"), write("b.csv", "1,2")),
+    "a batch without a mask": batch("b.npz", old_logprobs=np.zeros((1, 4))),
+    "a batch of unequal shapes": batch(
+        "b.npz", old_logprobs=np.zeros((1, 3)), response_mask=np.ones((1, 4), bool)
     ),
 }
 

@@ -31,8 +31,10 @@ def engine_against_trainer(scatter: Sequence[Sequence[float]]) -> Figure:
     axes.plot([low, 1], [low, 1], color=style.GHOST, linewidth=0.8, zorder=1)
     for factor in (0.5, 2.0):  # F(2) counts what lies outside
         axes.plot([low, 1], [low * factor, factor], color=style.GHOST, linewidth=0.6, linestyle=":")
-    dots = {"color": "#0072b2", "alpha": 0.5, "markersize": 1.8, "markeredgewidth": 0}
-    axes.plot(x, y, "o", zorder=2, rasterized=True, **dots)
+    axes.plot(
+        points[:, 0], points[:, 1], "o", color="#0072b2", alpha=0.5, markersize=1.8,
+        markeredgewidth=0, zorder=2, rasterized=True,
+    )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, 1.2)

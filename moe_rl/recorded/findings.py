@@ -107,7 +107,7 @@ def _engine(found: Inspection) -> list[Finding]:
     if kl == 0:
         return [Finding("look", f"{start}: engine and trainer log-probs are the same numbers")]
     if kl > BROKEN_KL:
-        words = f"{start}: no rounding does that; their weights, tokens, temperatures or routes are others"
+        words = f"{start}: no rounding does that; look at weights, tokens, temperature and routes"
         return [Finding("wrong", words)]
     if kl > MOE_KL:
         words = f"{start}: more than the {MOE_KL:.1e} that the R3 paper calls the MoE's problem"
