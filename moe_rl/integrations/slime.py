@@ -1,0 +1,149 @@
+"""slime, miles and vime: the engine against the trainer, through the hooks that they call by path.
+
+    --use-tis --custom-tis-function-path moe_rl.integrations.slime.measure
+    --custom-rollout-log-function-path moe_rl.integrations.slime.log_rollout
+
+`measure` corrects nothing and returns what it measured; `log_rollout` reads the engine's record of
+a rollout and may write it for `moe-rl inspect` (set MOE_RL_RECORD to a folder). Written against
+slime's signatures of July 2026 (THUDM/slime 0d234f3, 141e5ef); nothing of slime is imported.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from moe_rl.metrics.ratios import mismatch_statistics, ratio_statistics, ratio_tail
+from moe_rl.recorded import RecordedBatch, inspect_batch, write_batch
+
+PREFIX = "moe_rl/"
+RECORD = "MOE_RL_RECORD"
+"""Environment variable: a folder for the batches that `log_rollout` writes."""
+
+logger = logging.getLogger(__name__)
+
+
+def measure(
+    args: Any,
+    *,
+    pg_loss: Tensor,
+    train_log_probs: Sequence[Tensor],
+    rollout_log_probs: Sequence[Tensor],
+    loss_masks: Sequence[Tensor],
+    **unused: Any,
+) -> tuple[Tensor, Sequence[Tensor], dict[str, Tensor]]:
+    """The policy loss and the masks as they are, and metrics of trainer against engine.
+
+    slime takes means over tokens of what a function of this kind returns, so each number comes as a
+    tensor of the loss's shape that is that number everywhere. Under context parallelism each rank
+    measures its own part of the sequences.
+    """
+    mask = _pad([part.bool() for part in loss_masks])
+    trainer, engine = _pad(train_log_probs), _pad(rollout_log_probs)
+    found = {
+        **mismatch_statistics(trainer, engine, mask),
+        **ratio_tail(trainer, engine, mask, prefix="rollout_ratio"),
+    }
+    ess = ratio_statistics(trainer, engine, mask)
+    found |= {f"rollout_{name}": ess[name] for name in ("ratio/token_ess", "ratio/token_var")}
+    metrics = {
+        f"{PREFIX}{name}": torch.full_like(pg_loss.detach(), value) for name, value in found.items()
+    }
+    return pg_loss, loss_masks, metrics
+
+
+def log_rollout(
+    rollout_id: int,
+    args: Any,
+    samples: Sequence[Any],
+    rollout_extra_metrics: dict[str, Any] | None,
+    rollout_time: float,
+) -> bool:
+    """Add what the engine's record says to the metrics of a rollout, which slime goes on to log.
+
+    Where slime hands over no metrics to add to, they go to the log as a line. Returns False: slime
+    logs as ever.
+    """
+    batch = batch_of(samples)
+    if batch is None:
+        return False
+    found = inspect_batch(batch)
+    broken = [law.check for law in found.laws if law.passed is False]
+    metrics = {f"{PREFIX}{name}": value for name, value in found.metrics.items()}
+    metrics[f"{PREFIX}replay/broken_laws"] = float(len(broken))
+    if broken:
+        logger.warning("routes of rollout %s: %s", rollout_id, "; ".join(_reasons(found.laws)))
+    if rollout_extra_metrics is None:
+        logger.info("rollout %s: %s", rollout_id, metrics)
+    else:
+        rollout_extra_metrics.update(metrics)
+    folder = os.environ.get(RECORD)
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_batch(Path(folder) / f"rollout_{rollout_id}.safetensors", batch)
+    return False
+
+
+def batch_of(samples: Sequence[Any]) -> RecordedBatch | None:
+    """The record of some samples: masks, engine's log-probs, routes and versions of weights.
+
+    A sample has `tokens`, `response_length`, `loss_mask` or None, `rollout_log_probs` of its
+    response, `rollout_routed_experts` [len(tokens) - 1, L, K] by the position that is read, and
+    `weight_versions`. None: no sample has log-probs or routes.
+    """
+    samples = [sample for sample in samples if sample.response_length > 0]
+    fields: dict[str, Any] = {}
+    if samples and all(sample.rollout_log_probs is not None for sample in samples):
+        fields["rollout_logprobs"] = _pad([torch.tensor(s.rollout_log_probs) for s in samples])
+    if samples and all(_routes(sample) is not None for sample in samples):
+        rows = [_response_rows(sample) for sample in samples]
+        fields["routes"] = pad_sequence(rows, batch_first=True, padding_value=-1)
+    if not fields:
+        return None
+    masks = [
+        torch.ones(s.response_length) if s.loss_mask is None else torch.tensor(s.loss_mask)
+        for s in samples
+    ]
+    mask = _pad([part.bool() for part in masks])
+    versions = [sorted(set(sample.weight_versions)) for sample in samples]
+    if all(versions):
+        numbers = {name: n for n, name in enumerate(sorted({v for own in versions for v in own}))}
+        rows = [
+            # Which tokens are whose is not recorded: the first is the oldest, the rest the newest.
+            torch.tensor([numbers[own[0]]] + [numbers[own[-1]]] * (s.response_length - 1))
+            for own, s in zip(versions, samples, strict=True)
+        ]
+        fields["versions"] = _pad(rows)
+    return RecordedBatch(source="slime", mask=mask, **fields)
+
+
+def _routes(sample: Any) -> Any:
+    return getattr(sample, "rollout_routed_experts", None)
+
+
+def _response_rows(sample: Any) -> Tensor:
+    """Routes where response tokens are predicted, int16 [T_i, L, K], -1 for rows that are lacking.
+
+    Rows that the engine did not return are filled with expert 0 on the way: no router of several
+    experts a token chooses that twice, so such rows count as lost.
+    """
+    rows = torch.as_tensor(_routes(sample)).to(torch.int16)
+    if rows.shape[-1] > 1:
+        rows = rows.masked_fill((rows == 0).flatten(1).all(1)[:, None, None], -1)
+    first = len(sample.tokens) - sample.response_length - 1
+    found = rows[first : first + sample.response_length]
+    lacking = sample.response_length - len(found)
+    return torch.nn.functional.pad(found, (0, 0, 0, 0, 0, lacking), value=-1)
+
+
+def _pad(parts: Sequence[Tensor]) -> Tensor:
+    return pad_sequence(list(parts), batch_first=True)
+
+
+def _reasons(laws: Sequence[Any]) -> list[str]:
+    return [f"law {law.check}: {law.reason}" for law in laws if law.passed is False]
