@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from moe_rl.commands.options import Command
+from moe_rl.metrics.names import Dialect, rename
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class Inspect(Command):
     their folder), NeMo-RL's training data (.jsonl), or responses of vLLM or SGLang with routes."""
     num_experts: int | None = None
     """Number of experts E; every id must be below it."""
+    names: Dialect | None = None
+    """Names under which the metrics are printed and shown. Default: ours."""
     out: Path = Path("runs/inspect")
     """Folder for inspection.json, index.html and figures."""
 
@@ -41,6 +44,10 @@ class Inspect(Command):
         )
         for note in found.notes:
             print(f"note: {note}")
+        if self.names is not None:
+            found.metrics = rename(found.metrics, self.names)
+            for name, value in found.metrics.items():
+                print(f"{name:<32} {value:.6g}")
         for level, words in said:
             print(f"{level}: {words}")
         self.out.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import tyro
 from moe_rl.commands.messages import complain, is_main_rank, say
 from moe_rl.commands.options import COLD_STARTS, BaseSettings, Command
 from moe_rl.config import RunConfig
+from moe_rl.metrics.names import Dialect
 from moe_rl.run_folder.trackers import TrackerName, make_trackers
 from moe_rl.runtime.stopping import Stopped
 
@@ -28,6 +29,8 @@ class Train(BaseSettings, Command):
     """Run folder. Default: runs/SETTING-ARM-seedN."""
     tracker: tuple[TrackerName, ...] = ()
     """Experiment trackers that get the metrics too; wandb runs offline by default."""
+    names: Dialect | None = None
+    """Names under which trackers show metrics that other trainers log too. Default: ours."""
     resume: bool = False
     """Continue from the newest intact checkpoint in the run folder (see --checkpoint-every)."""
     parallelism: Literal["ddp", "fsdp"] = "ddp"
@@ -50,7 +53,7 @@ class Train(BaseSettings, Command):
         folder = self.out or Path("runs") / run_name(config)
         complete = is_complete(folder)  # training such a run changes nothing
         try:
-            trackers = make_trackers(self.tracker)
+            trackers = make_trackers(self.tracker, self.names)
             with contextlib.ExitStack() as stack:
                 # Of several processes one talks to the user.
                 on_step = stack.enter_context(run_progress(config)) if is_main_rank() else None

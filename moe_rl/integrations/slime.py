@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from moe_rl.metrics.ratios import mismatch_statistics, ratio_statistics, ratio_tail
-from moe_rl.recorded import RecordedBatch, inspect_batch, write_batch
+from moe_rl.recorded import RecordedBatch, inspect_batch, response_rows, write_batch
 
 PREFIX = "moe_rl/"
 RECORD = "MOE_RL_RECORD"
@@ -101,7 +101,12 @@ def batch_of(samples: Sequence[Any]) -> RecordedBatch | None:
     if samples and all(sample.rollout_log_probs is not None for sample in samples):
         fields["rollout_logprobs"] = _pad([torch.tensor(s.rollout_log_probs) for s in samples])
     if samples and all(_routes(sample) is not None for sample in samples):
-        rows = [_response_rows(sample) for sample in samples]
+        rows = [
+            response_rows(
+                torch.as_tensor(_routes(s)), len(s.tokens) - s.response_length, s.response_length
+            )
+            for s in samples
+        ]
         fields["routes"] = pad_sequence(rows, batch_first=True, padding_value=-1)
     if not fields:
         return None
@@ -124,21 +129,6 @@ def batch_of(samples: Sequence[Any]) -> RecordedBatch | None:
 
 def _routes(sample: Any) -> Any:
     return getattr(sample, "rollout_routed_experts", None)
-
-
-def _response_rows(sample: Any) -> Tensor:
-    """Routes where response tokens are predicted, int16 [T_i, L, K], -1 for rows that are lacking.
-
-    Rows that the engine did not return are filled with expert 0 on the way: no router of several
-    experts a token chooses that twice, so such rows count as lost.
-    """
-    rows = torch.as_tensor(_routes(sample)).to(torch.int16)
-    if rows.shape[-1] > 1:
-        rows = rows.masked_fill((rows == 0).flatten(1).all(1)[:, None, None], -1)
-    first = len(sample.tokens) - sample.response_length - 1
-    found = rows[first : first + sample.response_length]
-    lacking = sample.response_length - len(found)
-    return torch.nn.functional.pad(found, (0, 0, 0, 0, 0, lacking), value=-1)
 
 
 def _pad(parts: Sequence[Tensor]) -> Tensor:

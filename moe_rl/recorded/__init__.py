@@ -7,8 +7,15 @@ inspection.py  the numbers
 findings.py    what stands out
 """
 
-from moe_rl.recorded.batch import RecordedBatch, write_batch
+from moe_rl.recorded.batch import RecordedBatch, response_rows, write_batch
 from moe_rl.recorded.inspection import Inspection, inspect_batch
 from moe_rl.recorded.readers import read_batch
 
-__all__ = ["Inspection", "RecordedBatch", "inspect_batch", "read_batch", "write_batch"]
+__all__ = [
+    "Inspection",
+    "RecordedBatch",
+    "inspect_batch",
+    "read_batch",
+    "response_rows",
+    "write_batch",
+]

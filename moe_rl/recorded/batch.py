@@ -114,6 +114,20 @@ def where_predicted(routes: Tensor) -> Tensor:
     return torch.cat([first, routes[:, :-1]], dim=1)
 
 
+def response_rows(routes: Tensor, prompt_length: int, response_length: int) -> Tensor:
+    """Of one sequence, routes where response tokens are predicted: [S, L, K] to int16 [T, L, K].
+
+    Rows that an engine did not return are lacking at the end, or filled with expert 0 on the way
+    (verl, slime), which no router of several experts a token chooses twice: -1, no record.
+    """
+    rows = routes.to(torch.int16)
+    if rows.shape[-1] > 1:
+        rows = rows.masked_fill((rows == 0).flatten(1).all(1)[:, None, None], NO_RECORD)
+    found = rows[prompt_length - 1 : prompt_length - 1 + response_length]
+    lacking = response_length - len(found)
+    return torch.nn.functional.pad(found, (0, 0, 0, 0, 0, lacking), value=NO_RECORD)
+
+
 def write_batch(path: Path | str, batch: RecordedBatch) -> None:
     """Write a batch as safetensors, to be read by `read_batch`."""
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}

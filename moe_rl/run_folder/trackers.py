@@ -12,6 +12,7 @@ NaN and inf are passed on; each package shows them in its own way.
 """
 
 import contextlib
+import functools
 import json
 import os
 import uuid
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from moe_rl.metrics.names import Dialect, rename
 from moe_rl.runtime.extras import import_extra
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
@@ -60,8 +62,12 @@ Tracker = Callable[[TrackedRun], tuple[Log, Finish]]
 """Begins to track a run, or continues with a resumed one. An exception drops the tracker."""
 
 
-def make_trackers(names: Sequence[TrackerName]) -> list[Tracker]:
+def make_trackers(names: Sequence[TrackerName], dialect: Dialect | None = None) -> list[Tracker]:
     """The trackers of those names, each once, not started yet.
+
+    Args:
+        names: of the packages.
+        dialect: whose names of metrics they show, see moe_rl/metrics/names.py; None: ours.
 
     Raises:
         ConfigError: a package is not installed; names the extra that installs it.
@@ -70,7 +76,20 @@ def make_trackers(names: Sequence[TrackerName]) -> list[Tracker]:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     for name in names:
         import_extra(name, extra=name, option=f"tracker={name!r}")
-    return [_TRACKERS[name] for name in dict.fromkeys(names)]
+    found = [_TRACKERS[name] for name in dict.fromkeys(names)]
+    return found if dialect is None else [_speaking(tracker, dialect) for tracker in found]
+
+
+def _speaking(tracker: Tracker, dialect: Dialect) -> Tracker:
+    """A tracker that shows metrics under a dialect's names, those of updates too."""
+
+    @functools.wraps(tracker)
+    def speaking(run: TrackedRun) -> tuple[Log, Finish]:
+        log, finish = tracker(run)
+
+        return lambda axis, x, values: log(axis, x, rename(values, dialect)), finish
+
+    return speaking
 
 
 class Trackers:
