@@ -1,40 +1,27 @@
-"""Runs side by side: one process and one torch thread each, resumable, with one progress display.
+"""Runs side by side: one torch thread each, resumable, with one progress display.
 
 Every run is the command `moe-rl train --config FILE --out FOLDER`, so any run of a study can be
-repeated alone. Its process is forked from one that has imported torch and transformers already,
-which takes as long as four rollout steps. A complete run is skipped; one that was stopped resumes
-from its checkpoint; one that was killed before its first starts anew; a run that fails does not
-stop the others.
+repeated alone; where it is executed is the executor's to say (executors/). A complete run is
+skipped; one that was stopped resumes from its checkpoint; one that was killed before its first
+starts anew; a run that fails does not stop the others.
 """
 
 import contextlib
-import functools
-import json
-import multiprocessing
-import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from moe_rl.config import ConfigError, RunConfig
-from moe_rl.run_folder.log import (
-    OUTPUT,
-    check_can_be_made,
-    check_run_folder,
-    is_complete,
-    write_config,
-)
+from moe_rl.experiments.executors import Executor, Job
+from moe_rl.run_folder.log import check_can_be_made, check_run_folder, is_complete
 
 _POLL_SECONDS = 0.5
-_STOP_SECONDS = 120  # a run told to stop ends its rollout step and writes a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +38,8 @@ def run_folder(root: Path, config: RunConfig) -> Path:
     return root / "runs" / config.setting / f"{arm}" / f"seed{config.seed}"
 
 
-def train_words(config: Path, folder: Path, cold_start_cache: Path) -> list[str]:
-    """Words behind `moe-rl` that start a run or resume it."""
-    words = ["train", "--config", str(config), "--out", str(folder)]
-    return [*words, "--cold-start-cache", str(cold_start_cache), "--resume"]
-
-
 def run_all(
-    configs: Sequence[RunConfig], root: Path, *, jobs: int, cold_start_cache: Path
+    configs: Sequence[RunConfig], root: Path, *, jobs: int, executor: Executor
 ) -> list[Failure]:
     """Run every config that is not complete yet, `jobs` at a time; returns the failures.
 
@@ -66,22 +47,25 @@ def run_all(
     are kept, and KeyboardInterrupt reaches the caller.
 
     Raises:
-        ConfigError: a run folder holds a run of another config; found before anything starts.
+        ConfigError: a run folder holds a run of another config, or a run cannot be executed there;
+            found before anything starts.
     """
     check_study(configs, root, jobs=jobs)
+    for config in configs:
+        executor.check(config)
     waiting = deque(c for c in configs if not is_complete(run_folder(root, c)))
     done = len(configs) - len(waiting)
     if done:
         print(f"{done} of {len(configs)} runs are complete already")
-    running: list[_Process] = []
+    running: dict[Job, TaskID] = {}
     failures: list[Failure] = []
     with _terminate_as_interrupt(), _Display(len(configs), done) as display:
         try:
             while waiting or running:
                 while len(running) < jobs and (ready := _first_ready(waiting)) is not None:
                     waiting.remove(ready)
-                    running.append(_Process(ready, root, cold_start_cache))
-                    display.show_start(running[-1])
+                    job = executor.start(ready, run_folder(root, ready))
+                    running[job] = display.show_start(job)
                 if waiting and not running:
                     failures += [
                         Failure(
@@ -92,20 +76,20 @@ def run_all(
                     ]
                     break
                 time.sleep(_POLL_SECONDS)
-                for process in list(running):
-                    display.show_step(process)
-                    if process.running():
+                for job, bar in list(running.items()):
+                    display.show_step(job, bar)
+                    if job.running():
                         continue
-                    running.remove(process)
-                    failure = process.failure()
-                    if failure is not None:
-                        failures.append(failure)
-                    display.show_end(process, failure)
+                    del running[job]
+                    reason = job.error()
+                    if reason is not None:
+                        failures.append(Failure(folder=job.folder, reason=reason))
+                    display.show_end(job, bar, reason)
         finally:
-            for process in running:
-                process.terminate()
-            for process in running:
-                process.wait()
+            for job in running:
+                job.stop()
+            for job in running:
+                job.wait()
     return failures
 
 
@@ -118,13 +102,13 @@ def _first_ready(waiting: Iterable[RunConfig]) -> RunConfig | None:
     return None
 
 
-def check_study(configs: Sequence[RunConfig], root: Path, *, jobs: int) -> None:
+def check_study(configs: Sequence[RunConfig], root: Path, *, jobs: int | None) -> None:
     """Refuse what cannot work before any work is done.
 
     Raises:
         ConfigError: no job, two runs in one folder, or a folder that holds another run.
     """
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs={jobs}: must be at least 1")
     check_can_be_made(root, "out")
     folders = [run_folder(root, config) for config in configs]
@@ -135,76 +119,6 @@ def check_study(configs: Sequence[RunConfig], root: Path, *, jobs: int) -> None:
             )
     for folder, config in zip(folders, configs, strict=True):
         check_run_folder(folder, config)
-
-
-class _Process:
-    """One run in a process of its own."""
-
-    bar: TaskID
-
-    def __init__(self, config: RunConfig, root: Path, cold_start_cache: Path) -> None:
-        self.title = f"{config.setting} {config.arm} seed {config.seed}"
-        self.steps = config.steps
-        self.folder = run_folder(root, config)
-        self.started = time.monotonic()
-        check_run_folder(self.folder, config)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / "config.json"
-        write_config(file, config)
-        output = self.folder / OUTPUT
-        output.write_bytes(b"")  # there to be read if the process dies before it writes
-        words = train_words(file, self.folder, cold_start_cache)
-        self._process = _server().Process(target=_train, args=(words, output))
-        self._process.start()
-
-    def running(self) -> bool:
-        return self._process.is_alive()
-
-    def terminate(self) -> None:
-        self._process.terminate()
-
-    def wait(self) -> None:
-        self._process.join(timeout=_STOP_SECONDS)
-        self._process.kill()
-        self._process.join()
-
-    def failure(self) -> Failure | None:
-        code = self._process.exitcode or 0
-        if code == 0 and is_complete(self.folder):
-            return None
-        lines = (self.folder / OUTPUT).read_text(encoding="utf-8").strip().splitlines()
-        if code < 0:
-            reason = f"killed by {signal.Signals(-code).name}"
-        else:
-            reason = f"exit code {code}: {lines[-1] if lines else 'no output'}"
-        return Failure(folder=self.folder, reason=reason)
-
-    def last_step(self) -> dict[str, float] | None:
-        """The newest whole line of steps.jsonl, None before the first."""
-        try:
-            lines = (self.folder / "steps.jsonl").read_bytes().split(b"\n")[:-1]
-        except FileNotFoundError:
-            return None
-        return json.loads(lines[-1]) if lines else None
-
-
-@functools.cache
-def _server() -> ForkServerContext:
-    """The process that runs are forked from; it starts with the first of them."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["moe_rl.commands.cli", "moe_rl.training.trainer"])
-    return server
-
-
-def _train(words: Sequence[str], output: Path) -> None:
-    """One run, as `moe-rl WORDS` in a process of its own, with its output in that file."""
-    os.setsid()  # Ctrl-C reaches the study alone, which then stops its runs
-    with output.open("wb", buffering=0) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    from moe_rl.commands.cli import main
-
-    sys.exit(main(words))
 
 
 @contextlib.contextmanager
@@ -239,22 +153,22 @@ class _Display(Progress):
         self._runs, self._done = runs, done
         self._study = self.add_task("runs", total=runs, completed=done, note="")
 
-    def show_start(self, process: _Process) -> None:
-        process.bar = self.add_task(process.title, total=process.steps, note="starting")
+    def show_start(self, job: Job) -> TaskID:
+        return self.add_task(job.title, total=job.steps, note="starting")
 
-    def show_step(self, process: _Process) -> None:
-        step = process.last_step()
+    def show_step(self, job: Job, bar: TaskID) -> None:
+        step = job.last_step()
         if step is not None:
             note = f"reward {step['reward']:.3f}"
-            self.update(process.bar, completed=step["step"] + 1, note=note)
+            self.update(bar, completed=step["step"] + 1, note=note)
 
-    def show_end(self, process: _Process, failure: Failure | None) -> None:
-        self.remove_task(process.bar)
+    def show_end(self, job: Job, bar: TaskID, reason: str | None) -> None:
+        self.remove_task(bar)
         self._done += 1
         self.update(self._study, completed=self._done)
-        step = process.last_step()
+        step = job.last_step()
         reward = f"reward {step['reward']:.3f}" if step else "no step"
-        seconds = time.monotonic() - process.started
-        outcome = f"FAILED, {failure.reason}" if failure else f"{reward}  {seconds:5.0f} s"
-        line = f"{self._done:>4}/{self._runs}  {process.title:<34} {outcome}"
+        seconds = time.monotonic() - job.started
+        outcome = f"FAILED, {reason}" if reason else f"{reward}  {seconds:5.0f} s"
+        line = f"{self._done:>4}/{self._runs}  {job.title:<34} {outcome}"
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)

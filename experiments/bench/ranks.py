@@ -23,7 +23,7 @@ import torch
 
 from moe_rl.config import ConfigError, RunConfig
 from moe_rl.experiments.bench.result import check_counts, in_turn, table, write_result
-from moe_rl.experiments.runner import train_words
+from moe_rl.experiments.executors.job import train_words
 from moe_rl.presets import preset
 from moe_rl.run_folder.log import write_config
 from moe_rl.runtime.process import cpu_name

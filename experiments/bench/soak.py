@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from moe_rl.config import RunConfig
-from moe_rl.experiments.runner import train_words
+from moe_rl.experiments.executors.job import train_words
 from moe_rl.presets import preset
 from moe_rl.run_folder.log import UPDATES, is_complete, write_config
 from moe_rl.training.cold_start import prepare_cold_starts

@@ -7,8 +7,9 @@ from typing import Literal
 
 import tyro
 
-from moe_rl.commands.options import Command, cores
+from moe_rl.commands.options import Command
 from moe_rl.config import ConfigError
+from moe_rl.runtime.cores import cores
 
 
 @dataclass(frozen=True, kw_only=True)

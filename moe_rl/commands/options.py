@@ -2,10 +2,9 @@
 
 import abc
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -29,11 +28,6 @@ class Command(abc.ABC):
         """Do it; returns the exit code."""
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 _one_of = tyro.conf.create_mutex_group(required=False, title="base settings")
 
 
@@ -55,8 +49,15 @@ class BaseSettings:
 class StudyOptions:
     """How the runs of a study are executed."""
 
-    jobs: int = dataclasses.field(default_factory=cores)
-    """Runs in parallel, one torch thread each (>= 1). Default: the number of cores."""
+    jobs: int | None = None
+    """Runs in parallel, one torch thread each (>= 1). Default: the number of cores, here or of the
+    cluster; 256 with slurm."""
+    executor: Literal["local", "ray", "slurm"] = "local"
+    """Where runs are executed: this machine, a Ray cluster, or Slurm through submitit."""
+    address: str | None = None
+    """Of a Ray cluster; auto: the one of this machine. Default: one that is started here."""
+    slurm: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Options of submitit, as in `--slurm slurm_partition cpu timeout_min 60`."""
     cold_start_cache: Path = COLD_STARTS
     """Folder of cold starts, shared by all studies."""
     dry_run: bool = False

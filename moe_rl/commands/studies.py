@@ -17,6 +17,7 @@ INTERRUPTED = "finished runs are kept, the same command continues from there"
 
 def run_study(study: "StudyPlan", root: Path, options: StudyOptions) -> int:
     """Run what is not complete yet, then report; returns the exit code, 1 if a run failed."""
+    from moe_rl.experiments.executors import make_executor
     from moe_rl.experiments.runner import check_study, run_all
 
     study = _pin_losses(study)
@@ -30,9 +31,13 @@ def run_study(study: "StudyPlan", root: Path, options: StudyOptions) -> int:
     from moe_rl.training.cold_start import prepare_cold_starts
 
     start = time.monotonic()
+    executor = make_executor(
+        options.executor, options.cold_start_cache, address=options.address, slurm=options.slurm
+    )
     study.write(root, shlex.join(["moe-rl", *sys.argv[1:]]))
     prepare_cold_starts(configs, options.cold_start_cache)
-    failures = run_all(configs, root, jobs=options.jobs, cold_start_cache=options.cold_start_cache)
+    jobs = options.jobs or executor.default_jobs()
+    failures = run_all(configs, root, jobs=jobs, executor=executor)
     for failure in failures:
         print(f"{failure.folder}: {failure.reason}", file=sys.stderr)
     report_study(root)

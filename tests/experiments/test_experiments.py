@@ -10,6 +10,7 @@ from moe_rl.config import ConfigError
 from moe_rl.experiments import collapse_map
 from moe_rl.experiments.arms import ARMS, MAIN_ARMS, TWIST_ARM, arm_config
 from moe_rl.experiments.bench.training import useful_operations
+from moe_rl.experiments.executors.local import LocalExecutor
 from moe_rl.experiments.quick import quick
 from moe_rl.experiments.runner import check_study, run_all, run_folder
 from moe_rl.experiments.study import FIVE_SEEDS, StudyPlan
@@ -118,9 +119,9 @@ def test_a_run_waits_for_the_checkpoint_it_starts_from(tmp_path: Path) -> None:
     saved = run_folder(tmp_path, base) / "policy_00001"
     restarted = base.replace(arm="again", checkpoint=str(saved), save_every=0, sft_steps=0)
     cache = tmp_path / "cold"
-    assert run_all([restarted, base], tmp_path, jobs=2, cold_start_cache=cache) == []
+    assert run_all([restarted, base], tmp_path, jobs=2, executor=LocalExecutor(cache)) == []
     never = restarted.replace(checkpoint=str(tmp_path / "never"), seed=2)
-    (failure,) = run_all([never], tmp_path, jobs=1, cold_start_cache=cache)
+    (failure,) = run_all([never], tmp_path, jobs=1, executor=LocalExecutor(cache))
     assert "never saved" in failure.reason
 
 

@@ -22,10 +22,12 @@ _STUDY = """
 import json, sys
 from pathlib import Path
 from moe_rl.config import RunConfig
+from moe_rl.experiments.executors.local import LocalExecutor
 from moe_rl.experiments.runner import run_all
 configs = [RunConfig.from_dict(values) for values in json.loads(sys.argv[1])]
 try:
-    failures = run_all(configs, Path(sys.argv[2]), jobs=2, cold_start_cache=Path(sys.argv[3]))
+    executor = LocalExecutor(Path(sys.argv[3]))
+    failures = run_all(configs, Path(sys.argv[2]), jobs=2, executor=executor)
 except KeyboardInterrupt:
     sys.exit(130)
 for failure in failures:
