@@ -1,5 +1,10 @@
 """Integrations: routing replay and the instruments inside trainers that others wrote.
 
+verl.py           our losses, and our metrics on verl's own, as its policy losses
+verl_trainer.py   verl's trainer, which reads each step's batch
+slime.py          two hooks of slime, miles and vime
+prime_rl.py       a custom loss of prime-rl
+loss_metrics.py   the metrics of an update that need no routes
 trl.py            RoutingReplayMixin, for TRL's GRPOTrainer
 trl_metrics.py    its metrics, over micro-batches and processes
 trl_support.py    what it refuses, and the versions that it was tested with
