@@ -64,6 +64,7 @@ FAULTS: dict[str, tuple[str, Callable[[np.ndarray], None]]] = {
     "an expert twice": ("distinct", _put((1, 9, 2), 5)),
     "nothing recorded": ("zeros", _put(slice(None), 0)),
     "a layer not recorded": ("zeros", _put((slice(None), slice(None), 1), 0)),
+    "a token of zeros in one layer": ("distinct", _put((1, 9, 2), 0)),
     "a token of zeros": ("last token", _put((slice(None), S - 2), 0)),
     "0..K-1 in every row": ("fillers", _put(slice(None), range(K))),
     "0..K-1 in the response": ("fillers", _put((slice(None), RESPONSE), range(K))),

@@ -87,7 +87,25 @@ def trace_ids(record: Record) -> Claims:
     low, high = (int(value) for value in record.routes.aminmax())
     yield low >= -1, f"an id of {low}; only -1 may be negative"
     in_range = record.num_experts is None or high < record.num_experts
-    yield in_range, f"an id of {high} for {record.num_experts} experts"
+    yield (
+        in_range,
+        f"an id of {high} for {record.num_experts} experts: the record is another model's, or has "
+        "ids of physical experts, of which some are copies (EPLB), where logical ones belong",
+    )
+
+
+def trace_width(record: Record) -> Claims:
+    """Ids of more than 256 experts went through more than 8 bits."""
+    experts = record.num_experts or 0
+    if experts <= 256:
+        yield None, "at most 256 experts, or their number is not known"
+        return
+    told = int(record.recorded.sum()) * record.routes.shape[-1] * math.log(experts / 256) * OTHERS
+    yield (
+        int(record.routes.max()) > 255 or told < CHANCE,
+        f"no id above 255 of {experts} experts: ids were cut to 8 bits on the way, and those of "
+        "higher experts are now of others",
+    )
 
 
 def trace_distinct(record: Record) -> Claims:
@@ -97,7 +115,9 @@ def trace_distinct(record: Record) -> Claims:
         yield None, "one expert per token"
         return
     twice = (record.sets.diff(dim=-1) == 0).any(dim=-1) & record.recorded
-    twice &= ~(routes == 0).all(dim=-1)  # rows of zeros have a check of their own
+    # Tokens and layers of nothing but zeros have checks of their own.
+    zero = (routes == 0).all(dim=-1)
+    twice &= ~(zero & (zero.all(dim=-1, keepdim=True) | zero.flatten(0, 1).all(dim=0)))
     yield _none_of(twice, "names an expert twice", routes)
 
 
@@ -279,6 +299,7 @@ def trace_passes(record: Record) -> Claims:
 
 TRACE_LAWS: dict[str, Callable[[Record], Claims]] = {
     "ids": trace_ids,
+    "width": trace_width,
     "distinct": trace_distinct,
     "zeros": trace_zeros,
     "last token": trace_last_token,

@@ -68,13 +68,15 @@ def usable(routes: Tensor, path: Path) -> tuple[Tensor, str]:
     Raises:
         ValueError: begins with `path`; ids that no router can have chosen.
     """
-    # The other checks find fills, which are left out here.
-    for finding in check_trace(routes, laws=("ids", "distinct", "gaps")):
-        if finding.passed is False:
-            raise ValueError(f"{path}: {finding.reason}; moe-rl check-replay shows every check")
     if not (routes > 0).any():
         raise ValueError(f"{path}: every id is 0 or -1: the engine recorded nothing")
     filled = (routes == 0).all(dim=-1, keepdim=True) & (routes.shape[-1] > 1)
+    # The other checks find fills, which are left out here.
+    for finding in check_trace(
+        routes.masked_fill(filled, NO_RECORD), laws=("ids", "distinct", "gaps")
+    ):
+        if finding.passed is False:
+            raise ValueError(f"{path}: {finding.reason}; moe-rl check-replay shows every check")
     filled = filled | fillers(Record(routes=routes))[..., None, None]
     count = int(filled.sum())
     share = count / filled.numel()

@@ -30,6 +30,12 @@ KEY = "routed_experts"
 _LARGEST_ID = torch.iinfo(torch.int16).max
 
 
+MTP = (
+    ", without the last of this one if that is a multi-token-prediction layer, which training does "
+    "not run"
+)
+
+
 def stack_rows(rows: Sequence[np.ndarray]) -> Tensor:
     """Stack routes `[S_i, L, K]` of B sequences into int16 `[B, S, L, K]`, short rows padded by -1.
 
@@ -92,6 +98,7 @@ def fit_to_model(
             raise ValueError(
                 f"routed_experts: {given} layers, but the model has {len(layers)} MoE layers of "
                 f"{total} decoder layers; pass a record of either"
+                + (MTP if given in (len(layers) + 1, total + 1) else "")
             )
         routed_experts = routed_experts[:, :, layers]
     length = routed_experts.shape[1]

@@ -283,3 +283,30 @@ def test_passes_of_few_tokens_may_look_alike(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(t.lines(trace_lines([*forward, *forward], range(t.L), 1)))
     trace = read_trace(tmp_path / "a.jsonl")
     assert trace.routed_experts.shape[1] == 2 and trace.notes == ()
+
+
+def wide(experts: int, seed: int = 0) -> np.ndarray:
+    draws = np.random.default_rng(seed).random((t.B, t.S, t.L, experts))
+    return draws.argsort(axis=-1)[..., : t.K].astype(np.int32)
+
+
+@pytest.mark.parametrize("experts", [257, 384, 512])
+def test_ids_that_went_through_8_bits_are_found(experts: int) -> None:
+    """vLLM writes uint8 where it can, and a client that reads every file so loses experts."""
+    ids = torch.from_numpy(wide(experts))
+    assert failing(ids, experts) == set()
+    cut = torch.from_numpy(wide(experts).astype(np.uint8).astype(np.int32))
+    # One expert of 257 may be missing by chance in so few tokens.
+    assert ("width" in failing(cut, experts)) == (experts > 257)
+
+
+def failing(ids: torch.Tensor, experts: int) -> set[str]:
+    return {law.check for law in check_trace(ids, num_experts=experts) if law.passed is False}
+
+
+def test_ids_of_physical_experts_are_named() -> None:
+    """Redundant experts (EPLB) have ids of their own beyond those of the model."""
+    ids = torch.from_numpy(t.routes())
+    ids[0, 9, 2, 0] = t.E + 3
+    (law,) = [law for law in check_trace(ids, num_experts=t.E) if law.passed is False]
+    assert law.check == "ids" and "physical experts" in law.reason

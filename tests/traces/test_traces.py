@@ -158,6 +158,9 @@ def test_a_record_of_all_decoder_layers_without_the_last_token_replays() -> None
     assert torch.equal(fit_to_model(own, model, num_tokens=6), own)
     with pytest.raises(ValueError, match="1 layers, but the model has 2 MoE layers of 3"):
         fit_to_model(own[:, :, :1], model)
+    one_more = torch.cat([own, own[:, :, :1]], dim=2)
+    with pytest.raises(ValueError, match=r"4 layers, .*multi-token-prediction layer"):
+        fit_to_model(torch.cat([one_more, own[:, :, :1]], dim=2), model)
     with pytest.raises(ValueError, match="4 positions for 6 tokens"):
         fit_to_model(own[:, :4], model, num_tokens=6)
     assert [tap.decoder_layer for tap in find_routers(model)] == [0, 2]
