@@ -244,6 +244,8 @@ class RunConfig(Settings):
     """At a NaN or inf loss or gradient: stop with a crash bundle, or skip the update."""
     checkpoint_every: CountOrZero = 0
     """Checkpoint every n rollout steps, to resume from with --resume; 0: never."""
+    record_every: CountOrZero = 0
+    """Write the batch of every n-th rollout into the run folder, for `moe-rl inspect`; 0: never."""
     save_every: CountOrZero = 0
     """Save the policy in Hugging Face format every n rollout steps and at the end; 0: never."""
 

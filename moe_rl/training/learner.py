@@ -121,6 +121,8 @@ class Learner:
             value_head=self.value_head,
             reads_routers=config.instruments or self.algorithm.reads_routers,
         )
+        self.seen_logprobs: Tensor | None = None
+        """[B, T], which the updates fill with the log-probs they see, where the trainer asks."""
         self.weights = MasterWeights(policy.model.parameters())
         groups: list[dict[str, Any]] = [{"params": self.weights.masters, "rate": 1.0}]
         if self.value_head is not None:  # float32, whatever the policy's dtype
@@ -180,6 +182,8 @@ class Learner:
                 loss = aggregate(token_losses, inputs, self._aggregation, divisor=divisor)
                 # The ranks' gradients are averaged, and ours are sums.
                 (loss * self.ranks.size).backward()
+            if self.seen_logprobs is not None and forward.counts:
+                self.seen_logprobs[rows] = output.logprobs.detach()
             passed.append(Passed(forward=forward, output=output, loss=loss.item()))
         return passed
 

@@ -13,12 +13,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from moe_rl.batch import Experience, RolloutBatch
+from moe_rl.batch import Experience, RolloutBatch, response_positions
 from moe_rl.config import RunConfig
 from moe_rl.losses.advantages import gae, group_advantages, whiten
 from moe_rl.metrics import instruments
 from moe_rl.policy.forward import choose_layout
 from moe_rl.policy.policy import Policy
+from moe_rl.recorded import RecordedBatch, write_batch
 from moe_rl.rollout.engine import describe_numerics, make_engine
 from moe_rl.rollout.request import Request
 from moe_rl.rollout.rewards import score_responses
@@ -134,6 +135,9 @@ class Trainer:
                 experience, metrics = self.experience(step)
             except FloatingPointError as error:
                 self._crash(step, 0, None, str(error), {"step": step})
+            recorded = self.config.record_every and (step + 1) % self.config.record_every == 0
+            if recorded:
+                self.learner.seen_logprobs = torch.zeros_like(experience.old_logprobs)
             for update in range(self.config.updates_per_rollout):
                 values = self.learner.update(experience, step, update)
                 line = {"step": step, "update": update, "learning_rate": rate, **values}
@@ -141,11 +145,39 @@ class Trainer:
                 if values["skipped"] and self.config.on_nonfinite == "stop":
                     reason = "the loss or its gradient is NaN or inf"
                     self._crash(step, update, experience, reason, line)
+            if recorded:
+                self._record(step, experience)
         every = self.config.evaluate_every
         if every and (step + 1) % every == 0:
             with self.clock.timed("evaluation"), self.learner.wrapped.whole():
                 metrics |= evaluate_policy(self.policy, self.task, self.config, step, self.ranks)
         return {"learning_rate": rate, **metrics}
+
+    def _record(self, step: int, experience: Experience) -> None:
+        """Write a rollout's batch as its updates saw it; of several processes the main one's."""
+        logprobs, self.learner.seen_logprobs = self.learner.seen_logprobs, None
+        if not self.ranks.main:
+            return
+        batch, advantages = experience.batch, experience.advantages
+        width = batch.prompt_ids.shape[1]
+        assert batch.routed_experts is not None
+        if advantages.ndim == 1:
+            advantages = advantages[:, None].expand_as(batch.response_mask)
+        folder = self.log.folder / "batches"
+        folder.mkdir(exist_ok=True)
+        write_batch(
+            folder / f"step_{step:05d}.safetensors",
+            RecordedBatch(
+                source="moe-rl",
+                mask=batch.response_mask,
+                logprobs=logprobs,
+                old_logprobs=experience.old_logprobs,
+                rollout_logprobs=batch.rollout_logprobs,
+                advantages=advantages,
+                routes=response_positions(batch.routed_experts, width),
+                trainer_routes=response_positions(experience.old_routes, width),
+            ),
+        )
 
     def experience(self, step: int) -> tuple[Experience, dict[str, Any]]:
         """Sample, score, and run the old policy over one rollout.

@@ -14,6 +14,7 @@ from moe_rl.losses import ALGORITHMS
 from moe_rl.policy.forward import ForwardOptions, response_pass
 from moe_rl.policy.policy import Policy
 from moe_rl.presets import preset
+from moe_rl.recorded import inspect_batch, read_batch
 from moe_rl.run_folder.log import RunLog, check_run_folder, is_complete, lock_run_folder
 from moe_rl.tasks import make_task
 from moe_rl.training.cold_start import starting_policy
@@ -144,6 +145,23 @@ def test_instruments_do_not_change_the_run(tmp_path: Path, cold: Path) -> None:
         for name in ("on", "off")
     ]
     assert weights[0] == weights[1]
+
+
+def test_a_recorded_batch_is_what_the_updates_saw(tmp_path: Path, cold: Path) -> None:
+    noisy = {"steps": 4, "router_noise": 0.2, "routing_replay": "R3"}
+    steps, updates, _ = run(tiny(record_every=2, **noisy), tmp_path / "recorded", cold)
+    plain, _, _ = run(tiny(**noisy), tmp_path / "plain", cold)
+    assert [untimed(line) for line in steps] == [untimed(line) for line in plain]
+    folder = tmp_path / "recorded" / "batches"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["step_00001.safetensors", "step_00003.safetensors"]
+    found = inspect_batch(read_batch(folder / names[1])).metrics
+    for name in ("kl_k3", "churn", "router_disagreement", "token_disagreement", "extreme_2"):
+        assert found[f"mismatch/{name}"] == pytest.approx(steps[3][f"mismatch/{name}"], rel=1e-5)
+    own = [line for line in updates if line["step"] == 3]
+    largest = max(line["ratio/token_log_max"] for line in own)
+    assert found["ratio/token_log_max"] == pytest.approx(largest, rel=1e-5)
+    assert found["replay/coverage"] == 1
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo", "dr_grpo", "rspo"])
