@@ -97,8 +97,10 @@ def test_every_module_of_a_wheel_imports_without_checkout_and_extras(
 ) -> None:
     """None in sys.modules is how Python spells 'not installed', whatever is installed here."""
     extras = ["trl", "datasets", "wandb", "trackio", "tensorboard", "vllm", "megablocks"]
+    extras += ["verl", "transfer_queue", "prime_rl", "ray", "submitit"]
     modules = [import_name(path) for path in sources() if path.name != "__main__.py"]
-    modules.remove("moe_rl.integrations.trl")  # it extends a class of TRL's
+    for trainer in ("trl", "verl", "verl_trainer"):  # these extend what they are for
+        modules.remove(f"moe_rl.integrations.{trainer}")
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
         "import importlib, sys\n"
