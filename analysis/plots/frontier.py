@@ -16,6 +16,9 @@ from moe_rl.experiments.arms import arm_label
 
 CELL_KEYS = ["arm", "router_noise", "updates_per_rollout", "learning_rate"]
 
+TITLE = 84
+"""Letters of panel titles that stand side by side in a row."""
+
 
 def map_cells(measures: pd.DataFrame) -> pd.DataFrame:
     """The map: one row an (arm, noise, updates a rollout, learning rate), over complete runs.
@@ -48,14 +51,19 @@ def collapse_map(measures: pd.DataFrame) -> Figure:
     updates = sorted(cells["updates_per_rollout"].unique())
     panels_of = [(arm, noise) for arm in arms for noise in noises]
     columns = len(noises) if 1 < len(noises) <= 4 else 3
-    height = 0.55 + 0.3 * len(updates)
+    # A level stays with its word: the space between them does not break.
+    levels = [f", noise\u00a0{noise:g}" if len(noises) > 1 else "" for _, noise in panels_of]
+    titles = [
+        style.wrapped(arm_label(arm) + level, TITLE // columns)
+        for (arm, _), level in zip(panels_of, levels, strict=True)
+    ]
+    height = 0.45 + 0.3 * len(updates) + 0.12 * max(title.count("\n") + 1 for title in titles)
     figure, panels = style.grid(len(panels_of), columns=columns, height=height)
     image: Any = None
-    for axes, (arm, noise) in zip(panels, panels_of, strict=True):
+    for axes, (arm, noise), title in zip(panels, panels_of, titles, strict=True):
         own = cells[(cells["arm"] == arm) & (cells["router_noise"] == noise)]
         image = _map_panel(axes, own, rates, updates)
-        noisy = f", noise {noise:g}" if len(noises) > 1 else ""
-        axes.set_title(arm_label(arm) + noisy)
+        axes.set_title(title)
     style.colour_bar(figure, image, panels, "final reward (median over seeds)")
     figure.supxlabel("learning rate", fontsize=8)
     figure.supylabel("updates per rollout", fontsize=8)
