@@ -117,6 +117,23 @@ def routers_by_layer(by_layer: Sequence[Sequence[float]]) -> Figure:
     return figure
 
 
+SHOWN = ("reward", "branch/negative_above", "routing/churn", "ratio/token_var", "clip_ratio/region")
+
+
+@style.styled
+def history(lines: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
+    """The main metrics of a log against its steps, one panel each."""
+    names = [name for name in SHOWN if name in lines] or sorted(lines)[:3]
+    figure, panels = style.grid(len(names), columns=3, height=1.9, sharey=False)
+    for axes, name in zip(panels, names, strict=True):
+        steps, values = zip(*lines[name], strict=True)
+        axes.plot(steps, values, color=_LINES[1][0], linewidth=1.4)
+        axes.set_title(name)
+        style.whole_numbers(axes)
+    figure.supxlabel("step", fontsize=8)
+    return figure
+
+
 def _plain(axis: Any) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: style.plain_number(value)))
     axis.set_minor_locator(NullLocator())

@@ -32,8 +32,10 @@ def write_inspection_page(out: Path, found: dict[str, Any], *, name: str) -> Pat
         drawn.append(("layers", "Routers that differ", plots.routers_by_layer(found["by_layer"])))
     if found["pairs"]:
         drawn.append(("tails", "How far ratios go", plots.tails(found["pairs"])))
-    if "branch/negative_above" in found["metrics"]:
+    if "branch/negative_above" in found["metrics"] and not found["history"]:
         drawn.append(("branches", "Where a gradient comes from", plots.branches(found["metrics"])))
+    if found["history"]:
+        drawn.append(("history", "What was logged", plots.history(found["history"])))
     context = {
         "name": name,
         "found": found,

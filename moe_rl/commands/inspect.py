@@ -19,7 +19,8 @@ class Inspect(Command):
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """Batch of ours or verl's plugin (.safetensors, .npz), prime-rl's token exports (.jsonl or
-    their folder), NeMo-RL's training data (.jsonl), or responses of vLLM or SGLang with routes."""
+    their folder), NeMo-RL's training data (.jsonl), responses of vLLM or SGLang with routes, or
+    TRL's output folder."""
     num_experts: int | None = None
     """Number of experts E; every id must be below it."""
     names: Dialect | None = None
@@ -33,14 +34,19 @@ class Inspect(Command):
         from moe_rl.recorded import inspect_batch, read_batch
         from moe_rl.recorded.findings import findings
         from moe_rl.recorded.inspection import to_json
+        from moe_rl.recorded.trl_log import find_state, inspect_log
         from moe_rl.run_folder.log import check_can_be_made, write_json
 
         check_can_be_made(self.out, "out")
-        found = inspect_batch(read_batch(self.path), num_experts=self.num_experts)
+        state = find_state(self.path)
+        if state is None:
+            found = inspect_batch(read_batch(self.path), num_experts=self.num_experts)
+        else:
+            found = inspect_log(state)
         said = findings(found)
+        size = f"{found.sequences} sequences, {found.tokens} response tokens, "
         print(
-            f"{self.path}: {found.source}, {found.sequences} sequences, {found.tokens} response "
-            f"tokens, with {', '.join(found.holds)}"
+            f"{self.path}: {found.source}, {size if found.tokens else ''}{', '.join(found.holds)}"
         )
         for note in found.notes:
             print(f"note: {note}")

@@ -121,10 +121,11 @@ def _branch(found: Inspection) -> list[Finding]:
     share = found.metrics.get("branch/negative_above", math.nan)
     if math.isnan(share):
         return []
-    largest = found.metrics["branch/largest_token"]
+    largest = found.metrics.get("branch/largest_token", math.nan)
+    whose = "in the log" if found.history else "under GRPO's surrogate without dual clip"
     start = (
-        f"under GRPO's surrogate without dual clip {share:.1%} of the gradient's mass is in A < 0, "
-        f"w > {1 + HIGH:g}, which nothing bounds; the largest token has {largest:.1%} of all"
+        f"{whose} {share:.1%} of the gradient's mass is in A < 0, w > {1 + HIGH:g}, which that "
+        f"surrogate does not bound; the largest token has {largest:.1%} of all"
     )
     if share > UNBOUNDED:
         words = f"{start}: bound it (dual clip, a mask), or divide by the engine's log-probs"

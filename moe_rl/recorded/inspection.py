@@ -74,6 +74,8 @@ class Inspection:
     """Of the engine's routes, see `moe-rl check-replay`."""
     scatter: list[tuple[float, float]] = field(default_factory=list)
     """Probability by the engine and by the trainer, of some tokens."""
+    history: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    """Of a log: step and value of each metric."""
 
 
 @torch.no_grad()

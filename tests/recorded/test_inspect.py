@@ -298,6 +298,27 @@ def test_the_command_writes_the_page_and_its_exit_code_says_what_it_found(
         assert all(f">{law}<" in page for law in TRACE_LAWS)
 
 
+def test_trl_s_log_is_read_by_our_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        {"step": n, "reward": n / 20, "clip_ratio/region_mean": 0.1, "branch/negative_above": 0.3}
+        | {"branch/largest_token": 0.2, "replay/coverage": 0.75, "epoch": 0.1, "some/other": 1.0}
+        for n in range(1, 21)
+    ]
+    for step, history in ((5, lines[:5]), (20, [*lines, {"step": 20, "train_runtime": 9.0}])):
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    page = tmp_path / "page"
+    assert main(["inspect", str(tmp_path / "out"), "--out", str(page)]) == 0
+    said = capsys.readouterr().out
+    assert "TRL, 21 log lines" in said and "25.00% of response" in said and "30.0%" in said
+    found = json.loads((page / "inspection.json").read_text())
+    assert found["metrics"]["reward"] == pytest.approx(sum(range(11, 21)) / 200)
+    assert found["metrics"]["clip_ratio/region"] == pytest.approx(0.1)
+    assert "some/other" not in found["metrics"] and len(found["history"]["reward"]) == 20
+    assert (page / "figures" / "history.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
