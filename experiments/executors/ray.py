@@ -70,7 +70,9 @@ class RayExecutor:
             ("evaluation_dataset", task.evaluation_dataset),
             ("reward", task.reward and task.reward.rpartition(":")[0]),
         ):
-            if value is not None and Path(value).exists():
+            # A checkpoint that another run of the study is to save is not there yet.
+            here = value is not None and (Path(value).exists() or value.count("/") > 1)
+            if here:
                 raise ConfigError(
                     f"{name}={value!r}: a file of this machine, which the nodes of a Ray cluster "
                     "need not have; use --executor local or slurm"
@@ -186,7 +188,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix != ".lock"
+        if path.is_file() and path.name != "lock"
     }
 
 

@@ -4,6 +4,7 @@ A job is `moe-rl train` on the study's own folders, so that it resumes from its 
 time limit or a preemption, when the same command is given again.
 """
 
+import signal
 import subprocess
 import sys
 import time
@@ -90,12 +91,22 @@ class SlurmJob(Job):
 
 
 def train(words: Sequence[str], output: str) -> int:
-    """`moe-rl WORDS` with its output in a file; returns the exit code."""
+    """`moe-rl WORDS` with its output in a file; returns the exit code.
+
+    Before a time limit or a preemption Slurm sends SIGUSR2 to all processes of the job: the run
+    gets SIGTERM instead, at which it ends its rollout step and writes a checkpoint.
+    """
     with open(output, "wb") as log:
-        done = subprocess.run(
+        running = subprocess.Popen(
             [sys.executable, "-m", "moe_rl", *words],
             stdout=log,
             stderr=subprocess.STDOUT,
-            check=False,
+            preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
         )
-    return done.returncode
+
+        def end(number: int, frame: object) -> None:
+            running.terminate()
+
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, end)
+        return running.wait()

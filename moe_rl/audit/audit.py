@@ -31,6 +31,7 @@ from moe_rl.batch import RolloutBatch, response_positions
 from moe_rl.config import ConfigError, EngineName, ModelConfig, RolloutPrecision
 from moe_rl.policy.fit import check_prompt
 from moe_rl.policy.policy import Policy, build_policy
+from moe_rl.replay_check.check_trace import check_trace
 from moe_rl.rollout.cached import CachedEngine
 from moe_rl.rollout.engine import check_engine, make_engine
 from moe_rl.rollout.request import Request
@@ -202,6 +203,11 @@ def audit_model(
         name = f"engine {engine} {engine_precision}"
         add(name, "engine", _of_engine(policy, drawn, rows_at_once))
     if trace is not None and traced is not None:
+        laws = check_trace(
+            trace[1].routed_experts, num_experts=taps[0].num_experts, response=trace[1].response
+        )
+        broken = [law for law in laws if law.passed is False]
+        audit.missing += [Missing(f"trace: law {law.check} fails", law.reason) for law in broken]
         add(f"trace {trace[0]}", "trace", _of_trace(policy, *traced, rows_at_once))
     del policy  # or a copy of another type would lie beside it
     for way in ways_of_copies(
@@ -325,6 +331,17 @@ def _batch_of(policy: Policy, name: str, trace: Trace) -> tuple[RolloutBatch, Te
         raise ConfigError(
             f"trace={name!r}: token id {int(trace.tokens.max())}, the model embeds {words}; give a "
             "trace of this model"
+        )
+    if int(trace.routed_experts.max()) >= taps[0].num_experts:
+        raise ConfigError(
+            f"trace={name!r}: expert id {int(trace.routed_experts.max())}, the model has "
+            f"{taps[0].num_experts} experts; give a trace of this model"
+        )
+    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and trace.tokens.shape[1] > context:
+        raise ConfigError(
+            f"trace={name!r}: sequences of {trace.tokens.shape[1]} tokens, the model's context is "
+            f"{context}; give a trace of this model"
         )
     routes, tokens = trace.routed_experts.to(policy.device), trace.tokens.to(policy.device)
     kept = tokens >= 0

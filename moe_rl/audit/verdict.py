@@ -31,6 +31,8 @@ def verdict(name: str, kind: Kind, found: Difference) -> str:
         words = f"{routers} of routers differ, which alone moves this model by {measured}"
     elif found.router_disagreement == 0:
         words = f"no router differs, {measured}: there is nothing to replay"
+        if kl >= USUAL_KL:
+            words = f"no router differs, {measured}: this is arithmetic or weights, not routing"
     elif kl < USUAL_KL:
         words = (
             f"replay not needed: {start}, below the {USUAL_KL:.2g} that a dense model has between "
@@ -40,6 +42,9 @@ def verdict(name: str, kind: Kind, found: Difference) -> str:
         words = f"{start}; not read with equal routes"
     elif found.removed >= WORTH:
         words = f"replay needed: {start}, of which replay removes {found.removed:.0%}"
+        assert found.replayed is not None
+        if found.replayed.kl_k3 >= USUAL_KL:
+            words += f" and leaves {found.replayed.kl_k3:.2g}, more than routing explains"
     else:
         words = (
             f"replay does not mend this: {start}, of which it removes "

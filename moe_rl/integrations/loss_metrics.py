@@ -37,8 +37,14 @@ def loss_metrics(
         advantages: [B, T].
         mask: bool or 0/1 [B, T], response tokens.
         rollout_logprobs: [B, T], of the engine, where the trainer hands them over.
+
+    Returns:
+        No metric where no token counts: trainers fill up batches with such sequences, and a mean
+        over them would be NaN.
     """
     mask = mask.bool()
+    if not bool(mask.any()):
+        return {}
     new, old, advantages = logprobs.detach(), old_logprobs.detach(), advantages.detach()
     # A loss that draws, as verl's clip_cov, must not move the trainer's random state.
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):

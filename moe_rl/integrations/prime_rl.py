@@ -17,14 +17,16 @@ from typing import Any
 import torch
 
 from moe_rl.integrations.loss_metrics import loss_metrics
-from moe_rl.losses import ALGORITHMS, find_algorithm, make_inputs, resolve_options
+from moe_rl.losses import find_algorithm, make_inputs, resolve_options
 
 NEEDS = ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask")
 NOT_OFFERED = {
-    name: "values" if algorithm.learns_value else "router logits"
-    for name, algorithm in ALGORITHMS.items()
-    if algorithm.learns_value or algorithm.reads_routers
+    # Without it the correction of trainer against engine would be 1, and the loss GRPO.
+    **dict.fromkeys(("tis", "mis", "geo_rs", "icepop"), "log-probs of a trainer pass of its own"),
+    "rspo": "router logits",
+    "ppo": "values",
 }
+"""Algorithms that are not offered, and what prime-rl does not hand to a loss."""
 
 
 def loss(inputs: Any, algorithm: str = "grpo", **options: float) -> Any:

@@ -40,9 +40,14 @@ def measure(
     """The policy loss and the masks as they are, and metrics of trainer against engine.
 
     slime takes means over tokens of what a function of this kind returns, so each number comes as a
-    tensor of the loss's shape that is that number everywhere. Under context parallelism each rank
-    measures its own part of the sequences.
+    tensor of the loss's shape that is that number everywhere. Nothing is measured where no token
+    counts, nor under context parallelism, where a rank has parts of log-probs and whole masks.
     """
+    pairs = zip(train_log_probs, loss_masks, strict=True)
+    if any(len(values) != len(own) for values, own in pairs) or not any(
+        bool(own.any()) for own in loss_masks
+    ):
+        return pg_loss, loss_masks, {}
     mask = _pad([part.bool() for part in loss_masks])
     trainer, engine = _pad(train_log_probs), _pad(rollout_log_probs)
     found = {
@@ -115,9 +120,10 @@ def batch_of(samples: Sequence[Any]) -> RecordedBatch | None:
         for s in samples
     ]
     mask = _pad([part.bool() for part in masks])
-    versions = [sorted(set(sample.weight_versions)) for sample in samples]
+    versions = [sorted(set(sample.weight_versions), key=_in_order) for sample in samples]
     if all(versions):
-        numbers = {name: n for n, name in enumerate(sorted({v for own in versions for v in own}))}
+        known = sorted({v for own in versions for v in own}, key=_in_order)
+        numbers = {name: n for n, name in enumerate(known)}
         rows = [
             # Which tokens are whose is not recorded: the first is the oldest, the rest the newest.
             torch.tensor([numbers[own[0]]] + [numbers[own[-1]]] * (s.response_length - 1))
@@ -125,6 +131,11 @@ def batch_of(samples: Sequence[Any]) -> RecordedBatch | None:
         ]
         fields["versions"] = _pad(rows)
     return RecordedBatch(source="slime", mask=mask, **fields)
+
+
+def _in_order(version: str) -> tuple[int, str]:
+    """Versions are numbers as text: 9 comes before 10."""
+    return (int(version), "") if version.isdigit() else (0, version)
 
 
 def _routes(sample: Any) -> Any:

@@ -64,6 +64,10 @@ class RecordedBatch:
         Raises:
             ConfigError: names the field.
         """
+        if self.mask.ndim != 2:
+            raise ConfigError(
+                f"mask: shape {list(self.mask.shape)}, expected [B, T]; record both axes"
+            )
         if not bool(self.mask.any()):
             raise ConfigError("mask: no response token in the batch; record one that has some")
         for name in (*LOGPROBS, "advantages", "versions"):
@@ -114,15 +118,24 @@ def where_predicted(routes: Tensor) -> Tensor:
     return torch.cat([first, routes[:, :-1]], dim=1)
 
 
+def without_fills(routes: Tensor) -> Tensor:
+    """Routes [..., L, K] as int16, -1 in rows that were filled with expert 0 on the way.
+
+    verl and slime fill rows that an engine did not return so; no router of several experts a token
+    chooses one twice.
+    """
+    routes = routes.to(torch.int16)
+    if routes.shape[-1] == 1:
+        return routes
+    return routes.masked_fill((routes == 0).flatten(-2).all(-1)[..., None, None], NO_RECORD)
+
+
 def response_rows(routes: Tensor, prompt_length: int, response_length: int) -> Tensor:
     """Of one sequence, routes where response tokens are predicted: [S, L, K] to int16 [T, L, K].
 
-    Rows that an engine did not return are lacking at the end, or filled with expert 0 on the way
-    (verl, slime), which no router of several experts a token chooses twice: -1, no record.
+    Rows that an engine did not return are lacking at the end, or fills: -1, no record.
     """
-    rows = routes.to(torch.int16)
-    if rows.shape[-1] > 1:
-        rows = rows.masked_fill((rows == 0).flatten(1).all(1)[:, None, None], NO_RECORD)
+    rows = without_fills(routes)
     found = rows[prompt_length - 1 : prompt_length - 1 + response_length]
     lacking = response_length - len(found)
     return torch.nn.functional.pad(found, (0, 0, 0, 0, 0, lacking), value=NO_RECORD)

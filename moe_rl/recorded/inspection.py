@@ -20,6 +20,7 @@ from moe_rl.recorded.batch import LOGPROBS, RecordedBatch
 from moe_rl.replay_check.check_trace import check_trace
 from moe_rl.replay_check.claims import LawResult
 from moe_rl.routing import statistics
+from moe_rl.routing.routed_experts import NO_RECORD
 
 SCHEMA = 1
 TAUS = (1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 100.0)
@@ -183,7 +184,9 @@ def _routes(batch: RecordedBatch, found: Inspection, num_experts: int | None) ->
         return
     recorded = (routes >= 0).all(-1)[batch.mask]
     found.metrics["replay/coverage"] = float(recorded.double().mean())
-    found.laws = check_trace(routes, num_experts=num_experts, response=batch.mask)
+    # What lies elsewhere, as in padding, is nobody's route.
+    own = routes.masked_fill(~batch.mask[..., None, None], NO_RECORD)
+    found.laws = check_trace(own, num_experts=num_experts, response=batch.mask)
     if trainer is None:
         return
     churn = statistics.churn(routes, trainer, batch.mask)

@@ -21,7 +21,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe_rl.config import ConfigError
-from moe_rl.recorded.batch import LOGPROBS, NAMES, RecordedBatch, find_names, where_predicted
+from moe_rl.recorded.batch import (
+    LOGPROBS,
+    NAMES,
+    RecordedBatch,
+    find_names,
+    where_predicted,
+    without_fills,
+)
 from moe_rl.traces.files import read_trace
 
 _JSONL = "*.jsonl"
@@ -54,7 +61,12 @@ def read_batch(path: Path | str) -> RecordedBatch:
             return _from_arrays(arrays, "numpy")
         if path.suffix in (".jsonl", ".json"):
             rows = _lines(path)
-            if rows and find_names(rows[0]).keys() & {*LOGPROBS, "advantages"}:
+            if not rows:
+                raise ConfigError("no rows; the file is empty")
+            if isinstance(rows[0], Mapping) and find_names(rows[0]).keys() & {
+                *LOGPROBS,
+                "advantages",
+            }:
                 return _from_rows(rows)
             return _from_trace(path)
         raise ConfigError(
@@ -92,7 +104,7 @@ def _responses_of(
 ) -> tuple[Tensor, list[str]]:
     """Routes where response tokens are predicted, of routes of whole sequences or of those."""
     length, width = routes.shape[1], mask.shape[1]
-    routes = routes.to(torch.int16)
+    routes = without_fills(routes)
     if length == width:
         return routes, []
     prompts = arrays.get("prompts", arrays.get("prompt_ids"))
@@ -122,14 +134,16 @@ def _from_rows(rows: Sequence[Mapping[str, Any]] | Any) -> RecordedBatch:
         raise ConfigError("no rows; the export is empty")
     columns: dict[str, list[Tensor]] = {}
     for number, row in enumerate(rows, start=1):
-        for field, name in find_names(row).items():
-            values = _sequence(row[name])
-            if values is not None:
-                columns.setdefault(field, []).append(values)
-        lengths = {field: len(values[-1]) for field, values in columns.items()}
+        own = {field: _sequence(row[name], name, number) for field, name in find_names(row).items()}
+        lengths = {field: len(values) for field, values in own.items()}
         if len(set(lengths.values())) > 1:
             raise ConfigError(f"row {number}: fields of unequal lengths {lengths}")
+        for field, values in own.items():
+            columns.setdefault(field, []).append(values)
     partly = [field for field, values in columns.items() if len(values) < len(rows)]
+    # Without a loss that has advantages, prime-rl writes nulls alone.
+    if all(values.isnan().all() for values in columns.get("advantages", [torch.zeros(1)])):
+        partly.append("advantages")
     notes = tuple(f"{field}: not in every row, left out" for field in partly)
     whole = {
         field: torch.nn.utils.rnn.pad_sequence(
@@ -139,26 +153,29 @@ def _from_rows(rows: Sequence[Mapping[str, Any]] | Any) -> RecordedBatch:
         if field not in partly
     }
     mask = whole["mask"] > 0
-    if all("sample_mask" in row for row in rows):  # NeMo-RL's: whole sequences that do not count
-        mask &= torch.tensor([[float(np.ravel(row["sample_mask"])[0])] for row in rows]) > 0
+    for name in ("sample_mask", "sample_loss_mask"):  # NeMo-RL's: sequences that do not count
+        if all(name in row for row in rows):
+            mask &= torch.tensor([[float(np.ravel(row[name])[0])] for row in rows]) > 0
     # The first token of a sequence is predicted by nothing.
     mask[:, 0] = False
     for field in ("routes", "trainer_routes"):
         if field in whole:
-            whole[field] = where_predicted(whole[field].to(torch.int16))
+            whole[field] = where_predicted(without_fills(whole[field]))
     source = "prime-rl" if "inference_logprobs" in rows[0] else "NeMo-RL"
     fields: dict[str, Any] = whole | {"mask": mask}
     return RecordedBatch(source=source, notes=notes, **fields)
 
 
-def _sequence(values: Any) -> Tensor | None:
-    """A row's list as a tensor; None where all of it is null. NeMo-RL has a list around it."""
+def _sequence(values: Any, name: str, number: int) -> Tensor:
+    """A row's list as a tensor: null is a number that JSON cannot hold. NeMo-RL's has one around."""
     if isinstance(values, list) and len(values) == 1 and isinstance(values[0], list):
         values = values[0]
-    if not isinstance(values, list) or all(value is None for value in values):
-        return None
-    # A number that JSON cannot hold is null there: it is not finite.
-    return torch.tensor([math.nan if value is None else value for value in values])
+    if not isinstance(values, list):
+        raise ConfigError(f"row {number}: {name} is no list of one value a token")
+    try:
+        return torch.tensor([math.nan if value is None else value for value in values])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"row {number}: {name}: {error}") from error
 
 
 def _from_trace(path: Path) -> RecordedBatch:

@@ -110,6 +110,11 @@ def test_a_trace_of_another_model_is_refused_before_anything_is_sampled(folder: 
         (replace(trace, routed_experts=routes[:, :, :1]), "1 layers .* the model has 2 routers"),
         (replace(trace, tokens=tokens + 500), "token id 505, the model embeds"),
         (replace(trace, routed_experts=routes - 2), "no response token has a record"),
+        (replace(trace, routed_experts=routes + 14), "expert id 15, the model has 8"),
+        (
+            replace(trace, routed_experts=routes.repeat(1, 20, 1, 1), tokens=tokens.repeat(1, 20)),
+            "80 tokens, the model's context is 64",
+        ),
     ):
         with pytest.raises(ValueError, match=f"trace='t.npz': .*{words}"):
             audit(folder / "olmoe", trace=("t.npz", wrong))
@@ -131,7 +136,10 @@ def test_verdicts_name_the_case() -> None:
     assert re.search(r"replay needed: 9\.0% of routers differ, KL 0\.002 .* removes 98%", needed)
     assert "not needed" in verdict("bf16", "numerics", difference(USUAL_KL / 2, 1e-5, 0.09))
     assert "does not mend" in verdict("fp8", "numerics", difference(2e-3, 1.9e-3, 0.09))
-    assert "nothing to replay" in verdict("fp8", "numerics", difference(2e-3, None, 0.0))
+    assert "nothing to replay" in verdict("fp8", "numerics", difference(2e-6, None, 0.0))
+    left = verdict("int4", "numerics", difference(0.9, 0.2, 0.3))
+    assert "removes 78% and leaves 0.2" in left
+    assert "not routing" in verdict("fp8", "numerics", difference(0.5, None, 0.0))
     broken = replace(difference(2e-3, 4e-5, 0.09), not_finite=1.0)
     assert "does not run" in verdict("fp16", "numerics", broken)
 

@@ -1,6 +1,9 @@
 """Runs elsewhere: a Ray cluster that loses a node, Slurm's jobs, equal to runs here bit for bit."""
 
+import multiprocessing
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -9,9 +12,11 @@ from moe_rl.commands.cli import main
 from moe_rl.config import ConfigError
 from moe_rl.experiments.bench.lost_node import LostNode, compare
 from moe_rl.experiments.executors import make_executor
+from moe_rl.experiments.executors.job import train_words
 from moe_rl.experiments.executors.local import LocalExecutor
 from moe_rl.experiments.runner import run_all
 from moe_rl.presets import preset
+from moe_rl.run_folder.log import write_config
 from moe_rl.training.cold_start import prepare_cold_starts
 
 CONFIGS = [preset("tiny").replace(seed=seed, steps=4).named() for seed in range(3)]
@@ -63,6 +68,30 @@ def test_slurm_s_jobs_give_the_same_study(cache: Path, here: Path, tmp_path: Pat
     executor = make_executor("slurm", cache, slurm={"cluster": "local", "timeout_min": "10"})
     assert run_all(CONFIGS, tmp_path, jobs=2, executor=executor) == []
     assert compare(CONFIGS, here, tmp_path) > 0
+
+
+def test_a_time_limit_of_slurm_leaves_a_checkpoint(cache: Path, tmp_path: Path) -> None:
+    """Slurm sends SIGUSR2 to every process of the job, the run's too."""
+    pytest.importorskip("submitit", reason="submitit is not installed")
+    from moe_rl.experiments.executors.slurm import train as job
+
+    config = CONFIGS[0].replace(steps=5000)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_config(folder / "config.json", config)
+    words = train_words(folder / "config.json", folder, cache)
+    process = multiprocessing.get_context("fork").Process(
+        target=job, args=(words, str(tmp_path / "output.txt"))
+    )
+    process.start()
+    while not (folder / "steps.jsonl").is_file():
+        time.sleep(0.2)
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGUSR2)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGUSR2)
+    process.join(timeout=60)
+    assert (folder / "checkpoints" / "latest").is_file()
 
 
 def test_a_job_of_slurm_that_fails_is_told(cache: Path, tmp_path: Path) -> None:

@@ -63,6 +63,22 @@ def test_slime_gets_its_loss_and_masks_back_and_our_numbers_beside() -> None:
     assert {"moe_rl/rollout_ratio/mean", "moe_rl/rollout_ratio/token_ess"} <= set(metrics)
 
 
+def test_slime_gets_no_metrics_of_parts_and_of_padding() -> None:
+    """Under context parallelism log-probs are a rank's part; a batch may be filled up."""
+    rows, loss = sequences(), torch.randn(sum(LENGTHS))
+    for spoil in ("parts", "padding"):
+        masks = [row["mask"] if spoil == "parts" else 0 * row["mask"] for row in rows]
+        cut = 1 if spoil == "parts" else 0
+        value, kept, metrics = slime.measure(
+            SimpleNamespace(),
+            pg_loss=loss,
+            train_log_probs=[row["trainer"][cut:] for row in rows],
+            rollout_log_probs=[row["engine"][cut:] for row in rows],
+            loss_masks=masks,
+        )
+        assert value is loss and kept is masks and metrics == {}
+
+
 @dataclass
 class Sample:
     """What slime's `Sample` has of what is read here."""
@@ -125,6 +141,9 @@ def test_an_expert_chosen_twice_is_a_broken_law(caplog: pytest.LogCaptureFixture
 
 
 def test_sequences_of_several_weights_are_counted() -> None:
+    batch = slime.batch_of(samples(weight_versions=["10", "9"]))
+    assert batch is not None and batch.versions is not None
+    assert batch.versions[1, 0] < batch.versions[1, 1]
     assert logged(samples(weight_versions=["2", "3"]))["moe_rl/rollout/mixed_versions"] == 0.25
 
 
@@ -209,6 +228,13 @@ def test_prime_rl_gets_the_sum_of_our_loss_and_its_metrics(prime: None, name: st
                 assert found.metrics[f"moe_rl/{metric}"].item() == pytest.approx(value, rel=1e-5)
 
 
+def test_a_sequence_of_padding_has_no_metrics(prime: None) -> None:
+    inputs = inputs_of(sequences()[0])
+    inputs.loss_mask = torch.zeros_like(inputs.loss_mask)
+    found = prime_rl.loss(inputs)
+    assert found.metrics == {} and found.loss == 0
+
+
 def test_prime_rl_s_weights_scale_tokens(prime: None) -> None:
     inputs = inputs_of(sequences()[1])
     plain = prime_rl.loss(inputs).loss
@@ -221,6 +247,7 @@ def test_prime_rl_s_weights_scale_tokens(prime: None) -> None:
     [
         ("ppo", {}, "algorithm='ppo': needs values"),
         ("rspo", {}, "algorithm='rspo': needs router logits"),
+        ("tis", {}, "algorithm='tis': needs log-probs of a trainer pass of its own"),
         ("gsop", {}, "algorithm='gsop': unknown"),
         ("grpo", {"clip": 0.2}, "clip=0.2: no option of grpo"),
     ],

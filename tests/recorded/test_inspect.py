@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_rl.commands.cli import main
@@ -163,6 +163,63 @@ def test_prime_rl_s_exports_are_the_policy_and_the_engine(tmp_path: Path) -> Non
         assert found.metrics == pytest.approx(expected.metrics, rel=1e-5, abs=1e-9)
     one = inspect_batch(read_batch(path / "step_3" / "rank_1.jsonl"))
     assert one.sequences == B // 2
+
+
+def prime_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("rows", [[0], [4], range(B // 2)])
+def test_log_probs_that_are_null_throughout_a_row_are_no_numbers(rows: Any, tmp_path: Path) -> None:
+    """prime-rl writes null for what is not finite, which may be all of a sequence."""
+    path = as_prime(drawn(), tmp_path) / "step_3" / "rank_0.jsonl"
+    exported = prime_rows(path)
+    for n in rows:
+        exported[n]["trainer_logprobs"] = [None] * (SP + T)
+    path.write_text("\n".join(map(json.dumps, exported)))
+    found = inspect_batch(read_batch(path))
+    lost = int(drawn().mask[list(rows)].sum())
+    assert found.not_finite == {"logprobs": lost}
+    assert findings(found)[0].level == "wrong"
+
+
+def test_advantages_that_are_null_everywhere_are_absent(tmp_path: Path) -> None:
+    path = as_prime(drawn(), tmp_path) / "step_3" / "rank_0.jsonl"
+    exported = [row | {"advantages": [None] * (SP + T)} for row in prime_rows(path)]
+    path.write_text("\n".join(map(json.dumps, exported)))
+    found = inspect_batch(read_batch(path))
+    assert "advantages" not in found.holds and found.not_finite == {}
+
+
+@pytest.mark.parametrize("name", ["sample_mask", "sample_loss_mask"])
+def test_sequences_that_nemo_rl_leaves_out_are_left_out(name: str, tmp_path: Path) -> None:
+    batch = drawn()
+    path = as_nemo(batch, tmp_path)
+    rows = prime_rows(path)
+    for n, row in enumerate(rows):
+        del row["sample_mask"]
+        row[name] = [float(n != 2)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert read_batch(path).mask.sum() == batch.mask.sum() - batch.mask[2].sum()
+
+
+def test_fills_of_expert_0_are_lost_rows_where_tokens_are_and_nothing_elsewhere(
+    tmp_path: Path,
+) -> None:
+    batch = drawn()
+    path = as_verl(batch, tmp_path)
+    arrays = {n: v for n, v in load_file(path).items() if n != "trainer_routed_experts"}
+    width = SP - 1
+    arrays["routed_experts"][:, width : width + T][~batch.mask] = 0
+    save_file(arrays, path)
+    found = inspect_batch(read_batch(path), num_experts=E)
+    assert found.metrics["replay/coverage"] == 1
+    assert not [law for law in found.laws if law.passed is False]
+    arrays["routed_experts"][0, width + 1 : width + 4] = 0
+    save_file(arrays, path)
+    found = inspect_batch(read_batch(path), num_experts=E)
+    assert found.metrics["replay/coverage"] == pytest.approx(1 - 3 / int(batch.mask.sum()))
+    assert [law.check for law in found.laws if law.passed is False] == ["lost"]
 
 
 def test_responses_of_an_engine_are_its_routes(tmp_path: Path) -> None:
@@ -328,6 +385,13 @@ def test_trl_s_log_is_read_by_our_names(tmp_path: Path, capsys: pytest.CaptureFi
         ("a.jsonl", '{"inference_logprobs": [0.0]}', "row 1: no mask of response tokens"),
         ("a.jsonl", '{"inference_logprobs": [0.0, 0.0], "loss_mask": [true]}', "unequal lengths"),
         ("a.jsonl", '{"inference_logprobs": [0, 0], "loss_mask": [false, false]}', "no response"),
+        (
+            "a.jsonl",
+            '{"inference_logprobs": "x", "loss_mask": [true]}',
+            "row 1: inference_logprobs",
+        ),
+        ("a.jsonl", "", "no rows"),
+        ("a.jsonl", "3", "a.jsonl"),
         ("a.safetensors", "broken", "a.safetensors"),
     ],
 )
