@@ -167,7 +167,7 @@ def _from_rows(rows: Sequence[Mapping[str, Any]] | Any) -> RecordedBatch:
 
 
 def _sequence(values: Any, name: str, number: int) -> Tensor:
-    """A row's list as a tensor: null is a number that JSON cannot hold. NeMo-RL's has one around."""
+    """A row's list as a tensor; null: a number that JSON cannot hold. NeMo-RL's has one around."""
     if isinstance(values, list) and len(values) == 1 and isinstance(values[0], list):
         values = values[0]
     if not isinstance(values, list):
