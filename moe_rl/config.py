@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 from pydantic import Field
@@ -45,6 +45,8 @@ RouterNoisePasses = Literal["all", "rollout", "old", "update"]
 Family = Literal["qwen3_moe", "olmoe", "mixtral", "deepseek_v3", "gpt_oss"]
 EngineName = Literal["cached", "vllm"]
 RolloutPrecision = Literal["float32", "bf16", "fp8", "int8", "int4"]
+AuditPrecision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
+AUDIT_PRECISIONS: tuple[AuditPrecision, ...] = get_args(AuditPrecision)
 StudyName = Literal[
     "remedies",
     "tolerance",

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from moe_rl.analysis.plots import style
+from moe_rl.metrics.published import DENSE_KL, MOE_KL
 
 Rows = Sequence[Mapping[str, Any]]
-PUBLISHED = ((6.4e-4, "dense 8B"), (1.5e-3, "MoE 30B"))
-"""KL (k3) between SGLang and Megatron, R3 paper (arXiv 2510.11370, section 3)."""
+PUBLISHED = ((DENSE_KL, "dense 8B"), (MOE_KL, "MoE 30B"))
 
 _LINES = (
     ("#0072b2", "-", "o"),

@@ -8,17 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from moe_rl.analysis.plots import style
+from moe_rl.analysis.plots.branches import STACK
 
 _LINES = (("#d55e00", "-", "o"), ("#0072b2", "--", "s"), ("#6a51a3", "-.", "^"))
-# The branches of a clipped surrogate: sign of A, place of w.
-_BRANCHES = (
-    ("negative_above", "A < 0, above", "#b3261e"),
-    ("negative_inside", "A < 0, inside", "#e3a8a0"),
-    ("negative_below", "A < 0, below", "#f2d6d2"),
-    ("positive_below", "A > 0, below", "#2f5f8f"),
-    ("positive_inside", "A > 0, inside", "#9dbbd8"),
-    ("positive_above", "A > 0, above", "#cfdfee"),
-)
 
 
 @style.styled
@@ -84,8 +76,8 @@ def branches(metrics: Mapping[str, float]) -> Figure:
     figure = Figure(figsize=(style.WIDE, 1.2), layout="constrained")
     axes = figure.subplots()
     start = 0.0
-    for key, label, colour in _BRANCHES:
-        share = metrics[f"branch/{key}"]
+    for name, label, colour in STACK:
+        share = metrics[name]
         axes.barh(0, share, left=start, color=colour, label=f"{label} {share:.1%}")
         start += share
     axes.set_xlim(0, max(start, 1e-9))

@@ -6,7 +6,6 @@ Starts a cluster of two nodes on this machine, kills one of them while both are 
 compares every logged number but times with those of the same runs without Ray.
 """
 
-import json
 import os
 import sys
 import tempfile
@@ -20,14 +19,13 @@ from typing import Any
 import tyro
 
 from moe_rl.config import RunConfig
+from moe_rl.experiments.bench.soak import LOGS, untimed
 from moe_rl.experiments.executors.local import LocalExecutor
 from moe_rl.experiments.executors.ray import RayExecutor
 from moe_rl.experiments.runner import run_all, run_folder
 from moe_rl.presets import preset
 from moe_rl.runtime.extras import import_extra
 from moe_rl.training.cold_start import prepare_cold_starts
-
-LOGS = ("steps.jsonl", "updates.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,19 +91,12 @@ def compare(configs: Sequence[RunConfig], one: Path, other: Path) -> int:
     lines = 0
     for config in configs:
         for name in LOGS:
-            pair = [
-                (run_folder(root, config) / name).read_text().splitlines() for root in (one, other)
-            ]
-            for number, texts in enumerate(zip(*pair, strict=True), start=1):
-                first, second = (_untimed(json.loads(text)) for text in texts)
+            pair = [untimed(run_folder(root, config) / name) for root in (one, other)]
+            for number, (first, second) in enumerate(zip(*pair, strict=True), start=1):
                 if first != second:
                     raise RuntimeError(f"{run_folder(other, config)}/{name}, line {number} differs")
                 lines += 1
     return lines
-
-
-def _untimed(line: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in line.items() if not key.startswith("seconds")}
 
 
 def _require_none(failures: Sequence[Any]) -> None:

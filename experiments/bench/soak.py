@@ -24,7 +24,7 @@ from moe_rl.presets import preset
 from moe_rl.run_folder.log import UPDATES, is_complete, write_config
 from moe_rl.training.cold_start import prepare_cold_starts
 
-_LOGS = ("steps.jsonl", UPDATES)
+LOGS = ("steps.jsonl", UPDATES)
 _POLL_SECONDS = 0.05
 
 
@@ -71,8 +71,8 @@ def differences(ours: Path, theirs: Path) -> list[str]:
         path = saved.relative_to(theirs)
         weights, others = load_file(ours / path), load_file(saved)
         found += [f"{path}: {n}" for n in others if not torch.equal(weights[n], others[n])]
-    for log in _LOGS:
-        if _untimed(ours / log) != _untimed(theirs / log):
+    for log in LOGS:
+        if untimed(ours / log) != untimed(theirs / log):
             found.append(log)
     return found
 
@@ -88,7 +88,8 @@ def _updates(run: Path) -> int:
     return log.read_bytes().count(b"\n") if log.is_file() else 0
 
 
-def _untimed(file: Path) -> list[dict[str, Any]]:
+def untimed(file: Path) -> list[dict[str, Any]]:
+    """The lines of a log without times."""
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return [{key: v for key, v in line.items() if "seconds" not in key} for line in lines]
 

@@ -10,6 +10,9 @@ from typing import Protocol
 from moe_rl.config import RunConfig
 from moe_rl.run_folder.log import OUTPUT, check_run_folder, is_complete, write_config
 
+STOP_SECONDS = 120
+"""A run told to stop ends its rollout step and writes a checkpoint."""
+
 
 class Job(abc.ABC):
     """A run that has been started; its folder and its config are there.

@@ -13,11 +13,9 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from moe_rl.config import RunConfig
-from moe_rl.experiments.executors.job import Job, exit_reason, train_words
+from moe_rl.experiments.executors.job import STOP_SECONDS, Job, exit_reason, train_words
 from moe_rl.run_folder.log import OUTPUT
 from moe_rl.runtime.cores import cores
-
-_STOP_SECONDS = 120  # a run told to stop ends its rollout step and writes a checkpoint
 
 
 class LocalExecutor:
@@ -63,7 +61,7 @@ class LocalJob(Job):
 
     def wait(self) -> None:
         """See `Job`."""
-        self._process.join(timeout=_STOP_SECONDS)
+        self._process.join(timeout=STOP_SECONDS)
         self._process.kill()
         self._process.join()
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from moe_rl.config import ConfigError, RunConfig
-from moe_rl.experiments.executors.job import Job, exit_reason, train_words
+from moe_rl.experiments.executors.job import STOP_SECONDS, Job, exit_reason, train_words
 from moe_rl.run_folder.log import OUTPUT
 from moe_rl.runtime.extras import import_extra
 
-_STOP_SECONDS = 120
 _AT_A_TIME = 256
 
 
@@ -78,7 +77,7 @@ class SlurmJob(Job):
 
     def wait(self) -> None:
         """See `Job`."""
-        end = time.monotonic() + _STOP_SECONDS
+        end = time.monotonic() + STOP_SECONDS
         while self.running() and time.monotonic() < end:
             time.sleep(1)
 

@@ -15,10 +15,8 @@ from moe_rl import __version__
 from moe_rl.audit.difference import Difference, Reading, compare_readings
 from moe_rl.audit.verdict import shape_verdict, verdict
 from moe_rl.audit.ways import (
-    PRECISIONS,
     Kind,
     Missing,
-    Precision,
     Reference,
     Way,
     read_reference,
@@ -28,8 +26,16 @@ from moe_rl.audit.ways import (
     ways_of_policy,
 )
 from moe_rl.batch import RolloutBatch, response_positions
-from moe_rl.config import ConfigError, EngineName, ModelConfig, RolloutPrecision
+from moe_rl.config import (
+    AUDIT_PRECISIONS,
+    AuditPrecision,
+    ConfigError,
+    EngineName,
+    ModelConfig,
+    RolloutPrecision,
+)
 from moe_rl.policy.fit import check_prompt
+from moe_rl.policy.forward import ForwardOutput
 from moe_rl.policy.policy import Policy, build_policy
 from moe_rl.replay_check.check_trace import check_trace
 from moe_rl.rollout.cached import CachedEngine
@@ -144,7 +150,7 @@ def audit_model(
     prompts: Sequence[Prompt],
     sample: Sample,
     *,
-    precisions: tuple[Precision, ...] = PRECISIONS,
+    precisions: tuple[AuditPrecision, ...] = AUDIT_PRECISIONS,
     engine: EngineName | None = None,
     engine_precision: RolloutPrecision = "float32",
     trace: tuple[str, Trace] | None = None,
@@ -251,25 +257,18 @@ def _add_way(
     if isinstance(output, Missing):
         audit.missing.append(output)
         return
+
+    def replay() -> ForwardOutput | None:
+        found = read_way(way, reference.output.routed_experts)
+        if isinstance(found, Missing):
+            audit.missing.append(found._replace(name=f"{way.name}, replayed"))
+            return None
+        return found
+
     width = batch.prompt_ids.shape[1]
     own = _reading(reference.output.logprobs, reference.output.routed_experts, width)
     other = _reading(output.logprobs, output.routed_experts, width)
-    same_routes = None
-    if _routes_differ(own, other, batch):
-        replayed = read_way(way, reference.output.routed_experts)
-        if isinstance(replayed, Missing):
-            audit.missing.append(replayed._replace(name=f"{way.name}, replayed"))
-        else:
-            same_routes = own, replace(own, logprobs=replayed.logprobs)
-    difference = compare_readings(
-        own,
-        other,
-        batch.response_mask,
-        group_size=batch.group_size,
-        same_routes=same_routes,
-        margins=reference.margins,
-    )
-    add(way.name, way.kind, difference)
+    add(way.name, way.kind, _difference(own, other, batch, reference, replay))
 
 
 def _of_engine(
@@ -281,16 +280,27 @@ def _of_engine(
     assert record is not None
     engine = _reading(batch.rollout_logprobs, record, width)
     live = _reading(reference.output.logprobs, reference.output.routed_experts, width)
-    same_routes = None
-    if _routes_differ(engine, live, batch):
-        replayed = read_replayed(policy, batch, record, rows)
-        same_routes = engine, replace(engine, logprobs=replayed.logprobs)
+    return _difference(
+        engine, live, batch, reference, lambda: read_replayed(policy, batch, record, rows)
+    )
+
+
+def _difference(
+    mu: Reading,
+    pi: Reading,
+    batch: RolloutBatch,
+    reference: Reference,
+    replay: Callable[[], ForwardOutput | None],
+) -> Difference:
+    """Two readings of a rollout; `replay` reads pi by the routes of mu, where theirs differ."""
+    differ = bool((churn(mu.routes, pi.routes, batch.response_mask) > 0).any())
+    replayed = replay() if differ else None
     return compare_readings(
-        engine,
-        live,
+        mu,
+        pi,
         batch.response_mask,
         group_size=batch.group_size,
-        same_routes=same_routes,
+        same_routes=None if replayed is None else (mu, replace(mu, logprobs=replayed.logprobs)),
         margins=reference.margins,
     )
 
@@ -367,10 +377,6 @@ def _batch_of(policy: Policy, name: str, trace: Trace) -> tuple[RolloutBatch, Te
 def _reading(logprobs: Tensor, record: Tensor | None, width: int) -> Reading:
     assert record is not None
     return Reading(logprobs=logprobs, routes=response_positions(record, width))
-
-
-def _routes_differ(a: Reading, b: Reading, batch: RolloutBatch) -> bool:
-    return bool((churn(a.routes, b.routes, batch.response_mask) > 0).any())
 
 
 def _environment() -> dict[str, str]:

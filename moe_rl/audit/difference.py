@@ -8,16 +8,13 @@ the one whose tokens they are.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from moe_rl.metrics.ratios import mismatch_statistics
+from moe_rl.replay_check.compare import position_bins
 from moe_rl.routing.statistics import churn, per_layer, router_disagreement, token_disagreement
-
-MOST_BINS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +132,9 @@ def _distance(mu: Reading, pi: Reading, mask: Tensor, group_size: int) -> Distan
 
 
 def _by_position(routers: Tensor) -> list[tuple[int, int, float]]:
-    """Router disagreement [B, T, L] by response position, in at most `MOST_BINS` bins."""
-    length = routers.shape[1]
-    edges = np.linspace(0, length, min(length, MOST_BINS) + 1).astype(int).tolist()
-    return [(a, b - 1, float(routers[:, a:b].nanmean())) for a, b in pairwise(edges)]
+    """Router disagreement [B, T, L] by response position."""
+    bins = position_bins(routers.shape[1])
+    return [(a, b, float(routers[:, a : b + 1].nanmean())) for a, b in bins]
 
 
 def _by_margin(routers: Tensor, margins: Tensor) -> list[tuple[float, float]]:

@@ -1,17 +1,15 @@
 """What an audit means for training, in words. Every sentence has its numbers.
 
-Two readings are told apart by KL (k3) on sampled tokens. What is usual is the R3 paper's (arXiv
-2510.11370, section 3): 1.5e-3 nats a token between SGLang and Megatron for Qwen3-30B-A3B, 7.5e-4
-with routes replayed, 6.4e-4 for a dense model of 8B.
+Two readings are told apart by KL (k3) on sampled tokens. Below what two engines of a dense model
+differ by (metrics/published.py), replay has nothing to mend.
 """
 
 import math
 
 from moe_rl.audit.difference import Difference
 from moe_rl.audit.ways import Kind
+from moe_rl.metrics.published import DENSE_KL
 
-USUAL_KL = 6.4e-4
-"""Nats a token between two engines of a dense model: below it replay has nothing to mend."""
 WORTH = 0.5
 """Share of the KL that replay must remove to be called the cure."""
 
@@ -31,11 +29,11 @@ def verdict(name: str, kind: Kind, found: Difference) -> str:
         words = f"{routers} of routers differ, which alone moves this model by {measured}"
     elif found.router_disagreement == 0:
         words = f"no router differs, {measured}: there is nothing to replay"
-        if kl >= USUAL_KL:
+        if kl >= DENSE_KL:
             words = f"no router differs, {measured}: this is arithmetic or weights, not routing"
-    elif kl < USUAL_KL:
+    elif kl < DENSE_KL:
         words = (
-            f"replay not needed: {start}, below the {USUAL_KL:.2g} that a dense model has between "
+            f"replay not needed: {start}, below the {DENSE_KL:.2g} that a dense model has between "
             "two engines"
         )
     elif math.isnan(found.removed):
@@ -43,7 +41,7 @@ def verdict(name: str, kind: Kind, found: Difference) -> str:
     elif found.removed >= WORTH:
         words = f"replay needed: {start}, of which replay removes {found.removed:.0%}"
         assert found.replayed is not None
-        if found.replayed.kl_k3 >= USUAL_KL:
+        if found.replayed.kl_k3 >= DENSE_KL:
             words += f" and leaves {found.replayed.kl_k3:.2g}, more than routing explains"
     else:
         words = (

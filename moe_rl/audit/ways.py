@@ -15,14 +15,14 @@ import contextlib
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_rl.batch import RolloutBatch
-from moe_rl.config import ConfigError, ModelConfig
+from moe_rl.config import AuditPrecision, ConfigError, ModelConfig
 from moe_rl.cpu import FastPath
 from moe_rl.experts import choose_experts
 from moe_rl.policy.forward import ForwardOptions, ForwardOutput, Layout, response_pass, score_tokens
@@ -32,8 +32,6 @@ from moe_rl.routing import record_routing, replay_routing
 
 Kind = Literal["again", "shape", "experts", "numerics", "engine", "trace"]
 Side = Literal["left", "right"]
-Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Read = Callable[[Tensor | None], ForwardOutput]
 """Read a rollout's responses, by the routes int16 [B, Sp + T, L, K] given or by the router's."""
 
@@ -82,30 +80,27 @@ def read_replayed(policy: Policy, batch: RolloutBatch, record: Tensor, rows: int
 
 
 def ways_of_policy(
-    policy: Policy, batch: RolloutBatch, precisions: tuple[Precision, ...], rows: int
+    policy: Policy, batch: RolloutBatch, precisions: tuple[AuditPrecision, ...], rows: int
 ) -> Iterator[Way | Missing]:
     """Every way that needs no other copy of the weights. A way holds until the next is taken."""
 
-    def sequences(side: Side = "left", padding: int = 0, rows: int = rows) -> Read:
-        return lambda replay: _read_sequences(
-            policy, batch, replay, side=side, padding=padding, rows=rows
-        )[0]
-
-    yield Way("the same pass again", "again", sequences())
-    yield Way("padding in front", "shape", sequences(padding=_PADDING))
-    yield Way("padding behind", "shape", sequences(side="right", padding=_PADDING))
-    yield Way("one sequence at a time", "shape", sequences(rows=1))
+    read = _reader(policy, batch, rows)
+    behind = _reader(policy, batch, rows, side="right", padding=_PADDING)
+    yield Way("the same pass again", "again", read)
+    yield Way("padding in front", "shape", _reader(policy, batch, rows, padding=_PADDING))
+    yield Way("padding behind", "shape", behind)
+    yield Way("one sequence at a time", "shape", _reader(policy, batch, 1))
     yield from _layouts(policy, batch, rows)
-    yield from _experts(policy, sequences())
+    yield from _experts(policy, read)
     for name in precisions:
         if name not in _ARITHMETIC:
-            yield from _rounded(policy, name, sequences())
+            yield from _rounded(policy, name, read)
 
 
 def ways_of_copies(
     config: ModelConfig,
     batch: RolloutBatch,
-    precisions: tuple[Precision, ...],
+    precisions: tuple[AuditPrecision, ...],
     rows: int,
     *,
     temperature: float,
@@ -124,8 +119,12 @@ def ways_of_copies(
         del policy
 
 
-def _reader(policy: Policy, batch: RolloutBatch, rows: int) -> Read:
-    return lambda replay: _read_sequences(policy, batch, replay, rows=rows)[0]
+def _reader(
+    policy: Policy, batch: RolloutBatch, rows: int, *, side: Side = "left", padding: int = 0
+) -> Read:
+    return lambda replay: _read_sequences(
+        policy, batch, replay, side=side, padding=padding, rows=rows
+    )[0]
 
 
 def read_way(way: Way, replay: Tensor | None) -> ForwardOutput | Missing:
@@ -195,7 +194,7 @@ def _experts(policy: Policy, read: Read) -> Iterator[Way | Missing]:
         policy.model.set_experts_implementation(policy.experts)
 
 
-def _rounded(policy: Policy, name: Precision, read: Read) -> Iterator[Way | Missing]:
+def _rounded(policy: Policy, name: AuditPrecision, read: Read) -> Iterator[Way | Missing]:
     assert name in ("fp8", "int8", "int4")
     with contextlib.ExitStack() as stack:
         try:

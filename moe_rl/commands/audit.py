@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from moe_rl.commands.options import Command, TraceLayout
-from moe_rl.config import ConfigError, EngineName, ModelConfig, RolloutPrecision, TaskConfig
+from moe_rl.config import (
+    AUDIT_PRECISIONS,
+    AuditPrecision,
+    ConfigError,
+    EngineName,
+    ModelConfig,
+    RolloutPrecision,
+    TaskConfig,
+)
 
 if TYPE_CHECKING:
     from moe_rl.tasks import Prompt
@@ -52,9 +60,7 @@ class Audit(TraceLayout, Command):
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     experts: str = "auto"
     """Experts backend of the reference."""
-    precisions: tuple[Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"], ...] = (
-        *("fp32", "bf16", "fp16", "fp8", "int8", "int4"),
-    )
+    precisions: tuple[AuditPrecision, ...] = AUDIT_PRECISIONS
     """Numerics to compare: arithmetic in 32 or 16 bits, or weights rounded to 8 or 4."""
     engine: EngineName | None = None
     """An engine to compare, on responses that it samples itself."""

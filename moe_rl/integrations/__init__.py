@@ -12,3 +12,14 @@ engine_routes.py  routes that a rollout engine returns, laid out as a padded bat
 
 Nothing else in moe_rl imports this package. trl.py needs TRL, the extra `trl`.
 """
+
+NEEDS_MORE = {
+    # With one of the two, the correction of trainer against engine would be 1, and the loss GRPO.
+    **dict.fromkeys(
+        ("tis", "mis", "geo_rs", "icepop"),
+        "log-probs of a trainer pass of its own and the engine's",
+    ),
+    "rspo": "router logits",
+    "ppo": "values",
+}
+"""Algorithms that verl and prime-rl are not offered, and what they do not hand to a loss."""

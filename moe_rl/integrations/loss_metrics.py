@@ -1,6 +1,6 @@
 """Integrations: the instruments of an update on what a trainer's loss function is given.
 
-What a loss sees is enough for the ratio's statistics, its tail, the clip shares and the branches of
+What a loss sees is enough for the ratio's statistics, the clip shares and the branches of
 the gradient. Routers are out of its sight. Definitions: docs/metrics.md.
 """
 
@@ -10,12 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_rl.metrics.branches import branch_shares
-from moe_rl.metrics.ratios import (
-    clip_shares,
-    mismatch_statistics,
-    ratio_statistics,
-    ratio_tail,
-)
+from moe_rl.metrics.ratios import clip_shares, ratio_statistics
 
 
 def loss_metrics(
@@ -24,8 +19,6 @@ def loss_metrics(
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    *,
-    rollout_logprobs: Tensor | None = None,
 ) -> dict[str, float]:
     """Every metric of a loss that needs no routes.
 
@@ -36,7 +29,6 @@ def loss_metrics(
         old_logprobs: [B, T], what the ratio is divided by.
         advantages: [B, T].
         mask: bool or 0/1 [B, T], response tokens.
-        rollout_logprobs: [B, T], of the engine, where the trainer hands them over.
 
     Returns:
         No metric where no token counts: trainers fill up batches with such sequences, and a mean
@@ -54,14 +46,9 @@ def loss_metrics(
         gradient = torch.autograd.grad(value, leaf)[0]
     unknown = torch.zeros_like(mask)
     branches = branch_shares(gradient, new - old, advantages, mask, unknown)
-    found = {
+    return {
         **ratio_statistics(new, old, mask),
         **clip_shares(gradient, advantages, mask),
         # Whether a router has flipped is not known here.
         **{name: share for name, share in branches.items() if not name.endswith("_flipped")},
     }
-    if rollout_logprobs is not None:
-        engine = rollout_logprobs.detach()
-        found |= ratio_tail(new, engine, mask, prefix="rollout_ratio")
-        found |= mismatch_statistics(old, engine, mask)
-    return found

@@ -16,17 +16,11 @@ from typing import Any
 
 import torch
 
+from moe_rl.integrations import NEEDS_MORE
 from moe_rl.integrations.loss_metrics import loss_metrics
 from moe_rl.losses import find_algorithm, make_inputs, resolve_options
 
 NEEDS = ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask")
-NOT_OFFERED = {
-    # Without it the correction of trainer against engine would be 1, and the loss GRPO.
-    **dict.fromkeys(("tis", "mis", "geo_rs", "icepop"), "log-probs of a trainer pass of its own"),
-    "rspo": "router logits",
-    "ppo": "values",
-}
-"""Algorithms that are not offered, and what prime-rl does not hand to a loss."""
 
 
 def loss(inputs: Any, algorithm: str = "grpo", **options: float) -> Any:
@@ -52,9 +46,9 @@ def loss(inputs: Any, algorithm: str = "grpo", **options: float) -> Any:
             f"prime_rl: LossInputs has no {', '.join(missing)}; this moe-rl was written for "
             "another version of prime-rl"
         )
-    if algorithm in NOT_OFFERED:
+    if algorithm in NEEDS_MORE:
         raise ValueError(
-            f"algorithm={algorithm!r}: needs {NOT_OFFERED[algorithm]}, which prime-rl does not "
+            f"algorithm={algorithm!r}: needs {NEEDS_MORE[algorithm]}, which prime-rl does not "
             "hand to a loss; choose another"
         )
     found = find_algorithm(algorithm)

@@ -78,11 +78,11 @@ def log_rollout(
     if batch is None:
         return False
     found = inspect_batch(batch)
-    broken = [law.check for law in found.laws if law.passed is False]
+    broken = [f"law {law.check}: {law.reason}" for law in found.laws if law.passed is False]
     metrics = {f"{PREFIX}{name}": value for name, value in found.metrics.items()}
     metrics[f"{PREFIX}replay/broken_laws"] = float(len(broken))
     if broken:
-        logger.warning("routes of rollout %s: %s", rollout_id, "; ".join(_reasons(found.laws)))
+        logger.warning("routes of rollout %s: %s", rollout_id, "; ".join(broken))
     if rollout_extra_metrics is None:
         logger.info("rollout %s: %s", rollout_id, metrics)
     else:
@@ -144,7 +144,3 @@ def _routes(sample: Any) -> Any:
 
 def _pad(parts: Sequence[Tensor]) -> Tensor:
     return pad_sequence(list(parts), batch_first=True)
-
-
-def _reasons(laws: Sequence[Any]) -> list[str]:
-    return [f"law {law.check}: {law.reason}" for law in laws if law.passed is False]

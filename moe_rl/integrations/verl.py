@@ -14,15 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_rl.integrations import NEEDS_MORE
+
 # What our names stand for is imported where it is used: every process of verl imports this module.
 MEASURED, OURS = "measured/", "moe_rl/"
 PREFIX = "actor/moe_rl/"
-NEEDS_MORE = {
-    **dict.fromkeys(("tis", "mis", "geo_rs", "icepop"), "the engine's log-probs"),
-    "rspo": "router logits",
-    "ppo": "values",
-}
-"""Algorithms that are not offered, and what verl does not hand to a policy loss."""
 
 
 def register() -> list[str]:
@@ -47,22 +43,13 @@ def measured(policy_loss: Any) -> Any:
         log_prob: Tensor,
         advantages: Tensor,
         response_mask: Tensor,
-        loss_agg_mode: str = "token-mean",
-        config: Any = None,
-        rollout_is_weights: Tensor | None = None,
+        *rest: Any,
+        **named: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         from moe_rl.integrations.loss_metrics import loss_metrics
 
         def run(logprobs: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            return policy_loss(
-                old_log_prob=old_log_prob,
-                log_prob=logprobs,
-                advantages=advantages,
-                response_mask=response_mask,
-                loss_agg_mode=loss_agg_mode,
-                config=config,
-                rollout_is_weights=rollout_is_weights,
-            )
+            return policy_loss(old_log_prob, logprobs, advantages, response_mask, *rest, **named)
 
         value, metrics = run(log_prob)
         found = loss_metrics(

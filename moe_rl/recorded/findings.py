@@ -1,19 +1,19 @@
 """What stands out in an inspection, in words: each sentence has its number and what to do.
 
 A rule looks at one number; it speaks where the number is known, and calls it by its level: good,
-look, wrong. Published magnitudes: R3 paper, arXiv 2510.11370, section 3.
+look, wrong.
 """
 
 import math
 from typing import Literal, NamedTuple
 
 from moe_rl.metrics.branches import HIGH
+from moe_rl.metrics.published import DENSE_KL, MOE_KL
 from moe_rl.recorded.inspection import Inspection, Pair
 
 Level = Literal["wrong", "look", "good"]
 LEVELS: tuple[Level, ...] = ("wrong", "look", "good")
 
-DENSE_KL, MOE_KL = 6.4e-4, 1.5e-3
 BROKEN_KL = 0.1
 """Nats a token: no engine of equal weights is that far (SGLang's blog: MoE 1e-3 to 1e-1)."""
 ERRORS = 4.0

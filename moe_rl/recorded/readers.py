@@ -11,7 +11,7 @@ Nothing is unpickled.
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from moe_rl.recorded.batch import (
     where_predicted,
     without_fills,
 )
-from moe_rl.traces.files import read_trace
+from moe_rl.traces.files import read_lines, read_trace
 
 _JSONL = "*.jsonl"
 _BAD_FILE = (ValueError, OSError, EOFError, SafetensorError)
@@ -61,13 +61,12 @@ def read_batch(path: Path | str) -> RecordedBatch:
             return _from_arrays(arrays, "numpy")
         if path.suffix in (".jsonl", ".json"):
             rows = _lines(path)
-            if not rows:
+            first = next(rows, None)
+            if first is None:
                 raise ConfigError("no rows; the file is empty")
-            if isinstance(rows[0], Mapping) and find_names(rows[0]).keys() & {
-                *LOGPROBS,
-                "advantages",
-            }:
-                return _from_rows(rows)
+            fields = find_names(first) if isinstance(first, Mapping) else {}
+            if fields.keys() & {*LOGPROBS, "advantages"}:
+                return _from_rows(itertools.chain([first], rows))
             return _from_trace(path)
         raise ConfigError(
             "a batch is a file .safetensors or .npz, .jsonl of token exports, .json or .jsonl of "
@@ -121,9 +120,9 @@ def _responses_of(
     )
 
 
-def _from_rows(rows: Sequence[Mapping[str, Any]] | Any) -> RecordedBatch:
+def _from_rows(lines: Iterable[Any]) -> RecordedBatch:
     """Rows of one sequence each, with a list a field over all of its tokens."""
-    rows = list(rows)
+    rows = list(lines)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping) or "mask" not in find_names(row):
             raise ConfigError(
@@ -191,16 +190,12 @@ def _from_trace(path: Path) -> RecordedBatch:
     return RecordedBatch(source=trace.source, mask=mask, routes=routes, notes=notes)
 
 
-def _lines(path: Path) -> list[Any]:
+def _lines(path: Path) -> Iterator[Any]:
     """The objects of a JSONL file, or the one of a JSON file."""
-    text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
-        return [json.loads(text)]
-    rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{path}: line {number}: not JSON: {error}") from error
-    return rows
+        yield json.loads(path.read_text(encoding="utf-8"))
+        return
+    try:
+        yield from read_lines(path)
+    except ValueError as error:  # of a folder, it is this file
+        raise ConfigError(f"{path}: {error}") from error

@@ -42,8 +42,7 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
     counted = int((~tokens.isnan()).sum())
     if counted == 0:
         raise ValueError("traces: no token has a record in both. Are they of the same tokens?")
-    edges = np.linspace(0, a.shape[1], min(a.shape[1], MOST_BINS) + 1).astype(int)
-    bins = [(first, last - 1) for first, last in pairwise(edges.tolist())]
+    bins = position_bins(a.shape[1])
     rows = [
         [float(x[:, first : last + 1].nanmean()) for x in (share, routers, tokens)]
         for first, last in bins
@@ -57,6 +56,12 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
         bins=bins,
         by_position=np.array(rows),
     )
+
+
+def position_bins(length: int) -> list[tuple[int, int]]:
+    """First and last position of at most `MOST_BINS` bins over `length` positions."""
+    edges = np.linspace(0, length, min(length, MOST_BINS) + 1).astype(int)
+    return [(first, last - 1) for first, last in pairwise(edges.tolist())]
 
 
 def usable(routes: Tensor, path: Path) -> tuple[Tensor, str]:

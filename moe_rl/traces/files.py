@@ -92,7 +92,7 @@ def read_trace(
         if path.suffix == ".parquet":
             return _from_responses(read_responses(_rows(path), key=array, **sizes))
         if path.suffix == ".jsonl" and not _is_megatron(path):
-            return _from_responses(read_responses(_lines(path), key=array, **sizes))
+            return _from_responses(read_responses(read_lines(path), key=array, **sizes))
         if path.suffix == ".jsonl" or shards:
             rows, notes = read_megatron(shards or [path], batch_size)
             return Trace(routed_experts=stack_rows(rows), source="Megatron-LM", notes=notes)
@@ -178,8 +178,12 @@ def _is_megatron(path: Path) -> bool:
     return '"top_indices"' in head
 
 
-def _lines(path: Path) -> Iterator[Any]:
-    """The objects of a JSONL file."""
+def read_lines(path: Path) -> Iterator[Any]:
+    """The objects of a JSONL file.
+
+    Raises:
+        ValueError: a line is not JSON; names its number.
+    """
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():

@@ -12,10 +12,10 @@ from small_policy import ALPHABET
 
 from moe_rl.audit import Audit, Sample, audit_model
 from moe_rl.audit.difference import Difference, Distance
-from moe_rl.audit.verdict import USUAL_KL, verdict
-from moe_rl.audit.ways import Precision
+from moe_rl.audit.verdict import verdict
 from moe_rl.commands.cli import main
-from moe_rl.config import ModelConfig
+from moe_rl.config import AuditPrecision, ModelConfig
+from moe_rl.metrics.published import DENSE_KL
 from moe_rl.policy.policy import build_policy
 from moe_rl.policy.tokenizer import tokenizer_of
 from moe_rl.replay_check.families import build_family
@@ -48,7 +48,7 @@ def config_of(path: Path) -> ModelConfig:
     return ModelConfig(checkpoint=str(path), device="cpu")
 
 
-def audit(path: Path, precisions: tuple[Precision, ...] = (), **options: Any) -> Audit:
+def audit(path: Path, precisions: tuple[AuditPrecision, ...] = (), **options: Any) -> Audit:
     return audit_model(config_of(path), PROMPTS, SAMPLE, precisions=precisions, **options)
 
 
@@ -134,7 +134,7 @@ def test_verdicts_name_the_case() -> None:
 
     needed = verdict("bf16", "numerics", difference(2e-3, 4e-5, 0.09))
     assert re.search(r"replay needed: 9\.0% of routers differ, KL 0\.002 .* removes 98%", needed)
-    assert "not needed" in verdict("bf16", "numerics", difference(USUAL_KL / 2, 1e-5, 0.09))
+    assert "not needed" in verdict("bf16", "numerics", difference(DENSE_KL / 2, 1e-5, 0.09))
     assert "does not mend" in verdict("fp8", "numerics", difference(2e-3, 1.9e-3, 0.09))
     assert "nothing to replay" in verdict("fp8", "numerics", difference(2e-6, None, 0.0))
     left = verdict("int4", "numerics", difference(0.9, 0.2, 0.3))

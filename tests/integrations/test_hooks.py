@@ -203,7 +203,7 @@ def inputs_of(row: dict[str, Tensor]) -> LossInputs:
     )
 
 
-@pytest.mark.parametrize("name", [n for n in ALGORITHMS if n not in prime_rl.NOT_OFFERED])
+@pytest.mark.parametrize("name", [n for n in ALGORITHMS if n not in prime_rl.NEEDS_MORE])
 def test_prime_rl_gets_the_sum_of_our_loss_and_its_metrics(prime: None, name: str) -> None:
     for row in sequences():
         inputs = inputs_of(row)
