@@ -78,7 +78,7 @@ def branches(metrics: Mapping[str, float]) -> Figure:
     start = 0.0
     for name, label, colour in STACK:
         share = metrics[name]
-        axes.barh(0, share, left=start, color=colour, label=f"{label} {share:.1%}")
+        axes.barh(0, share, left=start, color=colour, label=f"{label}: {share:.1%}")
         start += share
     axes.set_xlim(0, max(start, 1e-9))
     axes.set_yticks([])
