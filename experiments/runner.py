@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from moe_rl.config import ConfigError, RunConfig
 from moe_rl.experiments.executors import Executor, Job
+from moe_rl.experiments.executors.job import STOP_SECONDS
 from moe_rl.run_folder.log import check_can_be_made, check_run_folder, is_complete
 
 _POLL_SECONDS = 0.5
@@ -88,8 +89,9 @@ def run_all(
         finally:
             for job in running:
                 job.stop()
+            until = time.monotonic() + STOP_SECONDS
             for job in running:
-                job.wait()
+                job.wait(until)
     return failures
 
 

@@ -39,8 +39,8 @@ class Job(abc.ABC):
         """Ask it to end, as it does at SIGTERM: after a rollout step, with a checkpoint."""
 
     @abc.abstractmethod
-    def wait(self) -> None:
-        """Return when it has ended after `stop`, or has been made to."""
+    def wait(self, until: float) -> None:
+        """Return when it has ended after `stop`, or has been made to at that `time.monotonic()`."""
 
     @abc.abstractmethod
     def error(self) -> str | None:

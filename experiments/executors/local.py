@@ -8,12 +8,13 @@ import functools
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from moe_rl.config import RunConfig
-from moe_rl.experiments.executors.job import STOP_SECONDS, Job, exit_reason, train_words
+from moe_rl.experiments.executors.job import Job, exit_reason, train_words
 from moe_rl.run_folder.log import OUTPUT
 from moe_rl.runtime.cores import cores
 
@@ -59,9 +60,9 @@ class LocalJob(Job):
         """See `Job`."""
         self._process.terminate()
 
-    def wait(self) -> None:
+    def wait(self, until: float) -> None:
         """See `Job`."""
-        self._process.join(timeout=STOP_SECONDS)
+        self._process.join(timeout=max(0.0, until - time.monotonic()))
         self._process.kill()
         self._process.join()
 

@@ -146,7 +146,7 @@ class RayJob(Job):
             self._executor.cancel(self._future)
             self._fetched, self._reason = True, "stopped"
 
-    def wait(self) -> None:
+    def wait(self, until: float) -> None:
         """See `Job`."""
 
     def error(self) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_rl.config import ConfigError, RunConfig
-from moe_rl.experiments.executors.job import STOP_SECONDS, Job, exit_reason, train_words
+from moe_rl.experiments.executors.job import Job, exit_reason, train_words
 from moe_rl.run_folder.log import OUTPUT
 from moe_rl.runtime.extras import import_extra
 
@@ -75,10 +75,9 @@ class SlurmJob(Job):
         """See `Job`."""
         self._job.cancel(check=False)
 
-    def wait(self) -> None:
-        """See `Job`."""
-        end = time.monotonic() + STOP_SECONDS
-        while self.running() and time.monotonic() < end:
+    def wait(self, until: float) -> None:
+        """See `Job`; what has not ended by then is Slurm's to end."""
+        while self.running() and time.monotonic() < until:
             time.sleep(1)
 
     def error(self) -> str | None:

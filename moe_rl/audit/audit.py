@@ -175,7 +175,7 @@ def audit_model(
     start = time.perf_counter()
     policy = build_policy(config, "", temperature=sample.temperature, fuse=False)
     if engine is not None:
-        check_engine(engine, policy.model, engine_precision)
+        check_engine(engine, policy.model, engine_precision, trained=False)
     for number, prompt in enumerate(prompts, start=1):
         check_prompt(policy, prompt, sample.max_tokens, f"prompts, number {number}")
     taps = find_routers(policy.model)

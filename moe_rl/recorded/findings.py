@@ -151,6 +151,13 @@ def _routes(found: Inspection) -> list[Finding]:
             "trainer (R3 paper: 10% of routers)"
         )
         said.append(Finding("look" if differ > 0.01 else "good", words))
+    if found.best_shift:
+        where = "earlier" if found.best_shift < 0 else "later"
+        words = (
+            f"the engine's routes fit the trainer's better one position {where}: one of the two is "
+            "recorded where a token is read, the other where it is predicted"
+        )
+        said.append(Finding("wrong", words))
     mixed = found.metrics.get("rollout/mixed_versions", 0.0)
     if mixed > 0:
         words = f"{mixed:.1%} of sequences were sampled by more than one version of the weights"

@@ -71,6 +71,8 @@ class Inspection:
     pairs: list[Pair] = field(default_factory=list)
     by_layer: list[tuple[float, float]] = field(default_factory=list)
     """Churn and router disagreement of each layer, engine against trainer."""
+    best_shift: int = 0
+    """Positions by which the engine's routes have to be moved to fit the trainer's best."""
     laws: list[LawResult] = field(default_factory=list)
     """Of the engine's routes, see `moe-rl check-replay`."""
     scatter: list[tuple[float, float]] = field(default_factory=list)
@@ -193,11 +195,25 @@ def _routes(batch: RecordedBatch, found: Inspection, num_experts: int | None) ->
     routers = statistics.router_disagreement(churn)
     layers = torch.stack([statistics.per_layer(churn), statistics.per_layer(routers)], dim=1)
     found.by_layer = [(a, b) for a, b in layers.tolist()]
+    found.best_shift = _best_shift(routes, trainer, batch.mask)
     found.metrics |= {
         "mismatch/churn": float(churn.nanmean()),
         "mismatch/router_disagreement": float(routers.nanmean()),
         "mismatch/token_disagreement": float(statistics.token_disagreement(churn).nanmean()),
     }
+
+
+def _best_shift(routes: Tensor, trainer: Tensor, mask: Tensor) -> int:
+    """Of -1, 0 and 1 the move of `routes` over T after which the fewest choices differ."""
+
+    def differ(shift: int) -> float:
+        # What comes round the edge is compared by none of the three.
+        inner = slice(1, -1)
+        moved = routes.roll(shift, dims=1)[:, inner]
+        churn = statistics.churn(moved, trainer[:, inner], mask[:, inner])
+        return float(statistics.router_disagreement(churn).nanmean().nan_to_num(1.0))
+
+    return min((0, -1, 1), key=differ)
 
 
 def to_json(found: Inspection) -> dict[str, Any]:

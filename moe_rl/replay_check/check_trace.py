@@ -297,6 +297,48 @@ def trace_passes(record: Record) -> Claims:
         )
 
 
+def trace_turns(record: Record) -> Claims:
+    """A later turn's prompt begins with the tokens of the turn that it goes on from, all of them.
+
+    A chat template or a tokenizer that reads a turn's text anew may write other tokens than the
+    engine sampled and routed. A prompt that leaves a response in its first half goes on from
+    another sample, or from a turn whose reasoning was left out.
+    """
+    tokens, response = record.tokens, record.response
+    if tokens is None or response is None:
+        yield None, "the record does not say which tokens are of prompts and of responses"
+        return
+    place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    ends = (place * response).amax(dim=1) + 1  # the token that the last row predicts
+    prompts = torch.where(response.any(dim=1), response.int().argmax(dim=1) + 1, ends)
+    sums = _prefix_sums(tokens)
+    kept = torch.zeros(len(tokens))  # share of the response that it best goes on from
+    where = torch.zeros(len(tokens), 2, dtype=torch.int64)
+    for i, (prompt, end) in enumerate(zip(prompts.tolist(), ends.tolist(), strict=True)):
+        later = (prompts >= end) & (sums[:, prompt - 1] == sums[i, prompt - 1]) & (end > prompt)
+        for j in later.nonzero().flatten().tolist():
+            same = int((tokens[i, :end] == tokens[j, :end]).int().cumprod(dim=0).sum())
+            # The last token, such as the end of a turn, was never fed and has no route.
+            share = 1.0 if same >= end - 1 else (same - prompt) / (end - prompt)
+            if share > kept[j]:
+                kept[j], where[j] = share, torch.tensor([i, same])
+    for j in ((kept >= 1 / 2) & (kept < 1)).nonzero().flatten().tolist():
+        i, at = where[j].tolist()
+        yield (
+            False,
+            f"the prompt of sequence {j} goes on from sequence {i} and holds token "
+            f"{int(tokens[j, at])} at position {at} where {int(tokens[i, at])} was sampled: turns "
+            "are tokenised anew, and routes of the one are of other tokens than the other's. Give "
+            "the engine the ids of earlier turns, not their text",
+        )
+
+
+def _prefix_sums(tokens: Tensor) -> Tensor:
+    """int64 `[B, S]`: a hash of the tokens up to each place; equal for equal tokens."""
+    powers = torch.full_like(tokens[0], 0x9E3779B1).cumprod(dim=0)  # odd, and wraps at 64 bits
+    return ((tokens + 2) * powers).cumsum(dim=1)
+
+
 TRACE_LAWS: dict[str, Callable[[Record], Claims]] = {
     "ids": trace_ids,
     "width": trace_width,
@@ -310,6 +352,7 @@ TRACE_LAWS: dict[str, Callable[[Record], Claims]] = {
     "tokens": trace_tokens,
     "passes": trace_passes,
     "runs": trace_runs,
+    "turns": trace_turns,
 }
 
 

@@ -37,8 +37,13 @@ def make_engine(
     return engine if precision == "float32" else RoundedEngine(engine, policy.model, precision)
 
 
-def check_engine(name: EngineName, model: Any, precision: RolloutPrecision) -> None:
-    """Refuse a model that the engine cannot sample from.
+def check_engine(
+    name: EngineName, model: Any, precision: RolloutPrecision, *, trained: bool = True
+) -> None:
+    """Refuse a model that the engine cannot sample from, again after its weights have changed.
+
+    Args:
+        trained: whether they will change.
 
     Raises:
         ConfigError: see `find_weights` and, for vLLM, `check_model`.
@@ -47,7 +52,7 @@ def check_engine(name: EngineName, model: Any, precision: RolloutPrecision) -> N
     if name == "vllm":
         from moe_rl.rollout.vllm import check_model
 
-        check_model(model)
+        check_model(model, trained=trained)
 
 
 def describe_numerics(name: EngineName, precision: RolloutPrecision, dtype: torch.dtype) -> str:

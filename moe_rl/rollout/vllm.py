@@ -103,8 +103,11 @@ def check_version(version: str, *, on_cpu: bool) -> None:
         raise ConfigError(f"engine='vllm': vLLM {version} is older than 0.30; install a newer one")
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, *, trained: bool = True) -> None:
     """Refuse a model for which vLLM's CPU backend has no kernels, or whose experts it keeps.
+
+    Args:
+        trained: whether the weights will change.
 
     Raises:
         ConfigError: names the model's setting; or see `import_vllm`.
@@ -114,7 +117,7 @@ def check_model(model: Any) -> None:
         return
     config = model.config.get_text_config()
     where = f"engine='vllm' on a CPU with a model of type {config.model_type}"
-    if config.model_type == "gpt_oss":
+    if config.model_type == "gpt_oss" and trained:
         raise ConfigError(
             f"{where}: vLLM 0.30 keeps its first experts when weights are reloaded; use "
             "engine='cached'"

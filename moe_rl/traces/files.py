@@ -30,6 +30,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_rl.routing.routed_experts import NO_RECORD
 from moe_rl.traces.foreign import KEY, from_vllm, stack_rows
 from moe_rl.traces.megatron import MEGATRON_FILES, read_megatron
 from moe_rl.traces.responses import Responses, read_responses
@@ -143,6 +144,10 @@ def _from_arrays(arrays: Mapping[str, np.ndarray], name: str) -> Trace:
 def _from_responses(found: Responses) -> Trace:
     """The record of some completions, with what their responses say about their tokens."""
     record = stack_rows(found.rows)
+    # The last token, which is never fed, is predicted at the last row: it has a place, and -1.
+    longest = max((length for length in found.lengths if length is not None), default=0)
+    lacking = max(0, longest - record.shape[1])
+    record = torch.nn.functional.pad(record, (0, 0, 0, 0, 0, lacking), value=NO_RECORD)
     shape = record.shape[:2]
     response = tokens = None
     if None not in found.prompts:

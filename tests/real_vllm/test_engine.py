@@ -120,6 +120,12 @@ def test_other_families_are_equal_too_before_and_after_an_update(family: str) ->
             parameter.data.mul_(1.1)
 
 
+def test_gpt_oss_is_read_as_long_as_its_weights_stay() -> None:
+    policy = wide_policy("gpt_oss")
+    check_engine("vllm", policy.model, "float32", trained=False)
+    assert_equal(policy, make_engine("vllm", policy).sample(request()))
+
+
 def test_experts_that_a_reload_leaves_behind_stop_the_run(
     engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -222,14 +222,17 @@ def test_fills_of_expert_0_are_lost_rows_where_tokens_are_and_nothing_elsewhere(
     assert [law.check for law in found.laws if law.passed is False] == ["lost"]
 
 
-def test_responses_of_an_engine_are_its_routes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lacking", [0, 1], ids=["filler-row", "as-fed"])
+def test_responses_of_an_engine_are_its_routes(lacking: int, tmp_path: Path) -> None:
+    """The token that was never fed may have a row or none: it is a response token all the same."""
     batch = drawn()
     assert batch.routes is not None
     lengths = batch.mask.sum(1).tolist()
     read = where_read(batch.routes)
     with (tmp_path / "responses.jsonl").open("w") as file:
         for i, length in enumerate(lengths):
-            choice = {"token_ids": [1] * length, "routed_experts": read[i, : SP + length].tolist()}
+            rows = read[i, : SP + length - lacking].tolist()
+            choice = {"token_ids": [1] * length, "routed_experts": rows}
             response = {"prompt_token_ids": [1] * SP, "choices": [choice]}
             file.write(json.dumps(response) + "\n")
     found = inspect_batch(read_batch(tmp_path / "responses.jsonl"))
@@ -295,6 +298,8 @@ def spoilt(name: str) -> RecordedBatch:
             return replace(batch, routes=routes)
         case "beyond":
             return replace(batch, routes=(batch.routes + 8).to(torch.int16))
+        case "shifted":
+            return replace(batch, routes=batch.routes.roll(1, dims=1))
         case "versions":
             versions = torch.zeros(B, T, dtype=torch.int64)
             versions[: B // 2, 4:] = 1
@@ -312,6 +317,7 @@ def spoilt(name: str) -> RecordedBatch:
         ("zeros", "wrong: routes, law "),
         ("lost", "look: .* of response .token, layer. pairs have no record"),
         ("beyond", "wrong: routes, law ids: an id of 23 for 16 experts"),
+        ("shifted", "wrong: the engine's routes fit the trainer's better one position earlier"),
         ("versions", "look: 50.0% of sequences were sampled by more than one version"),
     ],
 )

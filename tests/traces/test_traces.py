@@ -64,6 +64,21 @@ def test_vllm_of_one_array_a_completion(tmp_path) -> None:
     assert np.array_equal(trace.routed_experts, ids)
 
 
+def test_the_token_that_was_never_fed_has_a_place(tmp_path) -> None:
+    """S - 1 rows of S tokens: all S are there to be compared, the last without a route."""
+    ids = routes()
+    length = ids.shape[1] + 1
+    tokens = list(range(1, length + 1))
+    choices = [{"token_ids": tokens[2:], "routed_experts": row.tolist()} for row in ids]
+    trace = read_trace(
+        write(tmp_path / "r.json", {"prompt_token_ids": tokens[:2], "choices": choices})
+    )
+    assert trace.tokens is not None and trace.tokens[0].tolist() == tokens
+    assert trace.response is not None and trace.response.sum(1).tolist() == [length - 2] * len(ids)
+    assert np.array_equal(trace.routed_experts[:, :-1], ids)
+    assert (trace.routed_experts[:, -1] == -1).all()
+
+
 def test_vllm_with_prompt_and_generation_apart(tmp_path) -> None:
     """0.21: the prompt's routes once, those of each completion beside them, -1 where cached."""
     ids = routes()
@@ -320,3 +335,28 @@ def test_records_that_differ_by_the_last_row_are_of_the_same_tokens() -> None:
     for other in (a[:, :-2], a[:1], a[:, :, :1]):
         with pytest.raises(ValueError, match="Compare two records of the same tokens"):
             same_tokens(a, other)
+
+
+def turns(later: list[int]) -> dict[str, str]:
+    """What is found in two turns of 4 prompt and 8 response tokens; the second's prompt given."""
+    ids = routes(2, 30)
+    first = [9, 1, 2, 3, *range(20, 28)]
+    second = [*later, *range(40, 30 + 40 - len(later))]
+    tokens = torch.full((2, 30), -1)
+    tokens[0, :12], tokens[1] = torch.tensor(first), torch.tensor(second)
+    response = torch.zeros(2, 30, dtype=torch.bool)
+    response[0, 3:11] = response[1, len(later) - 1 : 29] = True
+    ids[0, 12:] = -1
+    found = check_trace(torch.from_numpy(ids), tokens=tokens, response=response)
+    return {f.check: f.reason for f in found if f.passed is False}
+
+
+def test_a_turn_that_was_tokenised_anew_is_found() -> None:
+    prompt, sampled, user = [9, 1, 2, 3], [*range(20, 28)], [5, 6, 7]
+    assert turns([*prompt, *sampled, *user]) == {}
+    assert turns([*prompt, *sampled[:-1], 4, *user]) == {}  # another end of turn: never fed
+    assert turns([*prompt, 20, 50, 51, 52, 53, 54, 55, 56, *user]) == {}  # of another sample
+    assert turns([9, 1, 2, 8, *sampled, *user]) == {}  # another conversation
+    found = turns([*prompt, *sampled[:5], 33, 26, 27, *user])  # 25 and 26 have become 33
+    assert list(found) == ["turns"]
+    assert "holds token 33 at position 9 where 25 was sampled" in found["turns"]
