@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class LocalExecutor:
 
     def __init__(self, cold_start_cache: Path) -> None:
         self._cold_start_cache = cold_start_cache
+        _server()  # imports beside the cold start, which takes one core
 
     def default_jobs(self) -> int:
         """As many as there are cores for."""
@@ -73,9 +75,10 @@ class LocalJob(Job):
 
 @functools.cache
 def _server() -> ForkServerContext:
-    """The process that runs are forked from; it starts with the first of them."""
+    """The process that runs are forked from, started; its imports take a while."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["moe_rl.commands.cli", "moe_rl.training.trainer"])
+    forkserver.ensure_running()
     return server
 
 
