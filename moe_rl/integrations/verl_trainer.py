@@ -1,15 +1,16 @@
 """verl: a trainer that reads each step's batch as `moe-rl inspect` does, and logs what it finds.
 
-    VERL_USE_EXTERNAL_MODULES=moe_rl.integrations.verl_trainer
+    VERL_USE_EXTERNAL_MODULES=moe_rl.integrations.verl_trainer,moe_rl.integrations.verl_engine
     trainer.v1.trainer_mode=moe_rl_sync                      # "sync", measured
     actor_rollout_ref.rollout.calculate_log_probs=True       # the engine's log-probs
     actor_rollout_ref.rollout.enable_rollout_routing_replay=True   # the engine's routes
     +trainer.moe_rl_record_dir=batches +trainer.moe_rl_record_every=50
 
 It measures trainer against engine over all response tokens of a step, the record of routes and its
-laws, and how many weights sampled a sequence; every n steps it writes the batch to a folder for
-`moe-rl inspect`. Metrics are logged as `moe_rl/NAME`. Rows that verl fills with expert 0 where the
-engine returned none count as lost. Tested with verl 0.9.
+laws, and how many weights sampled a sequence; where `verl_engine` has recorded the trainer's own
+routes, also how many of its routers differ from the engine's. Every n steps it writes the batch to
+a folder for `moe-rl inspect`. Metrics are logged as `moe_rl/NAME`. Rows that verl fills with expert
+0 where the engine returned none count as lost. Tested with verl 0.9.
 """
 
 import logging
@@ -34,6 +35,7 @@ OPTIONAL = {
     "rollout_log_probs": "rollout_logprobs",
     "advantages": "advantages",
     "routed_experts": "routes",
+    "trainer_routed_experts": "trainer_routes",
 }
 
 logger = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ def batch_of(
 
     Args:
         fields: of each sequence `prompts` [P_i], `response_mask` [T_i], log-probs and advantages
-            [T_i], `routed_experts` [P_i + T_i, L, K] by the position that is read.
+            [T_i], routes [P_i + T_i, L, K] by the position that is read.
         tags: of the kept sequences, with the first and last weights that sampled them.
         kept: numbers of the sequences that are no padding; None: all.
     """
@@ -102,12 +104,13 @@ def batch_of(
         if name not in fields:
             continue
         rows = [fields[name][n].cpu() for n in kept]
-        if name == "routed_experts":
+        are_routes = ours in ("routes", "trainer_routes")
+        if are_routes:
             rows = [
                 response_rows(row, len(fields["prompts"][n]), len(mask))
                 for row, n, mask in zip(rows, kept, masks, strict=True)
             ]
-        padding = -1 if name == "routed_experts" else 0
+        padding = -1 if are_routes else 0
         columns[ours] = pad_sequence(rows, batch_first=True, padding_value=padding)
     mask = pad_sequence(masks, batch_first=True)
     if all("min_global_steps" in tag for tag in tags):

@@ -14,7 +14,7 @@ from torch import Tensor
 from verl.trainer.ppo.v1.trainer_base import get_trainer_cls
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from moe_rl.integrations import verl_trainer
+from moe_rl.integrations import verl_engine, verl_trainer
 from moe_rl.metrics.ratios import mismatch_statistics
 from moe_rl.recorded import read_batch
 
@@ -116,6 +116,19 @@ def test_rows_of_expert_0_are_lost_and_padding_is_left_out(
     assert found["moe_rl/rollout/mixed_versions"] == 1
     batch.tags[2]["is_padding"] = True
     assert measured(batch, monkeypatch)["moe_rl/replay/coverage"] == 1
+
+
+def test_the_trainer_s_routes_are_held_against_the_engine_s(
+    queue: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = rows()
+    for row in made:
+        row[verl_engine.FIELD] = row["routed_experts"].clone()
+    made[2][verl_engine.FIELD][PROMPTS[2] + 1, 1] += E  # one router of one response token
+    found = measured(put(made, "both"), monkeypatch)
+    routers = sum(RESPONSES) * L
+    assert found["moe_rl/mismatch/router_disagreement"] == pytest.approx(1 / routers)
+    assert found["moe_rl/mismatch/token_disagreement"] == pytest.approx(L / routers)
 
 
 def test_what_the_rollout_did_not_write_is_left_out(
