@@ -81,7 +81,7 @@ megablocks: $(INSTALLED_MEGABLOCKS) ## install the Megablocks experts beside the
 
 peers: $(INSTALLED_PEERS) ## install verl (280 MB with ray), for the tests of losses against its own
 
-verl: $(INSTALLED_VERL) ## install all of verl for a CPU (2 GB) into .venv-verl; make test then runs its trainer
+verl: $(INSTALLED_VERL) ## install all of verl, with vLLM, for a CPU (3 GB) into .venv-verl; make test then runs its trainer
 
 vllm: $(INSTALLED_VLLM) ## install vLLM for a CPU (600 MB) into .venv-vllm; make test then runs it
 
@@ -122,11 +122,12 @@ $(INSTALLED_PEERS): $(INSTALLED_TEST) pyproject.toml constraints.txt
 	@touch $@
 
 # An environment of verl's own: it asks for older packages than ours.
-$(INSTALLED_VERL): requirements-verl.txt
+$(INSTALLED_VERL): requirements-verl.txt requirements-vllm.txt
 	@echo "installing verl into $(VERL)"
 	@$(PYTHON) -m venv $(VERL)
 	@$(VERL)/bin/python -m pip install --quiet --requirement requirements-verl.txt \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@$(VERL)/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.txt
 	@$(VERL)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 

@@ -10,14 +10,18 @@ class RepackExperts:
     reload_weights: Any
 
     def reload_and_repack(self) -> None:
-        """Load the weights from the engine's folder, the experts' included.
-
-        vLLM 0.28 to 0.32 pack an expert layer for the CPU kernels when they build its kernel, so at
-        the first load alone; later loads leave the packed ones as they are. Without a kernel they
-        build, and pack, again.
-        """
-        for module in self.model_runner.model.modules():
-            method: Any = getattr(module, "quant_method", None)
-            if getattr(method, "moe_kernel", None) is not None:
-                method.moe_kernel = None
+        """Load the weights from the engine's folder, the experts' included."""
+        forget_packed_experts(self.model_runner.model)
         self.reload_weights()
+
+
+def forget_packed_experts(model: Any) -> None:
+    """Make the next load of weights pack the experts for the CPU kernels again.
+
+    vLLM 0.28 to 0.32 pack an expert layer when they build its kernel, so at the first load alone;
+    later loads leave the packed ones as they are. Without a kernel they build, and pack, again.
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
