@@ -1,6 +1,7 @@
 """Integrations: routing replay and the instruments inside trainers that others wrote.
 
 verl.py           our losses, and our metrics on verl's own, as its policy losses
+verl_engine.py    the routing of verl's FSDP engine, old policy against new
 verl_trainer.py   verl's trainer, which reads each step's batch
 slime.py          two hooks of slime, miles and vime
 prime_rl.py       a custom loss of prime-rl
