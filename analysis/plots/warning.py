@@ -23,11 +23,12 @@ def auc_by_signal(aucs: pd.DataFrame) -> Figure:
     """AUC with its interval, a row a signal and a panel a horizon; see `auc_table`.
 
     One half is chance. A hollow dot rests on less than 5 collapses or 5 survivors; a signal without
-    a dot was not logged, or has no pair of runs.
+    a dot was not logged, or has no pair of runs. Horizons at which no setting counts have no panel.
     """
-    horizons = list(dict.fromkeys(aucs["horizon"]))
+    told = aucs[aucs["settings"] > 0]
+    horizons = list(dict.fromkeys((aucs if told.empty else told)["horizon"]))
     rows = list(SIGNALS)[::-1]
-    figure, panels = style.grid(len(horizons), columns=4, height=0.17 * len(rows) + 0.5)
+    figure, panels = style.grid(len(horizons), columns=len(horizons), height=0.17 * len(rows) + 0.5)
     for axes, horizon in zip(panels, horizons, strict=True):
         own = aucs[aucs["horizon"] == horizon].set_index("signal").reindex(rows)
         axes.axvline(0.5, color=style.MUTED, linewidth=0.9)
@@ -41,8 +42,9 @@ def auc_by_signal(aucs: pd.DataFrame) -> Figure:
             axes.plot(value[~few], at[~few], marker, **dots)
             axes.plot(value[few], at[few], marker, markerfacecolor=style.PAPER, **dots)
         counts = own[["settings", "collapses", "survivors"]].max()
+        settings = "1 setting" if counts["settings"] == 1 else f"{counts['settings']:.0f} settings"
         axes.set_title(
-            f"first {horizon} steps, {counts['settings']:.0f} settings\n"
+            f"first {horizon} steps, {settings}\n"
             f"{counts['collapses']:.0f} collapse, {counts['survivors']:.0f} do not"
         )
         axes.set_xlim(-0.03, 1.03)
