@@ -17,12 +17,21 @@ It needs the environment of `make vllm`: .venv-vllm/bin/python -m moe_rl study e
 from pathlib import Path
 
 from moe_rl.config import RunConfig
-from moe_rl.experiments.studies.precision import ARMS
-from moe_rl.experiments.study import FIVE_SEEDS, of_variants
+from moe_rl.experiments.study import FIVE_SEEDS, Variants, of_variants
 from moe_rl.presets import preset
 
 
+_OWN: Variants = {
+    "grpo": {},
+    "grpo+R3": {"routing_replay": "R3"},
+    "gspo": {"algorithm": "gspo"},
+}
+ARMS: Variants = _OWN | {
+    f"{arm}+rollout-old": {**changes, "old_logprobs": "rollout"} for arm, changes in _OWN.items()
+}
+
+
 def runs(root: Path) -> list[RunConfig]:
-    """The arms of the study precision, with a real engine."""
+    """Every arm with both old log-probs."""
     base = preset("mild-stale").replace(setting="bf16", engine="vllm", rollout_precision="bf16")
     return of_variants(base, ARMS, FIVE_SEEDS[:3])
