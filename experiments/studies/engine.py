@@ -20,7 +20,6 @@ from moe_rl.config import RunConfig
 from moe_rl.experiments.study import FIVE_SEEDS, Variants, of_variants
 from moe_rl.presets import preset
 
-
 _OWN: Variants = {
     "grpo": {},
     "grpo+R3": {"routing_replay": "R3"},
