@@ -25,8 +25,9 @@ _OWN: Variants = {
     "grpo+R3": {"routing_replay": "R3"},
     "gspo": {"algorithm": "gspo"},
 }
-ARMS: Variants = _OWN | {
-    f"{arm}+rollout-old": {**changes, "old_logprobs": "rollout"} for arm, changes in _OWN.items()
+ARMS: Variants = {
+    **_OWN,
+    **{f"{arm}+rollout-old": {**own, "old_logprobs": "rollout"} for arm, own in _OWN.items()},
 }
 
 
