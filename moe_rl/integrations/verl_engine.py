@@ -8,11 +8,14 @@ the batch, as it does with R2's of its Megatron engine; each update is held agai
 how far routers were from another choice. The trainer of `verl_trainer` finds the routes there, and
 compares them with those of the rollout engine. Nothing is replayed, and no number of verl changes.
 
-Not measured: sequence parallelism (Ulysses), where a process sees a part of each sequence; runs
-that divide by the engine's log-probs (bypass mode) have no old pass. Tested with verl 0.9.
+Not measured: critics; sequence parallelism (Ulysses), where a process sees a part of each sequence;
+runs that divide by the engine's log-probs (bypass mode), which have no old pass. Tested with verl
+0.9.
 """
 
 import functools
+import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +30,8 @@ from moe_rl.routing import find_routers, record_routing, statistics
 FIELD = "trainer_routed_experts"
 """What the batch calls the old pass's routes: of each sequence int16 [S, L, K]."""
 
+logger = logging.getLogger(__name__)
+
 
 def measured(step: Callable[..., tuple[Tensor, dict[str, Any]]]) -> Callable[..., Any]:
     """`forward_step` of an FSDP engine that records routes, or compares with recorded ones."""
@@ -40,7 +45,7 @@ def measured(step: Callable[..., tuple[Tensor, dict[str, Any]]]) -> Callable[...
             micro_batch, "calculate_entropy", default=False
         )
         is_update = not forward_only and FIELD in micro_batch
-        if not (is_old or is_update) or not _has_routers(engine):
+        if not (is_old or is_update) or not _is_measured(engine):
             return step(engine, micro_batch, loss_function, forward_only)
         with record_routing(engine.module, router_margins=is_update) as recorded:
             loss, output = step(engine, micro_batch, loss_function, forward_only)
@@ -63,13 +68,23 @@ def measured(step: Callable[..., tuple[Tensor, dict[str, Any]]]) -> Callable[...
     return forward_step
 
 
-def _has_routers(engine: Any) -> bool:
-    if engine.use_ulysses_sp:
+def _is_measured(engine: Any) -> bool:
+    """Whether it is an actor of verl's FSDP engine itself, with routers that can be recorded.
+
+    Critics and VeOmni's engine inherit from it; a critic has routes of its own.
+    """
+    if type(engine) is not FSDPEngineWithLMHead or engine.use_ulysses_sp:
         return False
     try:
         return bool(find_routers(engine.module))
-    except ValueError:  # a dense model
+    except ValueError as error:
+        _say_once(str(error))
         return False
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logger.warning("routing is not measured: %s", reason)
 
 
 def packed(values: Tensor, offsets: Tensor) -> Tensor:
@@ -88,7 +103,9 @@ def packed(values: Tensor, offsets: Tensor) -> Tensor:
 def update_metrics(
     old: Tensor, new: Tensor, margins: Tensor, offsets: Tensor, response_mask: Tensor
 ) -> dict[str, float]:
-    """The routing of an update against the old policy's, by our names.
+    """The routing of an update against the old policy's, by our names; what is NaN is left out.
+
+    verl takes the mean over micro-batches, of which one may have no response token.
 
     Args:
         old, new: int16 [N, L, K], routes of the N tokens of B sequences.
@@ -104,12 +121,13 @@ def update_metrics(
     index = torch.cat(places).to(new.device)
     mask = torch.cat(list(masks)).bool().to(new.device)
     churn = statistics.churn(old[index], new[index], mask)
-    return {
+    found = {
         "routing/churn": churn.nanmean().item(),
         "routing/router_disagreement": statistics.router_disagreement(churn).nanmean().item(),
         "routing/token_disagreement": statistics.token_disagreement(churn).nanmean().item(),
         "routing/margin": margins[index][mask].nanmean().item(),
     }
+    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 FSDPEngineWithLMHead.forward_step = measured(FSDPEngineWithLMHead.forward_step)

@@ -112,6 +112,7 @@ def batch_of(
             ]
         padding = -1 if are_routes else 0
         columns[ours] = pad_sequence(rows, batch_first=True, padding_value=padding)
+    notes = _join_layers(columns)
     mask = pad_sequence(masks, batch_first=True)
     if all("min_global_steps" in tag for tag in tags):
         ends = [(int(tag["min_global_steps"]), int(tag["max_global_steps"])) for tag in tags]
@@ -120,4 +121,20 @@ def batch_of(
             1, mask.shape[1]
         )
         columns["versions"][:, 0] = torch.tensor([first for first, _ in ends])
-    return RecordedBatch(source="verl", mask=mask, **columns)
+    return RecordedBatch(source="verl", mask=mask, notes=notes, **columns)
+
+
+def _join_layers(columns: dict[str, Any]) -> tuple[str, ...]:
+    """Leave dense layers, which vLLM records as zeros, out of routes; in place, returns notes."""
+    routes, trainer = columns.get("routes"), columns.get("trainer_routes")
+    if routes is None or trainer is None or routes.shape[2:] == trainer.shape[2:]:
+        return ()
+    routed = (routes > 0).flatten(0, 1).any(0).any(-1)
+    if routes[:, :, routed].shape[2:] == trainer.shape[2:]:
+        columns["routes"] = routes[:, :, routed]
+        return (f"{int((~routed).sum())} layers without a route left out: dense layers",)
+    del columns["trainer_routes"]
+    return (
+        f"routes of the trainer left out: {list(trainer.shape[2:])} layers and experts a token, "
+        f"the engine's have {list(routes.shape[2:])}",
+    )

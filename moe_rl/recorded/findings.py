@@ -154,8 +154,9 @@ def _routes(found: Inspection) -> list[Finding]:
     if found.best_shift:
         where = "earlier" if found.best_shift < 0 else "later"
         words = (
-            f"the engine's routes fit the trainer's better one position {where}: one of the two is "
-            "recorded where a token is read, the other where it is predicted"
+            f"the engine's routes fit the trainer's one position {where}, at twice as many routers "
+            "or more: one of the two is recorded where a token is read, the other where it is "
+            "predicted"
         )
         said.append(Finding("wrong", words))
     mixed = found.metrics.get("rollout/mixed_versions", 0.0)

@@ -72,7 +72,7 @@ class Inspection:
     by_layer: list[tuple[float, float]] = field(default_factory=list)
     """Churn and router disagreement of each layer, engine against trainer."""
     best_shift: int = 0
-    """Positions by which the engine's routes have to be moved to fit the trainer's best."""
+    """Positions by which the engine's routes have to be moved to fit the trainer's; see below."""
     laws: list[LawResult] = field(default_factory=list)
     """Of the engine's routes, see `moe-rl check-replay`."""
     scatter: list[tuple[float, float]] = field(default_factory=list)
@@ -204,16 +204,18 @@ def _routes(batch: RecordedBatch, found: Inspection, num_experts: int | None) ->
 
 
 def _best_shift(routes: Tensor, trainer: Tensor, mask: Tensor) -> int:
-    """Of -1, 0 and 1 the move of `routes` over T after which the fewest choices differ."""
+    """The move of `routes` over T, -1 or 1, that halves the routers which differ; 0: none does."""
+    length = mask.shape[1]
 
     def differ(shift: int) -> float:
-        # What comes round the edge is compared by none of the three.
-        inner = slice(1, -1)
-        moved = routes.roll(shift, dims=1)[:, inner]
-        churn = statistics.churn(moved, trainer[:, inner], mask[:, inner])
+        theirs = slice(max(shift, 0), length + min(shift, 0))
+        ours = slice(max(-shift, 0), length + min(-shift, 0))
+        both = mask[:, ours] & mask[:, theirs]
+        churn = statistics.churn(routes[:, ours], trainer[:, theirs], both)
         return float(statistics.router_disagreement(churn).nanmean().nan_to_num(1.0))
 
-    return min((0, -1, 1), key=differ)
+    best = min((-1, 1), key=differ)
+    return best if differ(best) < differ(0) / 2 else 0
 
 
 def to_json(found: Inspection) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from moe_rl.replay_check.claims import Claims, LawResult, judge_law
 
 MIN_TOKENS = 4
 """Fewer tokens may agree by chance."""
+REWRITTEN, REJOINED = 6, 8
+"""Tokens that another tokenisation replaces at most, and that agree behind them at least."""
 NEIGHBOURS, OTHERS = 1 / 8, 1 / 4
 """Shares of log binomial(E, K) that a choice tells beside that of the token before it, and beside
 those of other tokens: -log P(same set) over that. In eight cold starts of 2 or 4 layers with 8 or
@@ -301,8 +303,8 @@ def trace_turns(record: Record) -> Claims:
     """A later turn's prompt begins with the tokens of the turn that it goes on from, all of them.
 
     A chat template or a tokenizer that reads a turn's text anew may write other tokens than the
-    engine sampled and routed. A prompt that leaves a response in its first half goes on from
-    another sample, or from a turn whose reasoning was left out.
+    engine sampled and routed. Then the text goes on as it was sampled after some other tokens: a
+    prompt that does not come back to the response goes on from another sample, or a part of it.
     """
     tokens, response = record.tokens, record.response
     if tokens is None or response is None:
@@ -312,7 +314,7 @@ def trace_turns(record: Record) -> Claims:
     ends = (place * response).amax(dim=1) + 1  # the token that the last row predicts
     prompts = torch.where(response.any(dim=1), response.int().argmax(dim=1) + 1, ends)
     sums = _prefix_sums(tokens)
-    kept = torch.zeros(len(tokens))  # share of the response that it best goes on from
+    kept = torch.full((len(tokens),), -1.0)  # share of the response that it best goes on from
     where = torch.zeros(len(tokens), 2, dtype=torch.int64)
     for i, (prompt, end) in enumerate(zip(prompts.tolist(), ends.tolist(), strict=True)):
         later = (prompts >= end) & (sums[:, prompt - 1] == sums[i, prompt - 1]) & (end > prompt)
@@ -322,8 +324,12 @@ def trace_turns(record: Record) -> Claims:
             share = 1.0 if same >= end - 1 else (same - prompt) / (end - prompt)
             if share > kept[j]:
                 kept[j], where[j] = share, torch.tensor([i, same])
-    for j in ((kept >= 1 / 2) & (kept < 1)).nonzero().flatten().tolist():
+    for j in ((kept >= 0) & (kept < 1)).nonzero().flatten().tolist():
         i, at = where[j].tolist()
+        if not _comes_back(
+            tokens[i, at : ends[i] - 1].tolist(), tokens[j, at : prompts[j]].tolist()
+        ):
+            continue
         yield (
             False,
             f"the prompt of sequence {j} goes on from sequence {i} and holds token "
@@ -331,6 +337,17 @@ def trace_turns(record: Record) -> Claims:
             "are tokenised anew, and routes of the one are of other tokens than the other's. Give "
             "the engine the ids of earlier turns, not their text",
         )
+
+
+def _comes_back(sampled: list[int], written: list[int]) -> bool:
+    """Whether two texts that differ at their first token agree again after a few."""
+    for a in range(REWRITTEN + 1):
+        rest = sampled[a : a + REJOINED]
+        if len(rest) == REJOINED and any(
+            written[b : b + REJOINED] == rest for b in range(REWRITTEN + 1)
+        ):
+            return True
+    return False
 
 
 def _prefix_sums(tokens: Tensor) -> Tensor:

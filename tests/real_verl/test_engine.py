@@ -19,7 +19,10 @@ from verl.workers.config import (
     HFModelConfig,
 )
 from verl.workers.engine.base import EngineRegistry
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.engine.fsdp.transformer_impl import (
+    FSDPEngineWithLMHead,
+    FSDPEngineWithValueHead,
+)
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import response_from_nested
 
@@ -211,6 +214,28 @@ def test_a_dense_model_trains_unmeasured(group: None, tmp_path: Path) -> None:
     engine = engine_of(tmp_path)
     old = old_pass(engine)
     assert verl_engine.FIELD not in old and update(engine, old) == {}
+
+
+def test_a_critic_is_not_measured_against_the_actor(group: None, checkpoint: Path) -> None:
+    actor = engine_of(checkpoint)
+    old = old_pass(actor)
+    assert verl_engine._is_measured(actor)
+    actor.__class__ = FSDPEngineWithValueHead  # which inherits the measured step
+    assert not verl_engine._is_measured(actor)
+    actor.__class__ = FSDPEngineWithLMHead
+    assert update(actor, old)
+
+
+def test_what_no_token_tells_is_left_out() -> None:
+    routes = torch.zeros(9, 2, 2, dtype=torch.int16)
+    offsets, margins = torch.tensor([0, 4, 9]), torch.ones(9, 2)
+    masks = nested([torch.zeros(2), torch.zeros(3)])
+    assert verl_engine.update_metrics(routes, routes, margins, offsets, masks) == {}
+    masks = nested([torch.tensor([1, 0]), torch.tensor([0, 1, 1])])  # a tool's answer inside
+    found = verl_engine.update_metrics(routes, routes, margins * torch.nan, offsets, masks)
+    assert found == {
+        f"routing/{name}": 0 for name in ("churn", "router_disagreement", "token_disagreement")
+    }
 
 
 def test_packed_and_padded_records_are_the_same_positions() -> None:

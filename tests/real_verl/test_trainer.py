@@ -131,6 +131,22 @@ def test_the_trainer_s_routes_are_held_against_the_engine_s(
     assert found["moe_rl/mismatch/token_disagreement"] == pytest.approx(L / routers)
 
 
+def test_dense_layers_of_the_engine_s_record_are_left_out() -> None:
+    """vLLM has a row for every decoder layer, the trainer for those with a router."""
+    made = rows()
+    for row in made:
+        own = row["routed_experts"]
+        row[verl_engine.FIELD] = own.clone()
+        row["routed_experts"] = torch.cat([torch.zeros_like(own[:, :1]), own], dim=1)
+    fields = {name: [row[name] for row in made] for name in made[0]}
+    batch = verl_trainer.batch_of(fields, [{}] * len(made))
+    assert batch.notes == ("1 layers without a route left out: dense layers",)
+    assert batch.routes is not None and batch.routes.shape == batch.trainer_routes.shape
+    fields[verl_engine.FIELD] = [row[verl_engine.FIELD][:, :1] for row in made]
+    batch = verl_trainer.batch_of(fields, [{}] * len(made))
+    assert batch.trainer_routes is None and "left out: [1, 2] layers" in batch.notes[0]
+
+
 def test_what_the_rollout_did_not_write_is_left_out(
     queue: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

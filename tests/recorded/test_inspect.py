@@ -317,7 +317,7 @@ def spoilt(name: str) -> RecordedBatch:
         ("zeros", "wrong: routes, law "),
         ("lost", "look: .* of response .token, layer. pairs have no record"),
         ("beyond", "wrong: routes, law ids: an id of 23 for 16 experts"),
-        ("shifted", "wrong: the engine's routes fit the trainer's better one position earlier"),
+        ("shifted", "wrong: the engine's routes fit the trainer's one position earlier"),
         ("versions", "look: 50.0% of sequences were sampled by more than one version"),
     ],
 )
@@ -325,6 +325,26 @@ def test_what_is_wrong_is_said(name: str, pattern: str) -> None:
     own, all_said = said(drawn(), num_experts=E), said(spoilt(name), num_experts=E)
     assert any(re.match(pattern, words) for words in all_said), all_said
     assert not any(re.match(pattern, words) for words in own)
+
+
+def test_text_that_repeats_its_tokens_is_not_called_shifted() -> None:
+    """Its neighbours go to the same experts, so that a shifted record fits as well."""
+    rng = torch.Generator().manual_seed(0)
+    for share in (0.005, 0.05, 0.5):
+        one = torch.rand(B, 1, L, E, generator=rng).topk(K, dim=-1).indices.to(torch.int16)
+        routes, trainer = one.repeat(1, T, 1, 1), one.repeat(1, T, 1, 1)
+        for record in (routes, trainer):
+            moved = torch.rand(B, T, L, generator=rng) < share
+            record[moved] = (record[moved] + 1) % E
+        batch = replace(drawn(), routes=routes, trainer_routes=trainer)
+        assert inspect_batch(batch).best_shift == 0
+    two = replace(
+        drawn(),
+        **{name: getattr(drawn(), name)[:, :2] for name in
+           ("mask", "logprobs", "old_logprobs", "rollout_logprobs", "advantages")},
+        routes=drawn().trainer_routes[:, 1:3], trainer_routes=drawn().trainer_routes[:, :2],
+    )  # fmt: skip
+    assert inspect_batch(two).best_shift == 1
 
 
 def test_ratios_over_the_sampling_policy_stay_below_the_bound_and_others_need_not() -> None:

@@ -337,26 +337,45 @@ def test_records_that_differ_by_the_last_row_are_of_the_same_tokens() -> None:
             same_tokens(a, other)
 
 
-def turns(later: list[int]) -> dict[str, str]:
-    """What is found in two turns of 4 prompt and 8 response tokens; the second's prompt given."""
-    ids = routes(2, 30)
-    first = [9, 1, 2, 3, *range(20, 28)]
-    second = [*later, *range(40, 30 + 40 - len(later))]
-    tokens = torch.full((2, 30), -1)
-    tokens[0, :12], tokens[1] = torch.tensor(first), torch.tensor(second)
-    response = torch.zeros(2, 30, dtype=torch.bool)
-    response[0, 3:11] = response[1, len(later) - 1 : 29] = True
-    ids[0, 12:] = -1
+PROMPT, SAMPLED, USER = [9, 1, 2, 3], [*range(20, 40)], [5, 6, 7]
+
+
+def turns(*later: list[int]) -> dict[str, str]:
+    """What is found in a turn of 4 prompt and 20 response tokens, and one with that prompt."""
+    prompt = [token for part in later for token in part]
+    length = 64
+    ids, tokens = routes(2, length), torch.full((2, length), -1)
+    first, second = PROMPT + SAMPLED, [*prompt, *range(100, 100 + length - len(prompt))]
+    tokens[0, : len(first)], tokens[1] = torch.tensor(first), torch.tensor(second)
+    response = torch.zeros(2, length, dtype=torch.bool)
+    response[0, len(PROMPT) - 1 : len(first) - 1] = response[1, len(prompt) - 1 : -1] = True
+    ids[0, len(first) :] = -1
     found = check_trace(torch.from_numpy(ids), tokens=tokens, response=response)
     return {f.check: f.reason for f in found if f.passed is False}
 
 
-def test_a_turn_that_was_tokenised_anew_is_found() -> None:
-    prompt, sampled, user = [9, 1, 2, 3], [*range(20, 28)], [5, 6, 7]
-    assert turns([*prompt, *sampled, *user]) == {}
-    assert turns([*prompt, *sampled[:-1], 4, *user]) == {}  # another end of turn: never fed
-    assert turns([*prompt, 20, 50, 51, 52, 53, 54, 55, 56, *user]) == {}  # of another sample
-    assert turns([9, 1, 2, 8, *sampled, *user]) == {}  # another conversation
-    found = turns([*prompt, *sampled[:5], 33, 26, 27, *user])  # 25 and 26 have become 33
+@pytest.mark.parametrize(
+    "later",
+    [
+        [SAMPLED, USER],
+        [SAMPLED[:-1], [4], USER],  # another end of turn, which was never fed
+        [SAMPLED[:-3], USER],  # without the blanks and the end of the turn
+        [SAMPLED[:14], [*range(50, 70)], USER],  # cut behind a call of a tool, which has answered
+        [SAMPLED[:15], [*range(50, 55)], USER],  # of another sample with the same beginning
+        [[20, *range(50, 69)], USER],  # of another sample
+        [[*range(50, 70)], USER],
+    ],
+)
+def test_turns_that_keep_what_was_sampled_are_no_fault(later: list[list[int]]) -> None:
+    assert turns(PROMPT, *later) == {}
+    assert turns([9, 1, 2, 8], *later) == {}  # another conversation
+
+
+@pytest.mark.parametrize("written", [[33], [33, 34], [33, 34, 35, 36]])
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_turn_that_was_tokenised_anew_is_found(at: int, written: list[int]) -> None:
+    """Two sampled tokens have become others; behind them all is as it was sampled."""
+    found = turns(PROMPT, SAMPLED[:at], [50 + n for n in written], SAMPLED[at + 2 :], USER)
     assert list(found) == ["turns"]
-    assert "holds token 33 at position 9 where 25 was sampled" in found["turns"]
+    words = f"holds token 83 at position {4 + at} where {20 + at} was sampled"
+    assert words in found["turns"]
