@@ -52,7 +52,7 @@ def check_engine(
     if name == "vllm":
         from moe_rl.rollout.vllm import check_model
 
-        check_model(model, trained=trained)
+        check_model(model, trained=trained, bf16=precision == "bf16")
 
 
 def describe_numerics(name: EngineName, precision: RolloutPrecision, dtype: torch.dtype) -> str:

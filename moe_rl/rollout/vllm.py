@@ -103,11 +103,12 @@ def check_version(version: str, *, on_cpu: bool) -> None:
         raise ConfigError(f"engine='vllm': vLLM {version} is older than 0.30; install a newer one")
 
 
-def check_model(model: Any, *, trained: bool = True) -> None:
+def check_model(model: Any, *, trained: bool = True, bf16: bool = False) -> None:
     """Refuse a model for which vLLM's CPU backend has no kernels, or whose experts it keeps.
 
     Args:
         trained: whether the weights will change.
+        bf16: whether vLLM is to compute in bfloat16.
 
     Raises:
         ConfigError: names the model's setting; or see `import_vllm`.
@@ -120,6 +121,15 @@ def check_model(model: Any, *, trained: bool = True) -> None:
     if config.model_type == "gpt_oss" and trained:
         raise ConfigError(
             f"{where}: vLLM 0.30 keeps its first experts when weights are reloaded; use "
+            "engine='cached'"
+        )
+    if config.model_type == "gpt_oss" and not bf16:
+        raise ConfigError(
+            f"{where}: its attention sinks are in bfloat16 alone; take the engine's precision bf16"
+        )
+    if config.model_type == "gpt_oss" and "factor" not in config.rope_parameters:
+        raise ConfigError(
+            f"{where}: rope_parameters without a factor, and vLLM reads them as YaRN's; use "
             "engine='cached'"
         )
     latent = getattr(config, "kv_lora_rank", None)

@@ -1,12 +1,14 @@
 """The rollout engine `vllm` against our own forward: equal in float32, near in bf16."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from small_policy import ALPHABET, PROMPTS, widen
 from torch import Tensor
+from transformers import GptOssConfig
 
 from moe_rl.batch import RolloutBatch, response_positions
 from moe_rl.config import ConfigError
@@ -122,8 +124,18 @@ def test_other_families_are_equal_too_before_and_after_an_update(family: str) ->
 
 def test_gpt_oss_is_read_as_long_as_its_weights_stay() -> None:
     policy = wide_policy("gpt_oss")
-    check_engine("vllm", policy.model, "float32", trained=False)
-    assert_equal(policy, make_engine("vllm", policy).sample(request()))
+    model = policy.model
+    with pytest.raises(ConfigError, match="sinks are in bfloat16 alone"):
+        check_engine("vllm", model, "float32", trained=False)
+    with pytest.raises(ConfigError, match="rope_parameters without a factor"):
+        check_engine("vllm", model, "bf16", trained=False)
+    model.config.rope_parameters = GptOssConfig().rope_parameters  # as the family is published
+    policy = widen(replace(policy, model=type(model)(model.config)))
+    check_engine("vllm", policy.model, "bf16", trained=False)
+    batch = make_engine("vllm", policy, "bf16").sample(request())
+    ours = trainer_pass(policy, batch, batch.routed_experts)
+    assert (ours - batch.rollout_logprobs[batch.response_mask]).abs().mean() < 0.03
+    assert differing_routers(policy, batch) < 0.1
 
 
 def test_experts_that_a_reload_leaves_behind_stop_the_run(
