@@ -314,21 +314,17 @@ def trace_turns(record: Record) -> Claims:
     ends = (place * response).amax(dim=1) + 1  # the token that the last row predicts
     prompts = torch.where(response.any(dim=1), response.int().argmax(dim=1) + 1, ends)
     sums = _prefix_sums(tokens)
-    kept = torch.full((len(tokens),), -1.0)  # share of the response that it best goes on from
-    where = torch.zeros(len(tokens), 2, dtype=torch.int64)
+    # Of a later turn the one before it: tokens of its prompt, tokens that agree, its number.
+    before: dict[int, tuple[int, int, int]] = {}
     for i, (prompt, end) in enumerate(zip(prompts.tolist(), ends.tolist(), strict=True)):
         later = (prompts >= end) & (sums[:, prompt - 1] == sums[i, prompt - 1]) & (end > prompt)
         for j in later.nonzero().flatten().tolist():
             same = int((tokens[i, :end] == tokens[j, :end]).int().cumprod(dim=0).sum())
-            # The last token, such as the end of a turn, was never fed and has no route.
-            share = 1.0 if same >= end - 1 else (same - prompt) / (end - prompt)
-            if share > kept[j]:
-                kept[j], where[j] = share, torch.tensor([i, same])
-    for j in ((kept >= 0) & (kept < 1)).nonzero().flatten().tolist():
-        i, at = where[j].tolist()
-        if not _comes_back(
-            tokens[i, at : ends[i] - 1].tolist(), tokens[j, at : prompts[j]].tolist()
-        ):
+            before[j] = max(before.get(j, (0, 0, 0)), (prompt, same, i))
+    for j, (_, at, i) in before.items():
+        # The last token, such as the end of a turn, was never fed and has no route.
+        sampled, written = tokens[i, at : ends[i] - 1], tokens[j, at : prompts[j]]
+        if not _comes_back(sampled.tolist(), written.tolist()):
             continue
         yield (
             False,

@@ -340,18 +340,24 @@ def test_records_that_differ_by_the_last_row_are_of_the_same_tokens() -> None:
 PROMPT, SAMPLED, USER = [9, 1, 2, 3], [*range(20, 40)], [5, 6, 7]
 
 
-def turns(*later: list[int]) -> dict[str, str]:
-    """What is found in a turn of 4 prompt and 20 response tokens, and one with that prompt."""
-    prompt = [token for part in later for token in part]
-    length = 64
-    ids, tokens = routes(2, length), torch.full((2, length), -1)
-    first, second = PROMPT + SAMPLED, [*prompt, *range(100, 100 + length - len(prompt))]
-    tokens[0, : len(first)], tokens[1] = torch.tensor(first), torch.tensor(second)
-    response = torch.zeros(2, length, dtype=torch.bool)
-    response[0, len(PROMPT) - 1 : len(first) - 1] = response[1, len(prompt) - 1 : -1] = True
-    ids[0, len(first) :] = -1
-    found = check_trace(torch.from_numpy(ids), tokens=tokens, response=response)
+def found_in(*turns: tuple[list[int], list[int]]) -> dict[str, str]:
+    """What is found in turns, each a prompt and a response."""
+    length = max(len(prompt) + len(response) for prompt, response in turns)
+    ids, tokens = routes(len(turns), length), torch.full((len(turns), length), -1)
+    response_rows = torch.zeros(len(turns), length, dtype=torch.bool)
+    for i, (prompt, response) in enumerate(turns):
+        end = len(prompt) + len(response)
+        tokens[i, :end] = torch.tensor(prompt + response)
+        response_rows[i, len(prompt) - 1 : end - 1] = True
+        ids[i, end:] = -1
+    found = check_trace(torch.from_numpy(ids), tokens=tokens, response=response_rows)
     return {f.check: f.reason for f in found if f.passed is False}
+
+
+def turns(*later: list[int]) -> dict[str, str]:
+    """What is found in a turn, and one with that prompt."""
+    prompt = [token for part in later for token in part]
+    return found_in((PROMPT, SAMPLED), (prompt, [*range(100, 110)]))
 
 
 @pytest.mark.parametrize(
@@ -379,3 +385,12 @@ def test_a_turn_that_was_tokenised_anew_is_found(at: int, written: list[int]) ->
     assert list(found) == ["turns"]
     words = f"holds token 83 at position {4 + at} where {20 + at} was sampled"
     assert words in found["turns"]
+
+
+def test_of_several_turns_the_last_one_counts() -> None:
+    """The first is as it was sampled; the second is not."""
+    second, answer, end = PROMPT + SAMPLED + USER, [*range(60, 80)], [*range(100, 110)]
+    third = second + answer[:5] + [33] + answer[7:] + USER
+    found = found_in((PROMPT, SAMPLED), (second, answer), (third, end))
+    assert "sequence 2 goes on from sequence 1 and holds token 33" in found["turns"]
+    assert found_in((PROMPT, SAMPLED), (second, answer), (second + answer + USER, end)) == {}
