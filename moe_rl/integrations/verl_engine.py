@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from verl.utils import tensordict_utils
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
@@ -73,18 +73,18 @@ def _is_measured(engine: Any) -> bool:
 
     Critics and VeOmni's engine inherit from it; a critic has routes of its own.
     """
-    if type(engine) is not FSDPEngineWithLMHead or engine.use_ulysses_sp:
-        return False
+    is_actor = type(engine) is FSDPEngineWithLMHead and not engine.use_ulysses_sp
+    return is_actor and _has_routers(engine.module)
+
+
+@functools.cache  # a walk over all modules, and what it says, are not for every micro-batch
+def _has_routers(module: nn.Module) -> bool:
     try:
-        return bool(find_routers(engine.module))
+        find_routers(module)
     except ValueError as error:
-        _say_once(str(error))
+        logger.warning("routing is not measured: %s", error)
         return False
-
-
-@functools.cache
-def _say_once(reason: str) -> None:
-    logger.warning("routing is not measured: %s", reason)
+    return True
 
 
 def packed(values: Tensor, offsets: Tensor) -> Tensor:
@@ -120,14 +120,9 @@ def update_metrics(
     ]
     index = torch.cat(places).to(new.device)
     mask = torch.cat(list(masks)).bool().to(new.device)
-    churn = statistics.churn(old[index], new[index], mask)
-    found = {
-        "routing/churn": churn.nanmean().item(),
-        "routing/router_disagreement": statistics.router_disagreement(churn).nanmean().item(),
-        "routing/token_disagreement": statistics.token_disagreement(churn).nanmean().item(),
-        "routing/margin": margins[index][mask].nanmean().item(),
-    }
-    return {name: value for name, value in found.items() if not math.isnan(value)}
+    found = statistics.disagreement(statistics.churn(old[index], new[index], mask))
+    found["margin"] = float(margins[index][mask].nanmean())
+    return {f"routing/{name}": value for name, value in found.items() if not math.isnan(value)}
 
 
 FSDPEngineWithLMHead.forward_step = measured(FSDPEngineWithLMHead.forward_step)

@@ -72,7 +72,7 @@ class Inspection:
     by_layer: list[tuple[float, float]] = field(default_factory=list)
     """Churn and router disagreement of each layer, engine against trainer."""
     best_shift: int = 0
-    """Positions by which the engine's routes have to be moved to fit the trainer's; see below."""
+    """Positions by which the engine's routes have to be moved to fit the trainer's; 0: none."""
     laws: list[LawResult] = field(default_factory=list)
     """Of the engine's routes, see `moe-rl check-replay`."""
     scatter: list[tuple[float, float]] = field(default_factory=list)
@@ -196,11 +196,8 @@ def _routes(batch: RecordedBatch, found: Inspection, num_experts: int | None) ->
     layers = torch.stack([statistics.per_layer(churn), statistics.per_layer(routers)], dim=1)
     found.by_layer = [(a, b) for a, b in layers.tolist()]
     found.best_shift = _best_shift(routes, trainer, batch.mask)
-    found.metrics |= {
-        "mismatch/churn": float(churn.nanmean()),
-        "mismatch/router_disagreement": float(routers.nanmean()),
-        "mismatch/token_disagreement": float(statistics.token_disagreement(churn).nanmean()),
-    }
+    means = statistics.disagreement(churn)
+    found.metrics |= {f"mismatch/{name}": value for name, value in means.items()}
 
 
 def _best_shift(routes: Tensor, trainer: Tensor, mask: Tensor) -> int:

@@ -118,20 +118,22 @@ def check_model(model: Any, *, trained: bool = True, bf16: bool = False) -> None
         return
     config = model.config.get_text_config()
     where = f"engine='vllm' on a CPU with a model of type {config.model_type}"
-    if config.model_type == "gpt_oss" and trained:
-        raise ConfigError(
-            f"{where}: vLLM 0.30 keeps its first experts when weights are reloaded; use "
-            "engine='cached'"
-        )
-    if config.model_type == "gpt_oss" and not bf16:
-        raise ConfigError(
-            f"{where}: its attention sinks are in bfloat16 alone; take the engine's precision bf16"
-        )
-    if config.model_type == "gpt_oss" and "factor" not in config.rope_parameters:
-        raise ConfigError(
-            f"{where}: rope_parameters without a factor, and vLLM reads them as YaRN's; use "
-            "engine='cached'"
-        )
+    if config.model_type == "gpt_oss":
+        if trained:
+            raise ConfigError(
+                f"{where}: vLLM 0.30 keeps its first experts when weights are reloaded; use "
+                "engine='cached'"
+            )
+        if not bf16:
+            raise ConfigError(
+                f"{where}: its attention sinks are in bfloat16 alone; take the engine's precision "
+                "bf16"
+            )
+        if "factor" not in config.rope_parameters:
+            raise ConfigError(
+                f"{where}: rope_parameters without a factor, and vLLM reads them as YaRN's; use "
+                "engine='cached'"
+            )
     latent = getattr(config, "kv_lora_rank", None)
     if latent is not None and latent + config.qk_rope_head_dim != _CPU_LATENT:
         raise ConfigError(

@@ -59,6 +59,15 @@ def token_disagreement(churn: Tensor) -> Tensor:
     return differ.masked_fill(~known.any(dim=-1), torch.nan)
 
 
+def disagreement(churn: Tensor) -> dict[str, float]:
+    """The means of `churn` and of both disagreements over all that counts, by their names."""
+    return {
+        "churn": float(churn.nanmean()),
+        "router_disagreement": float(router_disagreement(churn).nanmean()),
+        "token_disagreement": float(token_disagreement(churn).nanmean()),
+    }
+
+
 def margin(router_logits: Tensor, top_k: int, mask: Tensor | None = None) -> Tensor:
     """Logit of the K-th choice minus that of the (K+1)-th. `[..., L]`, at least 0.
 
