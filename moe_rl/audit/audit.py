@@ -1,11 +1,10 @@
 """Audit one checkpoint: sample once, read the same tokens in every way, and say what it means."""
 
-import dataclasses
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from dataclasses import replace
+from typing import get_args
 
 import torch
 import transformers
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from moe_rl import __version__
 from moe_rl.audit.difference import Difference, Reading, compare_readings
-from moe_rl.audit.verdict import shape_verdict, verdict
+from moe_rl.audit.result import Audit, Row, Sample
+from moe_rl.audit.trace import batch_of_trace
 from moe_rl.audit.ways import (
     Kind,
     Missing,
@@ -29,7 +29,6 @@ from moe_rl.batch import RolloutBatch, response_positions
 from moe_rl.config import (
     AUDIT_PRECISIONS,
     AuditPrecision,
-    ConfigError,
     EngineName,
     ModelConfig,
     RolloutPrecision,
@@ -45,104 +44,6 @@ from moe_rl.routing import find_routers
 from moe_rl.routing.statistics import churn
 from moe_rl.tasks.base import Prompt
 from moe_rl.traces.files import Trace
-
-SCHEMA = 1
-HEADING = (
-    f"{'against the reference':<28} {'routers':>8} {'tokens':>8} {'KL k3':>9} {'replayed':>9} "
-    f"{'F(2)':>8}"
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """The rollout whose tokens are read, and how many are read at once."""
-
-    group_size: int = 4
-    """Responses to each prompt."""
-    max_tokens: int = 64
-    """Longest response."""
-    temperature: float = 1.0
-    seed: int = 0
-    sequences_per_pass: int = 32
-    """Sequences that one forward pass reads."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One reading, and what it differs in."""
-
-    name: str
-    kind: Kind
-    difference: Difference
-
-    def describe(self) -> str:
-        """A line of the table that `HEADING` heads."""
-        found = self.difference
-        replayed = "-" if found.replayed is None else f"{found.replayed.kl_k3:.1e}"
-        return (
-            f"{self.name:<28} {found.router_disagreement:8.2%} {found.token_disagreement:8.2%} "
-            f"{found.live.kl_k3:9.1e} {replayed:>9} {found.live.extreme_2:8.2%}"
-        )
-
-
-@dataclass(kw_only=True)
-class Audit:
-    """Everything that was measured; `to_json` writes it."""
-
-    checkpoint: str
-    model: str
-    """Class and sizes."""
-    reference: str
-    """What all others are held against."""
-    sample: Sample
-    prompts: int
-    tokens: int
-    margin_unit: str
-    rows: list[Row] = field(default_factory=list)
-    missing: list[Missing] = field(default_factory=list)
-    seconds: float = 0.0
-    environment: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def verdicts(self) -> list[str]:
-        """Sentences, the numerics and engines first."""
-        found = [
-            verdict(row.name, row.kind, row.difference)
-            for kind in ("engine", "trace", "numerics")
-            for row in self.rows
-            if row.kind == kind
-        ]
-        for kind, what in (
-            ("experts", "Experts backends"),
-            ("shape", "Batch shapes, padding and cache"),
-            ("again", "The same pass twice"),
-        ):
-            rows = [(row.name, row.difference) for row in self.rows if row.kind == kind]
-            if rows:
-                found.append(shape_verdict(rows, what))
-        return found
-
-    def to_json(self) -> dict[str, Any]:
-        """What audit.json holds."""
-        rows = [
-            {"name": row.name, "kind": row.kind}
-            | dataclasses.asdict(row.difference)
-            | {"removed": row.difference.removed}
-            for row in self.rows
-        ]
-        own = {
-            item.name: getattr(self, item.name)
-            for item in dataclasses.fields(self)
-            if item.name not in ("rows", "missing", "sample")
-        }
-        return {
-            "schema": SCHEMA,
-            **own,
-            "sample": dataclasses.asdict(self.sample),
-            "verdicts": self.verdicts,
-            "rows": rows,
-            "missing": [missing._asdict() for missing in self.missing],
-        }
 
 
 def audit_model(
@@ -179,7 +80,7 @@ def audit_model(
     for number, prompt in enumerate(prompts, start=1):
         check_prompt(policy, prompt, sample.max_tokens, f"prompts, number {number}")
     taps = find_routers(policy.model)
-    traced = None if trace is None else _batch_of(policy, *trace)
+    traced = None if trace is None else batch_of_trace(policy, *trace)
     batch = CachedEngine(policy).sample(_request(prompts, sample))
     rows_at_once = sample.sequences_per_pass
     reference = read_reference(policy, batch, rows_at_once)
@@ -317,61 +218,6 @@ def _of_trace(policy: Policy, batch: RolloutBatch, mask: Tensor, rows: int) -> D
         group_size=1,
         margins=reference.margins,
     )
-
-
-def _batch_of(policy: Policy, name: str, trace: Trace) -> tuple[RolloutBatch, Tensor]:
-    """The tokens of a trace as a rollout whose first token is its prompt, and those to compare.
-
-    The mask is bool [B, T]: response tokens that are predicted where there is a record.
-    """
-    if trace.tokens is None:
-        raise ConfigError(
-            f"trace={name!r}: holds no token ids, so the model cannot read the same tokens; record "
-            "prompt_token_ids and token_ids beside the routes"
-        )
-    taps = find_routers(policy.model)
-    shape = tuple(trace.routed_experts.shape[2:])
-    if shape != (len(taps), taps[0].top_k):
-        raise ConfigError(
-            f"trace={name!r}: routes of {shape[0]} layers and {shape[1]} experts a token, the "
-            f"model has {len(taps)} routers that choose {taps[0].top_k}; give a trace of this model"
-        )
-    words = policy.model.get_input_embeddings().num_embeddings
-    if int(trace.tokens.max()) >= words:
-        raise ConfigError(
-            f"trace={name!r}: token id {int(trace.tokens.max())}, the model embeds {words}; give a "
-            "trace of this model"
-        )
-    if int(trace.routed_experts.max()) >= taps[0].num_experts:
-        raise ConfigError(
-            f"trace={name!r}: expert id {int(trace.routed_experts.max())}, the model has "
-            f"{taps[0].num_experts} experts; give a trace of this model"
-        )
-    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and trace.tokens.shape[1] > context:
-        raise ConfigError(
-            f"trace={name!r}: sequences of {trace.tokens.shape[1]} tokens, the model's context is "
-            f"{context}; give a trace of this model"
-        )
-    routes, tokens = trace.routed_experts.to(policy.device), trace.tokens.to(policy.device)
-    kept = tokens >= 0
-    ids = tokens.masked_fill(~kept, policy.pad_id)
-    mask = kept[:, 1:] & (routes[:, :-1] >= 0).flatten(2).all(-1)
-    if trace.response is not None:
-        mask &= trace.response[:, :-1].to(policy.device)
-    if not mask.any():
-        raise ConfigError(f"trace={name!r}: no response token has a record; give another trace")
-    batch = RolloutBatch(
-        prompt_ids=ids[:, :1],
-        prompt_mask=kept[:, :1],
-        response_ids=ids[:, 1:],
-        response_mask=kept[:, 1:],
-        rollout_logprobs=torch.zeros(ids[:, 1:].shape, device=ids.device),
-        routed_experts=routes,
-        router_logits=None,
-        truncated=torch.zeros(len(ids), dtype=torch.bool, device=ids.device),
-    )
-    return batch, mask
 
 
 def _reading(logprobs: Tensor, record: Tensor | None, width: int) -> Reading:

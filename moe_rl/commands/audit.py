@@ -82,7 +82,7 @@ class Audit(TraceLayout, Command):
         trace = None if self.trace is None else (str(self.trace), self.read(self.trace))
         from moe_rl.analysis.report.audit_page import write_audit_page
         from moe_rl.audit import Sample, audit_model
-        from moe_rl.audit.audit import HEADING
+        from moe_rl.audit.result import HEADING
         from moe_rl.run_folder.log import check_can_be_made, write_json
 
         check_can_be_made(self.out, "out")
