@@ -115,7 +115,9 @@ def audit_model(
         )
         broken = [law for law in laws if law.passed is False]
         audit.missing += [Missing(f"trace: law {law.check} fails", law.reason) for law in broken]
-        add(f"trace {trace[0]}", "trace", _of_trace(policy, *traced, rows_at_once))
+        said = trace[1].logprobs is not None
+        difference = _of_trace(policy, *traced, rows_at_once, said)
+        add(f"trace {trace[0]}", "engine" if said else "trace", difference)
     del policy  # or a copy of another type would lie beside it
     for way in ways_of_copies(
         config, batch, precisions, rows_at_once, temperature=sample.temperature
@@ -206,16 +208,21 @@ def _difference(
     )
 
 
-def _of_trace(policy: Policy, batch: RolloutBatch, mask: Tensor, rows: int) -> Difference:
-    """This model by a trace's routes against itself live: what they alone change."""
+def _of_trace(
+    policy: Policy, batch: RolloutBatch, mask: Tensor, rows: int, said: bool
+) -> Difference:
+    """The engine of a trace against this model; without its log-probs, what its routes change."""
     reference = read_reference(policy, batch, rows)
     width, record = batch.prompt_ids.shape[1], batch.routed_experts
     assert record is not None
+    engine = _reading(batch.rollout_logprobs, record, width)
+    by_record = replace(engine, logprobs=read_replayed(policy, batch, record, rows).logprobs)
     return compare_readings(
-        _reading(read_replayed(policy, batch, record, rows).logprobs, record, width),
+        engine if said else by_record,
         _reading(reference.output.logprobs, reference.output.routed_experts, width),
         mask,
         group_size=1,
+        same_routes=(engine, by_record) if said else None,
         margins=reference.margins,
     )
 

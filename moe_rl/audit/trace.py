@@ -57,7 +57,9 @@ def batch_of_trace(policy: Policy, name: str, trace: Trace) -> tuple[RolloutBatc
         prompt_mask=kept[:, :1],
         response_ids=ids[:, 1:],
         response_mask=kept[:, 1:],
-        rollout_logprobs=torch.zeros(ids[:, 1:].shape, device=ids.device),
+        rollout_logprobs=(
+            torch.zeros(ids[:, 1:].shape) if trace.logprobs is None else trace.logprobs[:, :-1]
+        ).to(policy.device),
         routed_experts=routes,
         router_logits=None,
         truncated=torch.zeros(len(ids), dtype=torch.bool, device=ids.device),

@@ -16,6 +16,7 @@ unpickled.
 import importlib
 import io
 import json
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,6 +52,9 @@ class Trace:
     """bool `[B, S]`: where response tokens are predicted; None where the file does not say."""
     tokens: Tensor | None = None
     """int64 `[B, S]`, the tokens that were routed, -1 behind them; None likewise."""
+    logprobs: Tensor | None = None
+    """float32 `[B, S]`, nats: the engine's of the response token that is predicted there, NaN where
+    it said none; None likewise."""
     notes: tuple[str, ...] = ()
     """What was left out or filled in while reading."""
 
@@ -149,7 +153,7 @@ def _from_responses(found: Responses) -> Trace:
     lacking = max(0, longest - record.shape[1])
     record = torch.nn.functional.pad(record, (0, 0, 0, 0, 0, lacking), value=NO_RECORD)
     shape = record.shape[:2]
-    response = tokens = None
+    response = tokens = logprobs = None
     if None not in found.prompts:
         # The last token of a sequence predicts none; where nothing tells the length, rows do.
         ends = [
@@ -158,6 +162,12 @@ def _from_responses(found: Responses) -> Trace:
         ]
         first, end = torch.tensor(found.prompts)[:, None] - 1, torch.tensor(ends)[:, None]
         response = (torch.arange(shape[1]) >= first) & (torch.arange(shape[1]) < end)
+        if any(found.logprobs):
+            logprobs = torch.full(shape, math.nan)
+            for row, prompt, values in zip(logprobs, found.prompts, found.logprobs, strict=True):
+                if prompt and values:
+                    places = row[prompt - 1 :][: len(values)]
+                    places.copy_(torch.tensor(values)[: len(places)])
     if None not in found.tokens:
         tokens = torch.full(shape, -1)
         for row, ids in zip(tokens, found.tokens, strict=True):
@@ -167,6 +177,7 @@ def _from_responses(found: Responses) -> Trace:
         source=found.source,
         response=response,
         tokens=tokens,
+        logprobs=logprobs,
         notes=found.notes,
     )
 

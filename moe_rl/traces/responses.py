@@ -3,10 +3,11 @@
 A response is an object, several are a list or the lines of a file, bare or in the envelope of
 vLLM's batch runner (`vllm run-batch`). A completion has `routed_experts`, in one of the forms of
 `encodings.py`, in the choice itself, its message or its meta_info. Where the response says how many
-tokens it has, the rows are held against that.
+tokens it has, rows and log-probs are held against that.
 """
 
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,8 @@ class Responses:
     """Prompt and response tokens of each, likewise."""
     tokens: list[list[int] | None]
     """Ids of prompt and response of each, None where the response does not say."""
+    logprobs: list[list[float] | None]
+    """Log-probs of the sampled tokens of each, nats, likewise; NaN for a null."""
     source: str
     notes: tuple[str, ...] = ()
     """What a reader of the trace must know."""
@@ -120,12 +123,14 @@ def read_responses(
     reader = _Reader(key=key, num_layers=num_layers, top_k=top_k)
     found = [one for content in contents for one in reader.find(content)]
     rows: dict[int, np.ndarray] = {}
+    logprobs: dict[int, list[float] | None] = {}
     source = "vLLM"
     for number, one in enumerate(found):
         if one.place:
             try:
                 rows[number], source = reader.routes(one)
                 _check_count(rows[number], one)
+                logprobs[number] = _logprobs(one)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"completion {number}: {error}") from error
     if not rows:
@@ -142,6 +147,7 @@ def read_responses(
         prompts=[prompt for prompt, _ in counts],
         lengths=[None if None in both else sum(both) for both in counts],  # type: ignore[arg-type]
         tokens=[_tokens(one) for one in found],
+        logprobs=[logprobs.get(number) for number in range(len(found))],
         source=source,
         notes=(note,) if missing else (),
     )
@@ -194,6 +200,29 @@ def _tokens(one: _Completion) -> list[int] | None:
         return None
     whole = [*prompt, *response]
     return whole if all(isinstance(token, int) for token in whole) else None
+
+
+def _logprobs(one: _Completion) -> list[float] | None:
+    """Log-probs of the sampled tokens, where the response has them.
+
+    Raises:
+        ValueError: they are not as many as the response has tokens.
+    """
+    meta, openai = _object(one.choice.get("meta_info")), _object(one.choice.get("logprobs"))
+    sglang = meta.get("output_token_logprobs") or []  # a log-prob, an id and a text each
+    candidates = (
+        openai.get("token_logprobs"),
+        [_object(token).get("logprob") for token in openai.get("content") or []],
+        [token[0] for token in sglang],
+        one.place.get("generation_log_probs"),  # NeMo Gym
+    )
+    values = next((found for found in candidates if found), None)
+    if values is None:
+        return None
+    tokens = _counts(one)[1]
+    if tokens is not None and len(values) != tokens:
+        raise ValueError(f"log-probs of {len(values)} tokens, and the response has {tokens}")
+    return [math.nan if value is None else float(value) for value in values]
 
 
 def _check_count(rows: np.ndarray, one: _Completion) -> None:

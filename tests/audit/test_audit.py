@@ -1,6 +1,7 @@
 """The audit of checkpoints of several families: what must be equal is, what is moved is seen."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from moe_rl.metrics.published import DENSE_KL
 from moe_rl.policy.policy import build_policy
 from moe_rl.policy.tokenizer import tokenizer_of
 from moe_rl.replay_check.families import build_family
-from moe_rl.routing import record_routing
+from moe_rl.routing import record_routing, replay_routing
 from moe_rl.traces.files import Trace, write_trace
 
 # A plain router, a correction bias with groups, biased experts, attention with a recurrent state.
@@ -98,6 +99,31 @@ def test_a_replayed_reading_takes_the_reference_s_routes(folder: Path) -> None:
         assert found.difference.tokens == 10
         assert (found.difference.live.kl_k3 > 1e-6) == bool(differ)
         assert (found.difference.router_disagreement > 0.5) == bool(differ)
+
+
+def test_the_log_probs_of_a_trace_are_an_engine_s(folder: Path) -> None:
+    """Its KL is that of the responses' own log-probs, and what replay leaves is not routing."""
+    path = folder / "olmoe"
+    policy = build_policy(config_of(path), "", fuse=False)
+    tokens = torch.tensor([[4, 5, 6, 7, 8, 9], [5, 3, 9, 2, 2, 7]])
+    with record_routing(policy.model) as seen:
+        logits = policy.model(tokens).logits
+    own = seen.routed_experts
+    foreign = (own + 3) % 8
+    with torch.no_grad(), replay_routing(policy.model, foreign):
+        moved = policy.model(tokens).logits
+    for routes, said, removed in ((own, logits, None), (foreign, moved, 1.0)):
+        logprobs = said.detach().log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+        logprobs = torch.nn.functional.pad(logprobs, (0, 1), value=math.nan)
+        trace = Trace(routed_experts=routes, source="test", tokens=tokens, logprobs=logprobs)
+        row = audit(path, trace=("t.json", trace)).rows
+        found = next(one for one in row if one.name == "trace t.json")
+        assert found.kind == "engine" and found.difference.not_finite == 0
+        if removed is None:
+            assert found.difference.live.kl_k3 < 1e-10
+        else:
+            assert found.difference.live.kl_k3 > 1e-6
+            assert found.difference.removed == pytest.approx(removed, abs=1e-4)
 
 
 def test_a_trace_of_another_model_is_refused_before_anything_is_sampled(folder: Path) -> None:

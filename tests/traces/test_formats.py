@@ -110,6 +110,37 @@ def test_rows_are_as_many_as_the_tokens_that_the_response_says_it_has(
             read(path)
 
 
+WITH_LOGPROBS: dict[str, Callable[[list[Any]], Any]] = {
+    "chat": lambda values: {"logprobs": {"content": [{"logprob": v} for v in values]}},
+    "completions": lambda values: {"logprobs": {"token_logprobs": values}},
+    "sglang": lambda values: {"meta_info": {"output_token_logprobs": [[v, 6, ""] for v in values]}},
+    "gym": lambda values: {"generation_log_probs": values},
+}
+
+
+@pytest.mark.parametrize("name", WITH_LOGPROBS)
+def test_log_probs_stand_where_their_tokens_are_predicted(name: str, tmp_path: Path) -> None:
+    path, ids, tokens = tmp_path / "r.json", t.routes(1)[0, :-1], t.S - t.PROMPT
+    said = [-0.25 * k for k in range(tokens - 1)]
+
+    def write(values: list[Any]) -> None:
+        choice = {"token_ids": [6] * tokens, "routed_experts": ids.tolist()}
+        choice |= WITH_LOGPROBS[name](values)
+        path.write_text(json.dumps({"prompt_token_ids": [5] * t.PROMPT, "choices": [choice]}))
+
+    write([*said, None])
+    logprobs = read(path).logprobs
+    assert logprobs is not None and logprobs.shape == (1, t.S)
+    known = logprobs[0].isfinite()
+    assert known.nonzero().flatten().tolist() == [*range(t.PROMPT - 1, t.S - 2)]
+    assert logprobs[0][known].tolist() == said
+    write(said)
+    with pytest.raises(ValueError, match="log-probs of 15 tokens, and the response has 16"):
+        read(path)
+    write([])
+    assert read(path).logprobs is None
+
+
 @pytest.mark.parametrize("start", [0, 1, 7])
 @pytest.mark.parametrize("name", ["sglang", "object"])
 def test_rows_begin_at_the_position_that_the_file_says(
