@@ -3,7 +3,8 @@
 import torch
 
 from moe_rl.batch import RolloutBatch
-from moe_rl.policy.policy import Policy, build_policy
+from moe_rl.policy.build import build_policy
+from moe_rl.policy.policy import Policy
 from moe_rl.presets import preset
 from moe_rl.rollout.cached import generate
 

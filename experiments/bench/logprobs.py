@@ -24,7 +24,7 @@ from moe_rl.experiments.bench.logprob_peers import OURS, Contestant, contestants
 from moe_rl.experiments.bench.result import check_counts, table, write_result
 from moe_rl.kernels import choose_backend
 from moe_rl.kernels.product import product
-from moe_rl.policy.policy import resolve_device
+from moe_rl.policy.build import resolve_device
 from moe_rl.runtime.process import cpu_name
 
 SMALL = "1088,96,13"  # a minibatch of the small study: 64 responses of 17 tokens

@@ -20,8 +20,9 @@ from moe_rl.batch import RolloutBatch
 from moe_rl.config import RunConfig
 from moe_rl.experiments.bench.result import check_counts, in_turn, write_result
 from moe_rl.losses import aggregate, find_algorithm, make_inputs
+from moe_rl.policy.build import build_policy
 from moe_rl.policy.forward import ForwardOptions, response_pass
-from moe_rl.policy.policy import Policy, build_policy
+from moe_rl.policy.policy import Policy
 from moe_rl.presets import preset
 from moe_rl.rollout.cached import CachedEngine
 from moe_rl.rollout.request import Request

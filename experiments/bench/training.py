@@ -28,7 +28,7 @@ from torch import Tensor
 from moe_rl.config import RunConfig
 from moe_rl.experiments.bench.result import check_counts, in_turn, table, write_result
 from moe_rl.kernels.product import product
-from moe_rl.policy.policy import build_policy
+from moe_rl.policy.build import build_policy
 from moe_rl.presets import preset
 from moe_rl.run_folder.log import RunLog
 from moe_rl.runtime.process import prepare_process

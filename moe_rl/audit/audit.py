@@ -33,9 +33,10 @@ from moe_rl.config import (
     ModelConfig,
     RolloutPrecision,
 )
+from moe_rl.policy.build import build_policy
 from moe_rl.policy.fit import check_prompt
 from moe_rl.policy.forward import ForwardOutput
-from moe_rl.policy.policy import Policy, build_policy
+from moe_rl.policy.policy import Policy
 from moe_rl.replay_check.check_trace import check_trace
 from moe_rl.rollout.cached import CachedEngine
 from moe_rl.rollout.engine import check_engine, make_engine

@@ -25,8 +25,9 @@ from moe_rl.batch import RolloutBatch
 from moe_rl.config import AuditPrecision, ConfigError, ModelConfig
 from moe_rl.cpu import FastPath
 from moe_rl.experts import choose_experts
+from moe_rl.policy.build import build_policy
 from moe_rl.policy.forward import ForwardOptions, ForwardOutput, Layout, response_pass, score_tokens
-from moe_rl.policy.policy import Policy, build_policy
+from moe_rl.policy.policy import Policy
 from moe_rl.rollout.precision import rounded_weights
 from moe_rl.routing import record_routing, replay_routing
 

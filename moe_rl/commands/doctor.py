@@ -28,7 +28,7 @@ class Doctor(Command):
         from moe_rl.kernels import choose_backend
         from moe_rl.kernels.product import product_reason
         from moe_rl.kernels.routing_stats import choose_routing_backend
-        from moe_rl.policy.policy import resolve_device
+        from moe_rl.policy.build import resolve_device
         from moe_rl.tasks.programs import isolation
 
         cuda = torch.cuda.is_available()

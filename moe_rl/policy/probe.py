@@ -11,16 +11,13 @@ error. Shapes: P prompts, G responses to each, B = P * G, Sp prompt and T respon
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moe_rl.config import ConfigError
+from moe_rl.policy.policy import Policy
 from moe_rl.routing import record_routing, replay_routing
-
-if TYPE_CHECKING:
-    from moe_rl.policy.policy import Policy
 
 _PROMPTS, _RESPONSE, _GROUP = (7, 12), 6, 2  # tokens of each prompt, of a response; responses
 # What a model's code raises where it was not made for a way of reading.
@@ -28,7 +25,7 @@ _ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueE
 
 
 @torch.no_grad()
-def check_logits(policy: "Policy", name: str) -> None:
+def check_logits(policy: Policy, name: str) -> None:
     """Refuse a model whose logits are not what log-probs are computed from; errors begin with name.
 
     Raises:
@@ -48,7 +45,7 @@ def check_logits(policy: "Policy", name: str) -> None:
 
 
 @torch.enable_grad()
-def has_idle_parameters(policy: "Policy") -> bool:
+def has_idle_parameters(policy: Policy) -> bool:
     """Whether some trained parameters get no gradient, as the indexers of sparse attention."""
     _logits(policy, _few_tokens(policy)).logsumexp(-1).sum().backward()
     idle = any(p.requires_grad and p.grad is None for p in policy.model.parameters())
@@ -56,19 +53,19 @@ def has_idle_parameters(policy: "Policy") -> bool:
     return idle
 
 
-def _few_tokens(policy: "Policy") -> Tensor:
+def _few_tokens(policy: Policy) -> Tensor:
     """One made-up sequence: int64 [1, 6]."""
     words = policy.model.get_input_embeddings().num_embeddings
     return torch.arange(2, 8, device=policy.device).remainder(words)[None]
 
 
-def _logits(policy: "Policy", ids: Tensor) -> Tensor:
+def _logits(policy: Policy, ids: Tensor) -> Tensor:
     """Logits of whole sequences without padding, over the policy's temperature."""
     return policy.logits(policy.read_whole(ids, torch.ones_like(ids, dtype=torch.bool)))
 
 
 @contextlib.contextmanager
-def _running(policy: "Policy", name: str) -> Iterator[None]:
+def _running(policy: Policy, name: str) -> Iterator[None]:
     """Say in one line that a model does not even read one sequence without a cache."""
     try:
         yield
@@ -79,7 +76,7 @@ def _running(policy: "Policy", name: str) -> Iterator[None]:
         ) from error
 
 
-def _tolerance(policy: "Policy") -> float:
+def _tolerance(policy: Policy) -> float:
     """How far two ways to the same numbers may differ, relative to their norm.
 
     Half the digits of the weights' type: rounding takes fewer, another context or scale more.
@@ -88,7 +85,7 @@ def _tolerance(policy: "Policy") -> float:
 
 
 @torch.no_grad()
-def must_read_whole(policy: "Policy", name: str) -> bool:
+def must_read_whole(policy: Policy, name: str) -> bool:
     """Whether sequences must be read whole because the model's cache does not serve a group.
 
     False too where the weights give NaN or inf: the rollout will say so.
@@ -123,7 +120,7 @@ def must_read_whole(policy: "Policy", name: str) -> bool:
 class _Probe:
     """Made-up prompts and responses, and the hidden states that they have alone."""
 
-    def __init__(self, policy: "Policy") -> None:
+    def __init__(self, policy: Policy) -> None:
         self.policy = policy
         draws = torch.Generator().manual_seed(0)
         width, rows = max(_PROMPTS), len(_PROMPTS) * _GROUP

@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import Qwen3MoeForCausalLM
 
 from moe_rl.config import RunConfig
+from moe_rl.policy.build import build_policy, resolve_device
 from moe_rl.policy.fit import check_fit
 from moe_rl.policy.folder import find_model
-from moe_rl.policy.policy import Policy, build_policy, resolve_device
+from moe_rl.policy.policy import Policy
 from moe_rl.policy.tokenizer import encode_prompt
 from moe_rl.routing import collect_router_logits, find_routers
 from moe_rl.run_folder.log import check_can_be_made, jsonable

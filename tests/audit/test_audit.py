@@ -17,7 +17,7 @@ from moe_rl.audit.verdict import verdict
 from moe_rl.commands.cli import main
 from moe_rl.config import AuditPrecision, ModelConfig
 from moe_rl.metrics.published import DENSE_KL
-from moe_rl.policy.policy import build_policy
+from moe_rl.policy.build import build_policy
 from moe_rl.policy.tokenizer import tokenizer_of
 from moe_rl.replay_check.families import build_family
 from moe_rl.routing import record_routing, replay_routing

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from moe_rl.config import ConfigError, ModelConfig
 from moe_rl.policy import probe
+from moe_rl.policy.build import build_policy
 from moe_rl.policy.forward import ForwardOptions, choose_layout, response_pass
-from moe_rl.policy.policy import Policy, build_policy
+from moe_rl.policy.policy import Policy
 from moe_rl.policy.probe import check_logits, has_idle_parameters, must_read_whole
 from moe_rl.policy.router_noise import RouterNoise
 from moe_rl.policy.tokenizer import tokenizer_of
@@ -47,7 +48,7 @@ def test_a_policy_has_the_numbers_that_transformers_loads(
 ) -> None:
     """In bfloat16 too: a cast of the whole model would take along what is kept in float32."""
     # Only what is loaded counts here, and the probe would take most of the time.
-    monkeypatch.setattr("moe_rl.policy.policy.must_read_whole", lambda policy, name: False)
+    monkeypatch.setattr("moe_rl.policy.build.must_read_whole", lambda policy, name: False)
     saved(family, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     ours = loaded(tmp_path, "bfloat16").model

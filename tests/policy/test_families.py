@@ -10,8 +10,9 @@ from small_policy import ALPHABET, PROMPTS, rollout, widen
 from moe_rl.batch import response_positions
 from moe_rl.config import Family, RunConfig
 from moe_rl.experiments.studies import study_plan
+from moe_rl.policy.build import build_policy
 from moe_rl.policy.forward import ForwardOptions, response_pass
-from moe_rl.policy.policy import Policy, build_policy
+from moe_rl.policy.policy import Policy
 from moe_rl.presets import preset
 from moe_rl.routing import collect_router_logits, find_routers, record_routing
 from moe_rl.training.run import train

@@ -5,8 +5,9 @@ import torch
 from small_policy import ALPHABET, PROMPTS, rollout
 
 from moe_rl.batch import response_positions
+from moe_rl.policy.build import build_policy
 from moe_rl.policy.forward import ForwardOptions, Layout, choose_layout, response_pass
-from moe_rl.policy.policy import Policy, build_policy
+from moe_rl.policy.policy import Policy
 from moe_rl.policy.router_noise import RouterNoise
 from moe_rl.presets import preset
 

@@ -8,8 +8,9 @@ import torch
 from small_policy import ALPHABET, PROMPTS, rollout
 
 from moe_rl.config import ConfigError, ModelConfig
+from moe_rl.policy.build import build_policy
 from moe_rl.policy.forward import ForwardOptions, response_pass
-from moe_rl.policy.policy import Policy, build_policy
+from moe_rl.policy.policy import Policy
 from moe_rl.policy.router_noise import RouterNoise
 from moe_rl.policy.tokenizer import tokenizer_of
 from moe_rl.rollout.cached import sample_tokens

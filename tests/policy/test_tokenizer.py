@@ -19,9 +19,10 @@ from tokenizers import (
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from moe_rl.config import ConfigError, ModelConfig
+from moe_rl.policy.build import build_policy
 from moe_rl.policy.fit import check_fit
 from moe_rl.policy.folder import find_model
-from moe_rl.policy.policy import Policy, build_policy
+from moe_rl.policy.policy import Policy
 from moe_rl.policy.tokenizer import encode_prompt, end_ids, tokenizer_of
 from moe_rl.rollout.cached import generate
 from moe_rl.tasks import Dataset, make_task

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from moe_rl.policy.policy import build_policy
+from moe_rl.policy.build import build_policy
 from moe_rl.presets import preset
 from moe_rl.recorded import inspect_batch, read_batch
 from moe_rl.recorded.findings import findings

@@ -28,7 +28,7 @@ from verl.workers.utils.padding import response_from_nested
 
 from moe_rl.integrations import verl_engine
 from moe_rl.integrations.verl import PREFIX
-from moe_rl.policy.policy import build_policy
+from moe_rl.policy.build import build_policy
 from moe_rl.presets import preset
 from moe_rl.routing import record_routing, statistics
 

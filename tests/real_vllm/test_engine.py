@@ -12,8 +12,9 @@ from transformers import GptOssConfig
 
 from moe_rl.batch import RolloutBatch, response_positions
 from moe_rl.config import ConfigError
+from moe_rl.policy.build import build_policy
 from moe_rl.policy.forward import ForwardOptions, response_pass
-from moe_rl.policy.policy import Policy, build_policy
+from moe_rl.policy.policy import Policy
 from moe_rl.presets import preset
 from moe_rl.rollout import vllm_outputs
 from moe_rl.rollout.engine import check_engine, make_engine

@@ -17,8 +17,9 @@ from moe_rl.batch import RolloutBatch, response_positions
 from moe_rl.config import ConfigError, Family, RunConfig
 from moe_rl.cpu import FastPath
 from moe_rl.metrics.instruments import mismatch_metrics
+from moe_rl.policy.build import build_policy
 from moe_rl.policy.forward import ForwardOptions, response_pass
-from moe_rl.policy.policy import Policy, build_policy
+from moe_rl.policy.policy import Policy
 from moe_rl.policy.tokenizer import tokenizer_of
 from moe_rl.presets import preset
 from moe_rl.replay_check.families import build_family

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_rl.config import ConfigError, ModelConfig, RunConfig, TaskConfig
+from moe_rl.policy.build import build_policy
 from moe_rl.policy.fit import check_fit
-from moe_rl.policy.policy import build_policy
 from moe_rl.policy.tokenizer import tokenizer_of
 from moe_rl.presets import preset
 from moe_rl.tasks import Dataset, Task, make_task
