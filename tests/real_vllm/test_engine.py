@@ -139,6 +139,18 @@ def test_gpt_oss_is_read_as_long_as_its_weights_stay() -> None:
     assert differing_routers(policy, batch) < 0.1
 
 
+@pytest.mark.parametrize("keeps", ["everything", "experts"])
+def test_a_reload_that_leaves_weights_behind_stops_the_run_before_any_update(
+    keeps: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update at 1e-6 moves log-probs by less than rounding does: waiting for it is too late."""
+    name = "RepackExperts.reload_and_repack" if keeps == "everything" else "forget_packed_experts"
+    monkeypatch.setattr(f"moe_rl.rollout.vllm_worker.{name}", lambda kept: None)
+    engine = make_engine("vllm", wide_policy())
+    with pytest.raises(ValueError, match=r"step 0: its log-probs are .* where float32 explains"):
+        engine.sample(request())
+
+
 def test_experts_that_a_reload_leaves_behind_stop_the_run(
     engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
