@@ -6,6 +6,7 @@ Rows come from a file, the hub or reasoning-gym (rows.py), are judged by a named
 programs.py) or a function of your own (own_reward.py), and are known by their sha256.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -186,7 +187,8 @@ class Dataset(Task):
                 columns["answer"] = read_cases(row, self.settings.answer_column, where)
             else:
                 answer = self._answer(row, where)
-                columns |= {} if answer is None else {"answer": answer}
+                if self.settings.reward is None:  # a reward of one's own gets the row as it is
+                    columns["answer"] = answer
             rows.append(Row(where, prompt, answer, columns))
         return rows
 
@@ -197,12 +199,13 @@ class Dataset(Task):
         value = _pick(row, self.settings.answer_column, _ANSWERS, "answer", where)
         if isinstance(value, str):
             return value
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and math.isfinite(value):
             return f"{value:.15g}" if isinstance(value, float) else str(value)
         if self.settings.reward is not None:
             return None
         raise ConfigError(
-            f"{where}: answer: {value!r:.60} is no text and no number; correct the row"
+            f"{where}: answer: {value!r:.60} is no text and no finite number; correct the row"
         )
 
     def _right(self, row: Row) -> str | None:

@@ -7,6 +7,7 @@
 A judge takes the text of a response and that of an answer. `code` is in programs.py.
 """
 
+import logging
 import re
 import unicodedata
 from collections.abc import Callable
@@ -21,6 +22,10 @@ _NUMBER = re.compile(
     r"(?:(?<![\w)\]])-)?"
     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 )
+
+
+# Delimiters of a formula; one dollar, or an escaped one, is money.
+_FORMULA = re.compile(r"boxed|\\\(|\\\[|(?<!\\)\$.*(?<!\\)\$", re.S)
 
 
 def final_answer(text: str) -> str:
@@ -44,24 +49,41 @@ def last_number(response: str, answer: str) -> bool:
 
 
 def math_verify(response: str, answer: str) -> bool:
-    """The response's final expression and the answer's are mathematically equal."""
-    package = import_extra("math_verify", extra="math", option="judge='math_verify'")
-    return bool(package.verify(_parse_answer(answer), package.parse(final_answer(response))))
+    """The response's final expression and the answer's are mathematically equal.
+
+    Behind a mark the final expression needs no delimiters. A mark that no expression follows may
+    be a heading: then the whole response is read.
+    """
+    package = _math_verify()
+    candidates = [response]
+    if "####" in response:
+        final = final_answer(response)
+        candidates = [_boxed(final), final, *([] if package.parse(final) else [response])]
+    right = _parse_answer(answer)
+    return any(package.verify(right, package.parse(text)) for text in candidates)
 
 
 @lru_cache(maxsize=2**16)
 def accepts_itself(judge: str, answer: str) -> bool:
     """Whether a judge takes an answer for right: where not, no response could be."""
-    return JUDGES[judge](answer, answer)
+    return JUDGES[judge](_boxed(answer) if judge == "math_verify" else answer, answer)
 
 
 @lru_cache(maxsize=2**14)
 def _parse_answer(answer: str) -> list[Any]:
+    return list(_math_verify().parse(_boxed(final_answer(answer))))
+
+
+def _boxed(text: str) -> str:
+    r"""A bare formula such as \frac{1}{2} is none to the parser without delimiters."""
+    return text if _FORMULA.search(text) else rf"\boxed{{{text}}}"
+
+
+def _math_verify() -> Any:
     package = import_extra("math_verify", extra="math", option="judge='math_verify'")
-    text = final_answer(answer)
-    # A bare formula such as \frac{1}{2} is none to the parser without delimiters.
-    marked = text if "boxed" in text or "$" in text or r"\(" in text else rf"\boxed{{{text}}}"
-    return list(package.parse(marked))
+    # It tells of each comparison that takes more than its 5 seconds, which counts as wrong.
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    return package
 
 
 def _last_number(text: str) -> Decimal | None:

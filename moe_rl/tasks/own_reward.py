@@ -2,9 +2,9 @@
 
 moe-rl train --task dataset --dataset rows.jsonl --reward my_reward.py:my_reward
 
-It is called with prompts, completions, completion_ids and the columns of the rows, all as keyword
-arguments and lists of one entry a completion, and returns a number for each completion. Where
-prompts are lists of messages, completions are lists of one message.
+It is called with prompts, completions, completion_ids and the columns of the rows as they are, all
+as keyword arguments and lists of one entry a completion, and returns a number for each completion.
+Where prompts are lists of messages, completions are lists of one message.
 """
 
 import inspect
@@ -57,4 +57,5 @@ def call_reward(
         for prompt, text in zip(prompts, completions, strict=True)
     ]
     with own.errors():
-        return [*own.function(prompts=[*prompts], completions=answers, **columns)]
+        given = [prompt if isinstance(prompt, str) else [*prompt] for prompt in prompts]
+        return [*own.function(prompts=given, completions=answers, **columns)]

@@ -1,7 +1,8 @@
 """The judge `code`: the program of a response passes every test of its row.
 
-A test gives a text on standard input and expects one on standard output, or calls a method of
-`Solution` with arguments (LiveCodeBench's `functional` tests, arXiv 2403.07974).
+A test gives a text on standard input and expects one on standard output, or calls a function, or a
+method of `Solution`, with arguments (LiveCodeBench's `functional` tests, arXiv 2403.07974, and
+APPS's with a `fn_name`, arXiv 2105.09938).
 
 A program runs in a process and a folder of its own, within the limits of sandbox.py, and without
 our environment variables. Where the system allows it (`unshare`), it has no network and sees no
@@ -32,7 +33,8 @@ from moe_rl.runtime.strict import ConfigError
 from moe_rl.tasks.sandbox import landlock_version
 
 SECONDS, MEGABYTES = 6.0, 1024  # a test of LiveCodeBench has 6 seconds
-_BLOCK = re.compile(r"```[^\n`]*\n(.*?)```", re.S)
+_BLOCK = re.compile(r"```([^\n`]*)\n(.*?)```", re.S)
+_CASES = ["public_test_cases", "private_test_cases", "test_cases", "input_output"]
 _SANDBOX = Path(__file__).with_name("sandbox.py")
 _UNSHARE = ("unshare", "--map-root-user", "--net", "--ipc", "--pid", "--fork", "--kill-child")
 # What starter codes of functional tests take for granted, such as List.
@@ -43,7 +45,8 @@ _IMPORTS = "\n".join(
 _CALL = """
 import json as _json, sys as _sys
 _given = [_json.loads(line) for line in _sys.stdin.read().splitlines() if line.strip()]
-print("\\n" + _json.dumps(Solution().{name}(*_given)))
+_called = Solution().{name} if "Solution" in globals() else {name}
+print("\\n" + _json.dumps(_called(*_given)))
 """
 
 
@@ -53,7 +56,9 @@ class Case(NamedTuple):
     input: str
     output: str
     function: str | None = None
-    """Method of `Solution` that is called; None: the program reads and writes."""
+    """Function, or method of `Solution`, that is called; None: the program reads and writes."""
+    listed: bool = False
+    """The output may stand in a list of one, as in some rows of APPS."""
 
 
 def isolation() -> Choice:
@@ -71,18 +76,19 @@ def isolation() -> Choice:
 def read_cases(row: Mapping[str, Any], column: str | None, where: str) -> list[Case]:
     """The tests of a row, as LiveCodeBench and APPS publish them.
 
-    A list of {"input", "output", "testtype"}, or {"inputs": [...], "outputs": [...]}, either also
-    as JSON text; private tests of LiveCodeBench also compressed.
+    A list of {"input", "output", "testtype"}, or {"inputs": [...], "outputs": [...]} with texts,
+    lists of lines or, beside a "fn_name", arguments and results; either also as JSON text; private
+    tests of LiveCodeBench also compressed.
 
     Args:
         row: of the dataset.
-        column: that holds the tests; None: public_test_cases and private_test_cases, or test_cases.
+        column: that holds the tests; None: those of `_CASES` that the row has.
         where: place of the row, for messages.
 
     Raises:
         ConfigError: there are no tests, or they have another form.
     """
-    names = [column] if column else ["public_test_cases", "private_test_cases", "test_cases"]
+    names = [column] if column else _CASES
     function = None
     cases = []
     try:
@@ -92,10 +98,13 @@ def read_cases(row: Mapping[str, Any], column: str | None, where: str) -> list[C
             found = _decode(row[name]) if row.get(name) else []
             if isinstance(found, dict):
                 pairs = zip(found["inputs"], found["outputs"], strict=True)
-                found = [{"input": given, "output": expected} for given, expected in pairs]
+                cases += [_listed_case(*pair, found.get("fn_name")) for pair in pairs]
+                continue
             for test in found:
                 called = function if test.get("testtype") == "functional" else None
-                cases.append(Case(str(test["input"]), str(test["output"]), called))
+                if test.get("testtype") == "functional" and not called:
+                    raise ValueError("a functional test, and no func_name in the row's metadata")
+                cases.append(Case(_lines(test["input"]), _lines(test["output"]), called))
     except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
         raise ConfigError(
             f"{where}: {name}: no tests of a program ({type(error).__name__}: {error}); give a "
@@ -106,6 +115,18 @@ def read_cases(row: Mapping[str, Any], column: str | None, where: str) -> list[C
             f"{where}: no tests in {' or '.join(names)}; name their column as answer_column"
         )
     return cases
+
+
+def _listed_case(given: Any, expected: Any, function: str | None) -> Case:
+    """A test of APPS."""
+    if function is None:
+        return Case(_lines(given), _lines(expected))
+    arguments = "\n".join(json.dumps(argument) for argument in given)
+    return Case(arguments, json.dumps(expected), function, listed=True)
+
+
+def _lines(value: Any) -> str:
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _decode(value: Any) -> Any:
@@ -123,9 +144,10 @@ def _decode(value: Any) -> Any:
 
 
 def program_of(response: str) -> str:
-    """The last fenced block of a response, all of it where there is none."""
+    """The last fenced block of a response that is called Python, or the last; else all of it."""
     blocks = _BLOCK.findall(response)
-    return str(blocks[-1]) if blocks else response
+    python = [text for language, text in blocks if language.strip().lower().startswith("py")]
+    return str([response, *(text for _, text in blocks), *python][-1])
 
 
 def pass_all(
@@ -165,7 +187,8 @@ def matches(case: Case, printed: str | None) -> bool:
         return False
     if case.function is not None:
         try:
-            return bool(json.loads(printed.splitlines()[-1]) == json.loads(case.output))
+            result, expected = json.loads(printed.splitlines()[-1]), json.loads(case.output)
+            return result == expected or (case.listed and [result] == expected)
         except (ValueError, IndexError, RecursionError):
             return False
     found, expected = (

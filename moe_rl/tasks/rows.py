@@ -89,7 +89,7 @@ def _read_file(path: Path, name: str) -> Rows:
         raise ConfigError(f"{name}: the file is empty; give one row per line")
     sha256 = hashlib.sha256(raw).hexdigest()
     if path.suffix not in _READERS:
-        lines = raw.removesuffix(b"\n").split(b"\n")
+        lines = raw.rstrip().split(b"\n")
         where = [f"{path}, line {n}" for n in range(1, len(lines) + 1)]
         return Rows(where, [*map(_parse_line, lines, where)], sha256)
     datasets = import_extra("datasets", extra="data", option=name)

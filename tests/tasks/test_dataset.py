@@ -109,13 +109,14 @@ def test_the_last_line_is_read_before_the_first_is_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b"", "Invalid JSON"),
+        (b"\n" + json.dumps(ROWS[0]).encode(), "Invalid JSON"),
         (b'{"prompt": "1+1=", "answer": "2"', "Invalid JSON"),
         (b'{"prompt": "\xff", "answer": "2"}', "Invalid JSON"),
         (b'["1+1=", "2"]', r"\[.* is no object"),
         (b'{"prompt": "1+1="}', "answer: no column 'answer'; the row has prompt"),
-        (b'{"prompt": "1+1=", "answer": [2]}', "answer: .*is no text and no number"),
-        (b'{"prompt": "1+1=", "answer": true}', "answer: True is no text and no number"),
+        (b'{"prompt": "1+1=", "answer": [2]}', "answer: .*is no text and no finite number"),
+        (b'{"prompt": "1+1=", "answer": true}', "answer: True is no text and no finite number"),
+        (b'{"prompt": "1+1=", "answer": NaN}', "answer: nan is no text and no finite number"),
         (b'{"prompt": "", "answer": "2"}', "prompt: '' is neither a text nor a list"),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_rl.config import ConfigError
-from moe_rl.tasks.judges import exact, final_answer, last_number, math_verify
+from moe_rl.tasks.judges import accepts_itself, exact, final_answer, last_number, math_verify
 from moe_rl.tasks.programs import Case, isolation, matches, pass_all, program_of, read_cases
 from moe_rl.tasks.sandbox import landlock_version
 
@@ -69,6 +69,27 @@ def test_equal_expressions_are_right_for_math_verify(
     assert math_verify(response, answer) == right
 
 
+# In the style of MATH-500's answers.
+FORMULAS = [
+    r"\left( 3, \frac{\pi}{2} \right)", r"3\sqrt{13}", r"\pi", "6 - 5i", "(1,2)", "p - q",
+    r"\frac{\sqrt{3}}{2}", r"\dfrac{3}{4}", r"\text{Evelyn}", r"\$18.90", "x^3 + 3x - 6", "11,111",
+    r"\{1, 2\}", "[0, 1)", r"5\%", r"10^\circ", r"\frac43", "y = 2x + 3", "0.45", "-50", "13.5",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", FORMULAS)
+def test_a_formula_is_right_in_a_box_between_dollars_and_behind_a_mark(answer: str) -> None:
+    pytest.importorskip("math_verify", reason="pip install 'moe-rl[math]'")
+    assert accepts_itself("math_verify", answer)
+    for right in (
+        rf"so \boxed{{{answer}}}.",
+        f"so\n#### {answer}",
+        rf"\boxed{{{answer}}}\n#### Done",
+    ):
+        assert math_verify(right, answer), right
+    assert not math_verify("#### 987654", answer) and not math_verify(r"\boxed{q}", answer)
+
+
 def test_the_answer_stands_behind_the_last_mark() -> None:
     assert final_answer("a #### b #### 3 ") == "3" and final_answer(" 3 ") == "3"
 
@@ -123,6 +144,8 @@ def test_a_program_that_does_not_end_is_ended() -> None:
 def test_the_last_block_is_the_program() -> None:
     text = "First:\n```python\nprint(1)\n```\nBetter:\n```py\nprint(2)\n```\nDone."
     assert program_of(text) == "print(2)\n" and program_of("print(3)") == "print(3)"
+    assert program_of(text + "\nOutput:\n```\n2\n```") == "print(2)\n"
+    assert program_of("```\nprint(1)\n```\n```\nprint(2)\n```") == "print(2)\n"
 
 
 @pytest.mark.parametrize(
@@ -179,6 +202,31 @@ def test_rows_of_livecodebench_are_judged_by_public_and_private_tests() -> None:
 def test_tests_of_another_form_are_refused(value: object, words: str) -> None:
     with pytest.raises(ConfigError, match=rf"rows, line 4: {words}"):
         read_cases({"tests": value}, "tests", "rows, line 4")
+
+
+def test_apps_calls_a_function_or_gives_lines() -> None:
+    called = {"fn_name": "add", "inputs": [[1, [1, 2]], [0, []]], "outputs": [[2, 3], [[]]]}
+    lines = {"inputs": [["2", "1 2"], "1\n7"], "outputs": [["3"], "7"]}
+    tests = [
+        read_cases({"input_output": json.dumps(said)}, None, "here") for said in (called, lines)
+    ]
+    assert tests[1] == [Case("2\n1 2", "3"), Case("1\n7", "7")]
+    add = "def add(one, many):\n    return [one + each for each in many]"
+    method = (
+        "class Solution:\n    def add(self, one, many):\n        return [one + e for e in many]"
+    )
+    total = "input()\nprint(sum(map(int, input().split())))"
+    programs = [add, method, add.replace("+", "-"), total, total.replace("sum", "max")]
+    given = [tests[0]] * 3 + [tests[1]] * 2
+    assert pass_all(programs, given, seconds=20) == [1.0, 1.0, 0.0, 1.0, 0.0]
+
+
+def test_a_functional_test_names_its_function() -> None:
+    row = {"test_cases": [{"input": "1", "output": "2", "testtype": "functional"}]}
+    with pytest.raises(
+        ConfigError, match=r"here: test_cases: .* no func_name in the row's metadata"
+    ):
+        read_cases(row, None, "here")
 
 
 def test_tests_may_be_lists_of_inputs_and_outputs() -> None:

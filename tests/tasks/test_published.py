@@ -101,7 +101,7 @@ def test_columns_numbers_and_messages(
         (TEXT, {"answer_column": "a.b"}, "answer: no column 'a.b'"),
         ({"prompt": [], "answer": "b"}, {}, r"prompt: \[\] is neither"),
         ({"prompt": [{"role": "user"}], "answer": "b"}, {}, "prompt: .* is neither a text nor"),
-        ({"prompt": "a", "answer": None}, {}, "answer: None is no text and no number"),
+        ({"prompt": "a", "answer": None}, {}, "answer: None is no text and no finite number"),
         ({"prompt": "a", "answer": "no"}, {"judge": "last_number"}, "answer: .*judge=last_number"),
         (TEXT, {"judge": "code", "answer_column": "a"}, "no tests in a; name their column"),
     ],
@@ -210,6 +210,18 @@ def test_an_own_reward_gets_what_trl_gives_its_reward_functions(tmp_path: Path) 
     assert seen["prompts"] == ["1+1="] * 3 and seen["completions"] == ["22", "", "2"]
     assert (seen["level"], seen["other"]) == ([3] * 3, [None] * 3)
     assert task.pinned()["reward_sha256"] == task.own.sha256
+
+
+def test_an_own_reward_gets_columns_and_messages_as_they_are(tmp_path: Path) -> None:
+    message = {"role": "user", "content": "1+1="}
+    file = write(tmp_path, {"prompt": [message], "answer": 42, "solution": "S"})
+    reward = own(tmp_path, "look", "def look(prompts, **given):\n    return [[prompts, given]]\n")
+    for answer_column in (None, "solution"):
+        options = {"answer_column": answer_column, "response_tokens": 9}
+        task = Dataset(dataset=file, reward=reward, **options)
+        ((prompts, given),) = rewards(task, "x")
+        assert prompts == [[message]] and isinstance(prompts[0], list)
+        assert (given["answer"], given["solution"]) == ([42], ["S"])
 
 
 def test_rewards_of_trl_run_as_they_are(tmp_path: Path) -> None:
