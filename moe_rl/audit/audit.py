@@ -15,10 +15,12 @@ from moe_rl.audit.difference import Difference, Reading, compare_readings
 from moe_rl.audit.result import Audit, Row, Sample
 from moe_rl.audit.trace import batch_of_trace
 from moe_rl.audit.ways import (
+    ERRORS,
     Kind,
     Missing,
     Reference,
     Way,
+    one_line,
     read_reference,
     read_replayed,
     read_way,
@@ -103,16 +105,22 @@ def audit_model(
         audit.rows.append(row)
         progress(row.describe())
 
+    if engine is not None:  # first: what it cannot do shows before the others are read
+        name = f"engine {engine} {engine_precision}"
+        try:
+            drawn = make_engine(engine, policy, engine_precision).sample(_request(prompts, sample))
+            add(name, "engine", _of_engine(policy, drawn, rows_at_once))
+        except ERRORS as error:
+            audit.missing.append(Missing(name, one_line(error)))
     add("sampled token by token", "shape", _of_engine(policy, batch, rows_at_once, reference))
     for way in ways_of_policy(policy, batch, precisions, rows_at_once):
         _add_way(audit, way, batch, reference, add)
-    if engine is not None:
-        drawn = make_engine(engine, policy, engine_precision).sample(_request(prompts, sample))
-        name = f"engine {engine} {engine_precision}"
-        add(name, "engine", _of_engine(policy, drawn, rows_at_once))
     if trace is not None and traced is not None:
         laws = check_trace(
-            trace[1].routed_experts, num_experts=taps[0].num_experts, response=trace[1].response
+            trace[1].routed_experts,
+            num_experts=taps[0].num_experts,
+            response=trace[1].response,
+            tokens=trace[1].tokens,
         )
         broken = [law for law in laws if law.passed is False]
         audit.missing += [Missing(f"trace: law {law.check} fails", law.reason) for law in broken]

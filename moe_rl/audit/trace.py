@@ -7,6 +7,7 @@ from moe_rl.batch import RolloutBatch
 from moe_rl.config import ConfigError
 from moe_rl.policy.policy import Policy
 from moe_rl.routing import find_routers
+from moe_rl.traces import fit_to_model
 from moe_rl.traces.files import Trace
 
 
@@ -20,22 +21,30 @@ def batch_of_trace(policy: Policy, name: str, trace: Trace) -> tuple[RolloutBatc
             f"trace={name!r}: holds no token ids, so the model cannot read the same tokens; record "
             "prompt_token_ids and token_ids beside the routes"
         )
+    try:
+        record = fit_to_model(trace.routed_experts, policy.model)
+    except ValueError as error:
+        raise ConfigError(f"trace={name!r}: {error}; give a trace of this model") from error
     taps = find_routers(policy.model)
-    shape = tuple(trace.routed_experts.shape[2:])
-    if shape != (len(taps), taps[0].top_k):
+    if record.shape[3] != taps[0].top_k:
         raise ConfigError(
-            f"trace={name!r}: routes of {shape[0]} layers and {shape[1]} experts a token, the "
-            f"model has {len(taps)} routers that choose {taps[0].top_k}; give a trace of this model"
+            f"trace={name!r}: routes of {record.shape[3]} experts a token, the model's routers "
+            f"choose {taps[0].top_k}; give a trace of this model"
         )
     words = policy.model.get_input_embeddings().num_embeddings
+    holes = (trace.tokens[:, :-1] < 0) & (trace.tokens[:, 1:] >= 0)
+    if bool(holes.any()) or int(trace.tokens.min()) < -1:
+        raise ConfigError(
+            f"trace={name!r}: a negative token id in a sequence; record the tokens as they were fed"
+        )
     if int(trace.tokens.max()) >= words:
         raise ConfigError(
             f"trace={name!r}: token id {int(trace.tokens.max())}, the model embeds {words}; give a "
             "trace of this model"
         )
-    if int(trace.routed_experts.max()) >= taps[0].num_experts:
+    if int(record.max()) >= taps[0].num_experts:
         raise ConfigError(
-            f"trace={name!r}: expert id {int(trace.routed_experts.max())}, the model has "
+            f"trace={name!r}: expert id {int(record.max())}, the model has "
             f"{taps[0].num_experts} experts; give a trace of this model"
         )
     context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
@@ -44,7 +53,7 @@ def batch_of_trace(policy: Policy, name: str, trace: Trace) -> tuple[RolloutBatc
             f"trace={name!r}: sequences of {trace.tokens.shape[1]} tokens, the model's context is "
             f"{context}; give a trace of this model"
         )
-    routes, tokens = trace.routed_experts.to(policy.device), trace.tokens.to(policy.device)
+    routes, tokens = record.to(policy.device), trace.tokens.to(policy.device)
     kept = tokens >= 0
     ids = tokens.masked_fill(~kept, policy.pad_id)
     mask = kept[:, 1:] & (routes[:, :-1] >= 0).flatten(2).all(-1)

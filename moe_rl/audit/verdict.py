@@ -12,6 +12,8 @@ from moe_rl.metrics.published import DENSE_KL
 
 WORTH = 0.5
 """Share of the KL that replay must remove to be called the cure."""
+SURE = 2.0
+"""Standard errors by which a KL must differ from a dense model's."""
 
 
 def verdict(name: str, kind: Kind, found: Difference) -> str:
@@ -27,6 +29,11 @@ def verdict(name: str, kind: Kind, found: Difference) -> str:
     start = f"{routers} of routers differ, {measured}"
     if kind == "trace":
         words = f"{routers} of routers differ, which alone moves this model by {measured}"
+    elif abs(kl - DENSE_KL) <= SURE * error:
+        words = (
+            f"not settled: {start}, too near to the {DENSE_KL:.2g} that a dense model has between "
+            "two engines; give more prompts"
+        )
     elif found.router_disagreement == 0:
         words = f"no router differs, {measured}: there is nothing to replay"
         if kl >= DENSE_KL:
@@ -56,10 +63,13 @@ def shape_verdict(rows: list[tuple[str, Difference]], what: str) -> str:
     if all(found.router_disagreement == 0 and found.live.largest == 0 for _, found in rows):
         return f"{what}: bit for bit the same."
     name, worst = max(rows, key=lambda row: row[1].live.kl_k3)
-    return (
-        f"{what}: at most KL {worst.live.kl_k3:.2g} and {_share(worst.router_disagreement)} of "
-        f"routers ({name})."
-    )
+    words = f"at most KL {worst.live.kl_k3:.2g} and {_share(worst.router_disagreement)} of routers"
+    if worst.live.kl_k3 < DENSE_KL:
+        return f"{what}: {words} ({name})."
+    words += f" ({name}), more than the {DENSE_KL:.2g} that a dense model has between two engines"
+    if not math.isnan(worst.removed):
+        words += f"; replay removes {max(worst.removed, 0.0):.0%} of it"
+    return f"{what}: {words}."
 
 
 def _share(value: float) -> str:

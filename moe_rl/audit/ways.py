@@ -39,7 +39,7 @@ Read = Callable[[Tensor | None], ForwardOutput]
 _ARITHMETIC = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PADDING = 8  # tokens
 # What kernels and models raise where they were not made for a type, a device or a shape.
-_ERRORS = (RuntimeError, NotImplementedError, TypeError, ValueError, ImportError, AssertionError)
+ERRORS = (RuntimeError, NotImplementedError, TypeError, ValueError, ImportError, AssertionError)
 
 
 class Way(NamedTuple):
@@ -113,8 +113,8 @@ def ways_of_copies(
             continue
         try:
             policy = build_policy(config, "", temperature=temperature, fuse=False, dtype=dtype)
-        except (*_ERRORS, ConfigError) as error:
-            yield Missing(name, _one_line(error))
+        except (*ERRORS, ConfigError) as error:
+            yield Missing(name, one_line(error))
             continue
         yield Way(name, "numerics", _reader(policy, batch, rows))
         del policy
@@ -133,11 +133,12 @@ def read_way(way: Way, replay: Tensor | None) -> ForwardOutput | Missing:
     try:
         with torch.no_grad():
             return way.read(replay)
-    except _ERRORS as error:
-        return Missing(way.name, _one_line(error))
+    except ERRORS as error:
+        return Missing(way.name, one_line(error))
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error says, and its type where it is not one of ours."""
     said = " ".join(str(error).split())
     ours = said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
     return textwrap.shorten(ours, 300)
@@ -187,8 +188,8 @@ def _experts(policy: Policy, read: Read) -> Iterator[Way | Missing]:
             try:
                 choose_experts(policy.device, name)
                 policy.model.set_experts_implementation(name)
-            except _ERRORS as error:
-                yield Missing(f"experts {name}", _one_line(error))
+            except ERRORS as error:
+                yield Missing(f"experts {name}", one_line(error))
             else:
                 yield Way(f"experts {name}", "experts", read)
     finally:
@@ -201,7 +202,7 @@ def _rounded(policy: Policy, name: AuditPrecision, read: Read) -> Iterator[Way |
         try:
             stack.enter_context(rounded_weights(policy.model, name))
         except ConfigError as error:
-            yield Missing(f"{name} weights", _one_line(error))
+            yield Missing(f"{name} weights", one_line(error))
         else:
             yield Way(f"{name} weights", "numerics", read)
 

@@ -1,5 +1,6 @@
 """`moe-rl audit MODEL`: how much routing and log-probs of a checkpoint move, before training it."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -86,6 +87,7 @@ class Audit(TraceLayout, Command):
         from moe_rl.run_folder.log import check_can_be_made, write_json
 
         check_can_be_made(self.out, "out")
+        self._check_other_audit()
         said: list[str] = []
 
         def say(line: str) -> None:
@@ -125,6 +127,15 @@ class Audit(TraceLayout, Command):
         write_json(self.out / "audit.json", found)
         print(f"page: {write_audit_page(self.out, found)}")
         return 0
+
+    def _check_other_audit(self) -> None:
+        """Refuse a folder that holds the audit of another model; one of this model is renewed."""
+        file = self.out / "audit.json"
+        theirs = json.loads(file.read_bytes())["checkpoint"] if file.is_file() else self.model
+        if theirs != self.model:
+            raise ConfigError(
+                f"out={str(self.out)!r}: holds the audit of {theirs}; give another folder"
+            )
 
     def _read_prompts(self) -> list["Prompt"]:
         """The first prompts of the file, or as many of a built-in task."""

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from moe_rl.commands.options import Command
+from moe_rl.config import ConfigError
 from moe_rl.metrics.names import Dialect, rename
 
 
@@ -18,9 +19,9 @@ class Inspect(Command):
     """
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    """Batch of ours or verl's plugin (.safetensors, .npz), prime-rl's token exports (.jsonl or
-    their folder), NeMo-RL's training data (.jsonl), responses of vLLM or SGLang with routes, or
-    TRL's output folder."""
+    """Batch of ours or verl's plugin (.safetensors, .npz, or a folder: its last batch), prime-rl's
+    token exports (.jsonl or their folder), NeMo-RL's training data (.jsonl), responses of vLLM or
+    SGLang with routes, or TRL's output folder."""
     num_experts: int | None = None
     """Number of experts E; every id must be below it."""
     names: Dialect | None = None
@@ -38,6 +39,8 @@ class Inspect(Command):
         from moe_rl.run_folder.log import check_can_be_made, write_json
 
         check_can_be_made(self.out, "out")
+        if self.num_experts is not None and self.num_experts < 1:
+            raise ConfigError(f"num_experts={self.num_experts}: give 1 or more")
         state = find_state(self.path)
         if state is None:
             found = inspect_batch(read_batch(self.path), num_experts=self.num_experts)

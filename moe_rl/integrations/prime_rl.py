@@ -52,7 +52,10 @@ def loss(inputs: Any, algorithm: str = "grpo", **options: float) -> Any:
             "hand to a loss; choose another"
         )
     found = find_algorithm(algorithm)
-    chosen = resolve_options(algorithm, found, options)
+    for name, value in options.items():
+        if not isinstance(value, int | float):
+            raise ValueError(f"{name}={value!r}: no number; correct trainer.loss.kwargs")
+    chosen = resolve_options(algorithm, found, options, or_else="leave them out")
     engine = inputs.inference_logprobs[None]
     advantages, mask = inputs.advantages[None], inputs.loss_mask[None].bool()
     weights = getattr(inputs, "loss_weights", None)

@@ -9,6 +9,7 @@ slime's signatures of July 2026 (THUDM/slime 0d234f3, 141e5ef); nothing of slime
 """
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from moe_rl.config import ConfigError
 from moe_rl.metrics.ratios import mismatch_statistics, ratio_statistics, ratio_tail
 from moe_rl.recorded import RecordedBatch, inspect_batch, response_rows, write_batch
 
 PREFIX = "moe_rl/"
 RECORD = "MOE_RL_RECORD"
 """Environment variable: a folder for the batches that `log_rollout` writes."""
+
+_NOTHING = torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
 
 logger = logging.getLogger(__name__)
 
@@ -40,26 +44,31 @@ def measure(
     """The policy loss and the masks as they are, and metrics of trainer against engine.
 
     slime takes means over tokens of what a function of this kind returns, so each number comes as a
-    tensor of the loss's shape that is that number everywhere. Nothing is measured where no token
-    counts, nor under context parallelism, where a rank has parts of log-probs and whole masks.
+    tensor of the loss's shape that is that number everywhere, and adds them up by name, so that
+    every micro-batch has every name: 0 where no token counts, which adds nothing, and NaN under
+    context parallelism, where a rank has parts of log-probs and whole masks.
     """
     pairs = zip(train_log_probs, loss_masks, strict=True)
-    if any(len(values) != len(own) for values, own in pairs) or not any(
-        bool(own.any()) for own in loss_masks
-    ):
-        return pg_loss, loss_masks, {}
-    mask = _pad([part.bool() for part in loss_masks])
-    trainer, engine = _pad(train_log_probs), _pad(rollout_log_probs)
-    found = {
-        **mismatch_statistics(trainer, engine, mask),
-        **ratio_tail(trainer, engine, mask, prefix="rollout_ratio"),
-    }
-    ess = ratio_statistics(trainer, engine, mask)
-    found |= {f"rollout_{name}": ess[name] for name in ("ratio/token_ess", "ratio/token_var")}
+    if any(len(values) != len(own) for values, own in pairs):
+        found = dict.fromkeys(_statistics(*_NOTHING), math.nan)
+    elif not any(bool(own.any()) for own in loss_masks):
+        found = dict.fromkeys(_statistics(*_NOTHING), 0.0)
+    else:
+        mask = _pad([part.bool() for part in loss_masks])
+        found = _statistics(_pad(train_log_probs), _pad(rollout_log_probs), mask)
     metrics = {
         f"{PREFIX}{name}": torch.full_like(pg_loss.detach(), value) for name, value in found.items()
     }
     return pg_loss, loss_masks, metrics
+
+
+def _statistics(trainer: Tensor, engine: Tensor, mask: Tensor) -> dict[str, float]:
+    ess = ratio_statistics(trainer, engine, mask)
+    return {
+        **mismatch_statistics(trainer, engine, mask),
+        **ratio_tail(trainer, engine, mask, prefix="rollout_ratio"),
+        **{f"rollout_{name}": ess[name] for name in ("ratio/token_ess", "ratio/token_var")},
+    }
 
 
 def log_rollout(
@@ -74,7 +83,11 @@ def log_rollout(
     Where slime hands over no metrics to add to, they go to the log as a line. Returns False: slime
     logs as ever.
     """
-    batch = batch_of(samples)
+    try:
+        batch = batch_of(samples)
+    except ConfigError as error:  # an instrument does not stop a run
+        logger.warning("rollout %s is not measured: %s", rollout_id, error)
+        return False
     if batch is None:
         return False
     found = inspect_batch(batch)
@@ -100,10 +113,19 @@ def batch_of(samples: Sequence[Any]) -> RecordedBatch | None:
     A sample has `tokens`, `response_length`, `loss_mask` or None, `rollout_log_probs` of its
     response, `rollout_routed_experts` [len(tokens) - 1, L, K] by the position that is read, and
     `weight_versions`. None: no sample has log-probs or routes.
+
+    Raises:
+        ConfigError: no token counts, or there are not as many log-probs as tokens.
     """
     samples = [sample for sample in samples if sample.response_length > 0]
     fields: dict[str, Any] = {}
     if samples and all(sample.rollout_log_probs is not None for sample in samples):
+        for number, sample in enumerate(samples):
+            if len(sample.rollout_log_probs) != sample.response_length:
+                raise ConfigError(
+                    f"sample {number}: {len(sample.rollout_log_probs)} log-probs of "
+                    f"{sample.response_length} response tokens"
+                )
         fields["rollout_logprobs"] = _pad([torch.tensor(s.rollout_log_probs) for s in samples])
     if samples and all(_routes(sample) is not None for sample in samples):
         rows = [

@@ -78,16 +78,20 @@ def _as_verl(name: str) -> Any:
         from verl.trainer.ppo.core_algos import agg_loss
 
         inputs = make_inputs(log_prob, old_log_prob, advantages, response_mask.bool())
-        given = {
-            key: value
-            for key, value in (
-                ("clip_low", config.clip_ratio_low),
-                ("clip_high", config.clip_ratio_high),
-                ("bound", config.clip_ratio_c if name == "dual_clip" else None),
-            )
-            if key in algorithm.options
-        }
-        tokens = algorithm.loss(inputs, **resolve_options(name, algorithm, given))
+        low, high = (
+            config.clip_ratio if value is None else value  # as verl's losses read them
+            for value in (config.clip_ratio_low, config.clip_ratio_high)
+        )
+        bound = config.clip_ratio_c if name == "dual_clip" else None
+        given = {"clip_low": low, "clip_high": high, "bound": bound}
+        options = resolve_options(
+            name,
+            algorithm,
+            {key: value for key, value in given.items() if key in algorithm.options},
+            or_else="set them as actor_rollout_ref.actor.clip_ratio_low and clip_ratio_high, or "
+            f"take verl's own loss at any range, loss_mode=measured/{name}",
+        )
+        tokens = algorithm.loss(inputs, **options)
         if rollout_is_weights is not None:
             tokens = tokens * rollout_is_weights
         value = agg_loss(

@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
+from moe_rl.config import ConfigError
 from moe_rl.recorded import RecordedBatch, inspect_batch, response_rows, write_batch
 from moe_rl.recorded.findings import findings
 
@@ -53,8 +54,12 @@ class MeasuredTrainer(PPOTrainerSync):
         if not kept:
             return
         fields = fetch(batch.keys, batch.partition_id)
-        recorded = batch_of(fields, [batch.tags[n] for n in kept], kept)
-        found = inspect_batch(recorded)
+        try:
+            recorded = batch_of(fields, [batch.tags[n] for n in kept], kept)
+            found = inspect_batch(recorded)
+        except ConfigError as error:  # an instrument does not stop a run
+            logger.warning("step %s is not measured: %s", global_steps, error)
+            return
         metrics.update({f"{PREFIX}{name}": value for name, value in found.metrics.items()})
         for level, words in findings(found):
             if level == "wrong":

@@ -114,6 +114,7 @@ def resolve_options(
     given: Mapping[str, float | None],
     *,
     allow_any_scale: bool = False,
+    or_else: str = "set allow_any_clip_scale (--allow-any-clip-scale)",
 ) -> dict[str, float]:
     """The options of a run: what was given, else the loss's defaults, which are the papers'.
 
@@ -125,6 +126,7 @@ def resolve_options(
         algorithm: whose options they are.
         given: values by name; None stands for the default.
         allow_any_scale: skip the comparison of clip scales (not that of bounds).
+        or_else: what to do about a range of the other scale, for the message.
 
     Raises:
         ValueError: an option that the loss does not have or that is not above 0, or a clip range
@@ -150,7 +152,6 @@ def resolve_options(
             raise ValueError(
                 f"{key}={value:g}: on the scale of {scale} ratios, but {name} clips "
                 f"{algorithm.ratio} ratios; use about 0.2 and 0.27 for token ratios (grpo), 3e-4 "
-                "and 4e-4 for sequence ratios (gspo, gspo_token), or set allow_any_clip_scale "
-                "(--allow-any-clip-scale)"
+                f"and 4e-4 for sequence ratios (gspo, gspo_token), or {or_else}"
             )
     return options

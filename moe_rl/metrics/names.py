@@ -1,8 +1,10 @@
 """What other trainers call the metrics that are the same quantities, so that dashboards line up.
 
 A name is here only where formula, pair of policies and mean over tokens agree; a metric that comes
-near (verl's chi-squared, its effective sample size of the rollout's weights) is not. Importable
-without torch.
+near (verl's chi-squared, its effective sample size of the rollout's weights) is not. Clip shares
+agree for losses that clip as PPO's surrogate does: ours count every token whose gradient a loss
+removes, so also those of dual clip's bound, of CISPO and of masks. slime's means are over tokens
+with its `--calculate-per-token-loss`. Importable without torch.
 """
 
 from collections.abc import Mapping
@@ -21,7 +23,6 @@ NAMES: dict[str, dict[Dialect, str]] = {
     "learning_rate": {"verl": "actor/lr", "trl": "learning_rate"},
     "loss": {"verl": "actor/pg_loss", "trl": "loss"},
     "kl": {"verl": "actor/ppo_kl", "slime": "ppo_kl"},
-    "kl_k3": {"nemo": "policy_kl_error"},
     "clip_ratio/low": {"trl": "clip_ratio/low_mean"},
     "clip_ratio/high": {"trl": "clip_ratio/high_mean"},
     "clip_ratio/region": {

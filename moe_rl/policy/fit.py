@@ -42,7 +42,7 @@ def check_prompt(policy: Policy, prompt: Prompt, limit: int, where: str) -> None
         raise ConfigError(
             f"{where}: a prompt of {len(ids)} tokens and a response of {limit} exceed the "
             f"model's context of {context} (max_position_embeddings); shorten the prompt, "
-            "lower response_tokens, or take a model of a longer context"
+            "lower the response's, or take a model of a longer context"
         )
     text = prompt if isinstance(prompt, str) else chat_text(policy.tokenizer, prompt)
     read = policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False)

@@ -53,6 +53,8 @@ class RecordedBatch:
     """int16 [B, T, L, K], the engine's; -1: no record."""
     trainer_routes: Tensor | None = None
     """int16 [B, T, L, K], the trainer's own choice."""
+    tokens: Tensor | None = None
+    """int64 [B, T], the token that is read where each is predicted; -1: unknown."""
     versions: Tensor | None = None
     """int64 [B, T], number of the weights that sampled each token."""
     notes: tuple[str, ...] = ()
@@ -70,7 +72,7 @@ class RecordedBatch:
             )
         if not bool(self.mask.any()):
             raise ConfigError("mask: no response token in the batch; record one that has some")
-        for name in (*LOGPROBS, "advantages", "versions"):
+        for name in (*LOGPROBS, "advantages", "tokens", "versions"):
             value = getattr(self, name)
             if value is not None and value.shape != self.mask.shape:
                 raise ConfigError(
@@ -123,7 +125,19 @@ def without_fills(routes: Tensor) -> Tensor:
 
     verl and slime fill rows that an engine did not return so; no router of several experts a token
     chooses one twice.
+
+    Raises:
+        ConfigError: they are no ids, or too large to be.
     """
+    if routes.is_floating_point() or routes.is_complex():
+        raise ConfigError(f"routes: {routes.dtype}; record expert ids as integers")
+    if routes.numel():
+        low, high = (int(value) for value in routes.long().aminmax())
+        if low < NO_RECORD or high > torch.iinfo(torch.int16).max:
+            raise ConfigError(
+                f"routes: ids from {low} to {high}; record expert ids, -1 for none, in a signed "
+                "type"
+            )
     routes = routes.to(torch.int16)
     if routes.shape[-1] == 1:
         return routes

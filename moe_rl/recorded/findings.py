@@ -17,7 +17,10 @@ LEVELS: tuple[Level, ...] = ("wrong", "look", "good")
 BROKEN_KL = 0.1
 """Nats a token: no engine of equal weights is that far (SGLang's blog: MoE 1e-3 to 1e-1)."""
 ERRORS = 4.0
-"""Standard errors from 1 at which a mean ratio over the sampling policy is called wrong."""
+"""Standard errors beyond a bound that are no chance, of many sequences."""
+MANY = 16
+"""Sequences: of fewer a standard error is too uncertain to call a mean wrong by (with 4 an honest
+one is 4 standard errors off in 3 of 100 batches, with 16 in none of 200)."""
 UNBOUNDED = 0.05
 """Share of the gradient's mass in the unbounded branch that is worth a bound."""
 
@@ -57,7 +60,7 @@ def _sampling(found: Inspection) -> list[Finding]:
         if abs(off) > ERRORS:
             said.append(
                 Finding(
-                    "wrong",
+                    "wrong" if pair.sequences >= MANY else "look",
                     f"the mean of trainer over engine is {pair.mean:.3g}, {abs(off):.0f} standard "
                     "errors from 1, which it is for log-probs of the policy that sampled: look at "
                     "temperature, top-p, or the version of the weights",
@@ -145,10 +148,11 @@ def _routes(found: Inspection) -> list[Finding]:
         said.append(Finding("look", words))
     differ = found.metrics.get("mismatch/router_disagreement", math.nan)
     if not math.isnan(differ):
-        slots = found.metrics["mismatch/churn"]
+        slots = found.metrics.get("mismatch/churn", math.nan)
+        of_slots = "" if math.isnan(slots) else f" and {slots:.1%} of expert slots"
         words = (
-            f"{differ:.1%} of routers and {slots:.1%} of expert slots differ between engine and "
-            "trainer (R3 paper: 10% of routers)"
+            f"{differ:.1%} of routers{of_slots} differ between engine and trainer (R3 paper: 10% "
+            "of routers)"
         )
         said.append(Finding("look" if differ > 0.01 else "good", words))
     if found.best_shift:

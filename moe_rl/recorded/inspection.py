@@ -42,6 +42,8 @@ class Pair:
     denominator: str
     name: str
     tokens: int
+    sequences: int
+    """With a token."""
     mean: float
     """Mean of w."""
     mean_error: float
@@ -151,6 +153,7 @@ def _pair(top: Tensor, bottom: Tensor, mask: Tensor, names: tuple[str, str, str]
         denominator=names[1],
         name=names[2],
         tokens=int(mask.sum()),
+        sequences=number,
         mean=float(mean),
         mean_error=float(spread.sqrt() / counts.sum()) if number > 1 else math.nan,
         survival=[(t, float((own > math.log(t)).double().mean())) for t in TAIL],
@@ -188,7 +191,7 @@ def _routes(batch: RecordedBatch, found: Inspection, num_experts: int | None) ->
     found.metrics["replay/coverage"] = float(recorded.double().mean())
     # What lies elsewhere, as in padding, is nobody's route.
     own = routes.masked_fill(~batch.mask[..., None, None], NO_RECORD)
-    found.laws = check_trace(own, num_experts=num_experts, response=batch.mask)
+    found.laws = check_trace(own, num_experts=num_experts, response=batch.mask, tokens=batch.tokens)
     if trainer is None:
         return
     churn = statistics.churn(routes, trainer, batch.mask)

@@ -2,6 +2,7 @@
 
     batch.safetensors, .npz    arrays, of ours or of verl's plugin (`NAMES` in batch.py)
     rank_0.jsonl, a folder     prime-rl's token exports, also a whole step or run of them
+    a folder of .safetensors   batches that a run has written: the last one
     train_data_step1.jsonl     NeMo-RL's training data
     response.json, .jsonl      vLLM's and SGLang's responses with routes: traces/
 
@@ -11,7 +12,11 @@ Nothing is unpickled.
 import itertools
 import json
 import math
+import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +37,8 @@ from moe_rl.recorded.batch import (
 from moe_rl.traces.files import read_lines, read_trace
 
 _JSONL = "*.jsonl"
-_BAD_FILE = (ValueError, OSError, EOFError, SafetensorError)
+_FLOATS = (*LOGPROBS, "advantages", "mask")
+_BAD_FILE = (ValueError, OSError, EOFError, SafetensorError, zipfile.BadZipFile, zlib.error)
 
 
 def read_batch(path: Path | str) -> RecordedBatch:
@@ -44,10 +50,16 @@ def read_batch(path: Path | str) -> RecordedBatch:
     path = Path(path)
     try:
         if path.is_dir():
+            batches = sorted(path.glob("*.safetensors"), key=_in_order)
+            if batches:
+                last = read_batch(batches[-1])
+                note = f"{batches[-1].name}, the last of {len(batches)} batches in the folder"
+                return replace(last, notes=(note, *last.notes))
             files = sorted(path.rglob(_JSONL))
             if not files:
                 raise ConfigError(
-                    f"no {_JSONL} in the folder; give one of token exports, or a file"
+                    f"no *.safetensors and no {_JSONL} in the folder; give one of batches or of "
+                    "token exports, or a file"
                 )
             return _from_rows(itertools.chain.from_iterable(map(_lines, files)))
         if path.suffix == ".safetensors":
@@ -57,7 +69,11 @@ def read_batch(path: Path | str) -> RecordedBatch:
             return _from_arrays(arrays, source)
         if path.suffix == ".npz":
             loaded = np.load(path)
-            arrays = {name: torch.from_numpy(loaded[name]) for name in loaded.files}
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                raise ConfigError("one array without a name; save them with numpy.savez")
+            # Texts, such as ids of requests, are no tensors.
+            named = {name: loaded[name] for name in loaded.files}
+            arrays = {n: torch.from_numpy(a) for n, a in named.items() if a.dtype.kind in "biuf"}
             return _from_arrays(arrays, "numpy")
         if path.suffix in (".jsonl", ".json"):
             rows = _lines(path)
@@ -77,6 +93,12 @@ def read_batch(path: Path | str) -> RecordedBatch:
         raise ConfigError(said if said.startswith(str(path)) else f"{path}: {said}") from error
 
 
+def _in_order(file: Path) -> tuple[int, str]:
+    """By the number of the step: 10 comes after 9."""
+    digits = re.findall(r"\d+", file.stem)
+    return int(digits[-1]) if digits else -1, file.name
+
+
 def _from_arrays(arrays: Mapping[str, Tensor], source: str) -> RecordedBatch:
     found = {field: arrays[name] for field, name in find_names(arrays).items()}
     if "mask" not in found:
@@ -84,6 +106,15 @@ def _from_arrays(arrays: Mapping[str, Tensor], source: str) -> RecordedBatch:
             f"holds {', '.join(sorted(arrays)) or 'nothing'} and no mask of response tokens; name "
             f"one {' or '.join(NAMES['mask'][:2])}"
         )
+    axes = {"mask": (2,), "advantages": (1, 2), "routes": (4,), "trainer_routes": (4,)}
+    for field, value in found.items():
+        if value.ndim not in axes.get(field, (2,)):
+            raise ConfigError(
+                f"{field}: shape {list(value.shape)}; record {max(axes.get(field, (2,)))} axes, "
+                "sequences first"
+            )
+    if bool(found["mask"].isnan().any()):
+        raise ConfigError("mask: NaN; record 1 at response tokens and 0 elsewhere")
     mask = found["mask"].bool()
     notes = []
     if "old_log_probs" in arrays or "rollout_log_probs" in arrays:
@@ -93,6 +124,10 @@ def _from_arrays(arrays: Mapping[str, Tensor], source: str) -> RecordedBatch:
             found[field], note = _responses_of(found[field], mask, arrays)
             notes += note
     if "advantages" in found and found["advantages"].ndim == 1:
+        if len(found["advantages"]) != len(mask):
+            raise ConfigError(
+                f"advantages: {len(found['advantages'])}, the mask has {len(mask)} sequences"
+            )
         found["advantages"] = found["advantages"][:, None].expand(mask.shape)
     fields: dict[str, Any] = found | {"mask": mask}
     return RecordedBatch(source=source, notes=tuple(notes), **fields)
@@ -107,7 +142,7 @@ def _responses_of(
     if length == width:
         return routes, []
     prompts = arrays.get("prompts", arrays.get("prompt_ids"))
-    if prompts is not None and length >= prompts.shape[1] + width - 1:
+    if prompts is not None and prompts.ndim == 2 and length >= prompts.shape[1] + width - 1:
         start = prompts.shape[1] - 1
         return routes[:, start : start + width], []
     if length > width:
@@ -133,7 +168,10 @@ def _from_rows(lines: Iterable[Any]) -> RecordedBatch:
         raise ConfigError("no rows; the export is empty")
     columns: dict[str, list[Tensor]] = {}
     for number, row in enumerate(rows, start=1):
-        own = {field: _sequence(row[name], name, number) for field, name in find_names(row).items()}
+        own = {
+            field: _sequence(row[name], name, number, as_float=field in _FLOATS)
+            for field, name in find_names(row).items()
+        }
         lengths = {field: len(values) for field, values in own.items()}
         if len(set(lengths.values())) > 1:
             raise ConfigError(f"row {number}: fields of unequal lengths {lengths}")
@@ -155,6 +193,9 @@ def _from_rows(lines: Iterable[Any]) -> RecordedBatch:
     for name in ("sample_mask", "sample_loss_mask"):  # NeMo-RL's: sequences that do not count
         if all(name in row for row in rows):
             mask &= torch.tensor([[float(np.ravel(row[name])[0])] for row in rows]) > 0
+    if all("rl_weights" in row for row in rows):  # prime-rl's: the tokens of its RL loss
+        weights = [_sequence(r["rl_weights"], "rl_weights", n + 1) for n, r in enumerate(rows)]
+        mask &= torch.nn.utils.rnn.pad_sequence(weights, batch_first=True) != 0
     # The first token of a sequence is predicted by nothing.
     mask[:, 0] = False
     for field in ("routes", "trainer_routes"):
@@ -165,14 +206,21 @@ def _from_rows(lines: Iterable[Any]) -> RecordedBatch:
     return RecordedBatch(source=source, notes=notes, **fields)
 
 
-def _sequence(values: Any, name: str, number: int) -> Tensor:
-    """A row's list as a tensor; null: a number that JSON cannot hold. NeMo-RL's has one around."""
+def _sequence(values: Any, name: str, number: int, *, as_float: bool = True) -> Tensor:
+    """A row's list as a tensor; null: a number that JSON cannot hold. NeMo-RL's has one around.
+
+    Args:
+        as_float: whatever the list holds: some tools write 0.0 as 0.
+    """
     if isinstance(values, list) and len(values) == 1 and isinstance(values[0], list):
         values = values[0]
     if not isinstance(values, list):
         raise ConfigError(f"row {number}: {name} is no list of one value a token")
     try:
-        return torch.tensor([math.nan if value is None else value for value in values])
+        return torch.tensor(
+            [math.nan if value is None else value for value in values],
+            dtype=torch.float64 if as_float else None,
+        )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"row {number}: {name}: {error}") from error
 
@@ -187,7 +235,10 @@ def _from_trace(path: Path) -> RecordedBatch:
     else:
         mask = torch.nn.functional.pad(trace.response[:, :-1], (1, 0), value=False)
         notes = trace.notes
-    return RecordedBatch(source=trace.source, mask=mask, routes=routes, notes=notes)
+    tokens = trace.tokens
+    if tokens is not None:  # read one position before the next is predicted
+        tokens = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=-1)
+    return RecordedBatch(source=trace.source, mask=mask, routes=routes, tokens=tokens, notes=notes)
 
 
 def _lines(path: Path) -> Iterator[Any]:

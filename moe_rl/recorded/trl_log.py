@@ -34,7 +34,7 @@ def inspect_log(state: Path) -> Inspection:
         ConfigError: no trainer state, or one without metrics that mean something here.
     """
     try:
-        lines: list[dict[str, Any]] = json.loads(state.read_text())["log_history"]
+        lines = [dict[str, Any](line) for line in json.loads(state.read_text())["log_history"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{state}: no log of TRL ({error!r}); give its output folder") from error
     history: dict[str, list[tuple[int, float]]] = {}
@@ -43,7 +43,7 @@ def inspect_log(state: Path) -> Inspection:
             ours = _BY_TRL.get(name, name)
             known = ours in _BY_TRL.values() or ours.startswith(_OURS)
             if known and isinstance(value, int | float):
-                history.setdefault(ours, []).append((int(line.get("step", 0)), float(value)))
+                history.setdefault(ours, []).append((int(line.get("step") or 0), float(value)))
     if not history:
         raise ConfigError(f"{state}: its log has no metric that is known here")
     last = {

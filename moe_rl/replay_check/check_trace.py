@@ -70,6 +70,12 @@ class Record:
         """Log of the number of sets that a router can choose; 0 where every expert is always on."""
         return math.log(math.comb(max(self.experts, self.routes.shape[-1]), self.routes.shape[-1]))
 
+    @property
+    def zero_layers(self) -> Tensor:
+        """bool `[L]`: layers that hold zeros wherever they hold anything."""
+        zero = (self.routes == 0).all(dim=-1)
+        return (zero | ~self.recorded).flatten(0, 1).all(dim=0) & zero.flatten(0, 1).any(dim=0)
+
     def same_token(self) -> Tensor:
         """bool `[B, S - 1]`: a token is the one before it, so that it may go where that went."""
         if self.tokens is None:
@@ -119,7 +125,7 @@ def trace_distinct(record: Record) -> Claims:
     twice = (record.sets.diff(dim=-1) == 0).any(dim=-1) & record.recorded
     # Tokens and layers of nothing but zeros have checks of their own.
     zero = (routes == 0).all(dim=-1)
-    twice &= ~(zero & (zero.all(dim=-1, keepdim=True) | zero.flatten(0, 1).all(dim=0)))
+    twice &= ~(zero & (zero.all(dim=-1, keepdim=True) | record.zero_layers))
     yield _none_of(twice, "names an expert twice", routes)
 
 
@@ -128,7 +134,7 @@ def trace_zeros(record: Record) -> Claims:
     routes = record.routes
     yield bool((routes > 0).any()), "every recorded id is 0 or -1: the engine recorded nothing"
     # With one expert per token a layer of zeros may be true; all layers at once are a fill.
-    zero = (routes == 0).all(dim=-1).flatten(0, 1).all(dim=0) & (routes.shape[-1] > 1)
+    zero = record.zero_layers & (routes.shape[-1] > 1)
     yield (
         not bool(zero.any()),
         f"layers {zero.nonzero().flatten().tolist()} are all zeros: dense layers, if the record "
@@ -186,7 +192,10 @@ def trace_gaps(record: Record) -> Claims:
 def trace_lost(record: Record) -> Claims:
     """No row was lost on the way: where response tokens are predicted, or between two others."""
     recorded = record.recorded
-    alone = (~recorded.flatten(1).any(dim=1)).nonzero().flatten().tolist()
+    none = ~recorded.flatten(1).any(dim=1)
+    if record.response is not None:
+        none &= record.response.any(dim=1)
+    alone = none.nonzero().flatten().tolist()
     yield not alone, f"{len(alone)} sequences have no record at all, the first is b = {alone[:1]}"
     if record.response is not None:
         lost = record.response.unsqueeze(-1) & ~recorded
@@ -238,7 +247,7 @@ def trace_tokens(record: Record) -> Claims:
         "no sequence sends two different tokens of it to different experts: one row was written "
         "over and over in each",
     )
-    one = (tokens == tokens[:1]).all(dim=-1).all(dim=0)
+    one = (tokens == tokens[:1]).all(dim=-1).all(dim=0) & ~record.zero_layers
     told = (tokens.shape[0] - 1) * record.choices * OTHERS - math.log(sets.shape[2])
     yield (
         not bool(one.any()) or told < CHANCE or _one_token(record),

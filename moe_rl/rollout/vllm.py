@@ -37,6 +37,8 @@ OPTIONS: dict[str, Any] = {
     # Built with random weights near zero, it gets the policy's by its first reload: a weight that a
     # reload leaves behind shows at the first rollout, however slowly training moves the others.
     "load_format": "dummy",
+    # The longest context that the memory for keys and values holds, if not the model's.
+    "max_model_len": -1,
 }
 GPU_OPTIONS: dict[str, Any] = {
     # vLLM's default of 0.9 would leave no memory for the trainer, which lives on the same GPU.

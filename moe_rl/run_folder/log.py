@@ -89,9 +89,13 @@ def check_run_folder(folder: Path, config: RunConfig) -> None:
         theirs = _flat(load_config(str(folder / "config.json")).to_dict())
         for key, value in _flat(config.to_dict()).items():
             if theirs[key] != value:
+                way_out = "give another folder"
+                if key.endswith("_sha256") and value is not None:
+                    way_out += ", or write the new value into its config.json to go on with the "
+                    way_out += "changed file"
                 raise ConfigError(
                     f"out={str(folder)!r}: holds a run with {key}={theirs[key]!r}, "
-                    f"this one has {value!r}; give another folder"
+                    f"this one has {value!r}; {way_out}"
                 )
         return
     # What a run that stopped before its config was whole can have left.

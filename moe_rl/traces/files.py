@@ -154,24 +154,28 @@ def _from_responses(found: Responses) -> Trace:
     record = torch.nn.functional.pad(record, (0, 0, 0, 0, 0, lacking), value=NO_RECORD)
     shape = record.shape[:2]
     response = tokens = logprobs = None
-    if None not in found.prompts:
+    said = [*zip(found.prompts, found.tokens, found.recorded, strict=True)]
+    if all(prompt is not None for prompt, _, recorded in said if recorded):
         # The last token of a sequence predicts none; where nothing tells the length, rows do.
         ends = [
             len(row) if length is None else length - 1
             for row, length in zip(found.rows, found.lengths, strict=True)
         ]
-        first, end = torch.tensor(found.prompts)[:, None] - 1, torch.tensor(ends)[:, None]
-        response = (torch.arange(shape[1]) >= first) & (torch.arange(shape[1]) < end)
+        # What failed, and says nothing, has no prompt and no response.
+        first = torch.tensor([shape[1] if p is None else p - 1 for p in found.prompts])[:, None]
+        places = torch.arange(shape[1])
+        response = (places >= first) & (places < torch.tensor(ends)[:, None])
         if any(found.logprobs):
             logprobs = torch.full(shape, math.nan)
             for row, prompt, values in zip(logprobs, found.prompts, found.logprobs, strict=True):
                 if prompt and values:
                     places = row[prompt - 1 :][: len(values)]
                     places.copy_(torch.tensor(values)[: len(places)])
-    if None not in found.tokens:
+    if all(tokens is not None for _, tokens, recorded in said if recorded):
         tokens = torch.full(shape, -1)
         for row, ids in zip(tokens, found.tokens, strict=True):
-            row[: len(ids or [])] = torch.tensor(ids)[: len(row)]
+            if ids:
+                row[: len(ids)] = torch.tensor(ids)[: len(row)]
     return Trace(
         routed_experts=record,
         source=found.source,

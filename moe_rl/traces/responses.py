@@ -27,6 +27,8 @@ class Responses:
 
     rows: list[np.ndarray]
     """Ids `[S_i or S_i - 1, L, K]` of each; one row of -1 where a completion has no record."""
+    recorded: list[bool]
+    """Which completions have routes."""
     prompts: list[int | None]
     """Prompt tokens of each, None where the response does not say."""
     lengths: list[int | None]
@@ -121,6 +123,9 @@ def read_responses(
             the response says that it has tokens.
     """
     reader = _Reader(key=key, num_layers=num_layers, top_k=top_k)
+    contents = [*contents]
+    if not contents:
+        raise ValueError("no response in it; it is empty")
     found = [one for content in contents for one in reader.find(content)]
     rows: dict[int, np.ndarray] = {}
     logprobs: dict[int, list[float] | None] = {}
@@ -144,6 +149,7 @@ def read_responses(
     counts = [_counts(one) for one in found]
     return Responses(
         rows=[rows.get(number, none) for number in range(len(found))],
+        recorded=[number in rows for number in range(len(found))],
         prompts=[prompt for prompt, _ in counts],
         lengths=[None if None in both else sum(both) for both in counts],  # type: ignore[arg-type]
         tokens=[_tokens(one) for one in found],

@@ -13,14 +13,14 @@ from small_policy import ALPHABET
 
 from moe_rl.audit import Audit, Sample, audit_model
 from moe_rl.audit.difference import Difference, Distance
-from moe_rl.audit.verdict import verdict
+from moe_rl.audit.verdict import shape_verdict, verdict
 from moe_rl.commands.cli import main
 from moe_rl.config import AuditPrecision, ModelConfig
 from moe_rl.metrics.published import DENSE_KL
 from moe_rl.policy.build import build_policy
 from moe_rl.policy.tokenizer import tokenizer_of
 from moe_rl.replay_check.families import build_family
-from moe_rl.routing import record_routing, replay_routing
+from moe_rl.routing import find_routers, record_routing, replay_routing
 from moe_rl.traces.files import Trace, write_trace
 
 # A plain router, a correction bias with groups, biased experts, attention with a recurrent state.
@@ -133,7 +133,10 @@ def test_a_trace_of_another_model_is_refused_before_anything_is_sampled(folder: 
     trace = Trace(routed_experts=routes, source="test", tokens=tokens)
     for wrong, words in (
         (replace(trace, tokens=None), "no token ids"),
-        (replace(trace, routed_experts=routes[:, :, :1]), "1 layers .* the model has 2 routers"),
+        (replace(trace, routed_experts=routes[:, :, :1]), "1 layers, but the model has 2 MoE"),
+        (replace(trace, routed_experts=routes[..., :1]), "1 experts a token, .* routers choose 2"),
+        (replace(trace, tokens=torch.tensor([[2, -5, 4, 5]])), "a negative token id"),
+        (replace(trace, tokens=torch.tensor([[2, -1, 4, 5]])), "a negative token id"),
         (replace(trace, tokens=tokens + 500), "token id 505, the model embeds"),
         (replace(trace, routed_experts=routes - 2), "no response token has a record"),
         (replace(trace, routed_experts=routes + 14), "expert id 15, the model has 8"),
@@ -168,6 +171,52 @@ def test_verdicts_name_the_case() -> None:
     assert "not routing" in verdict("fp8", "numerics", difference(0.5, None, 0.0))
     broken = replace(difference(2e-3, 4e-5, 0.09), not_finite=1.0)
     assert "does not run" in verdict("fp16", "numerics", broken)
+    near = difference(1.7 * DENSE_KL, 1e-5, 0.01)
+    near = replace(near, live=replace(near.live, kl_k3_error=0.5 * DENSE_KL))
+    assert "not settled: 1.0% of routers" in verdict("fp16", "numerics", near)
+    assert "replay needed" in verdict(
+        "fp16", "numerics", replace(near, live=replace(near.live, kl_k3_error=0.2 * DENSE_KL))
+    )
+    shapes = [("experts eager", difference(2e-3, 2e-4, 0.04)), ("b", difference(1e-5, None, 0.0))]
+    said = shape_verdict(shapes, "Experts backends")
+    assert "more than the 0.00064" in said and "replay removes 90% of it" in said
+    assert "more than" not in shape_verdict(shapes[1:], "Experts backends")
+
+
+def test_an_engine_that_fails_is_told_and_the_rest_is_measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def sample(self, request: object) -> None:
+            raise ValueError("5.72 GiB of key-value cache are needed")
+
+    monkeypatch.setattr("moe_rl.audit.audit.make_engine", lambda *given: Broken())
+    found = audit(folder / "olmoe", engine="cached")
+    assert ("engine cached float32", "5.72 GiB of key-value cache are needed") in found.missing
+    assert {row.name for row in found.rows} >= SHAPES
+
+
+def test_a_trace_may_hold_every_decoder_layer(folder: Path, tmp_path: Path) -> None:
+    """SGLang, and vLLM in some versions, write a row of each; the dense ones have no router."""
+    whole_moe = build_policy(config_of(folder / "deepseek_v3"), "", fuse=False)
+    whole_moe.model.config.first_k_dense_replace = 1
+    model = type(whole_moe.model)(whole_moe.model.config)
+    for part in (model, whole_moe.tokenizer):
+        part.save_pretrained(path := tmp_path / "dense_first")
+    policy = build_policy(config_of(path), "", fuse=False)
+    tokens = torch.tensor([[4, 5, 6, 7, 8, 9]])
+    with torch.no_grad(), record_routing(policy.model) as seen:
+        policy.read_whole(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    own = seen.routed_experts
+    layers = [tap.decoder_layer for tap in find_routers(policy.model)]
+    total = policy.model.config.num_hidden_layers
+    assert len(layers) < total
+    whole = torch.zeros(*own.shape[:2], total, own.shape[3], dtype=torch.int16)
+    whole[:, :, layers] = own
+    for routes in (own, whole):
+        trace = Trace(routed_experts=routes, source="test", tokens=tokens)
+        row = audit(path, trace=("t.npz", trace)).rows[-1]
+        assert row.kind == "trace" and row.difference.router_disagreement == 0
 
 
 def test_the_command_prints_verdicts_and_writes_the_page(
@@ -190,6 +239,9 @@ def test_the_command_prints_verdicts_and_writes_the_page(
         assert row["name"] in said and row["name"].replace("'", "&#39;") in page
     assert sorted(p.stem for p in (out / "figures").glob("*.png")) == ["kl", "margins", "routers"]
     assert "<script" not in page
+    other = [word.replace("olmoe", "gpt_oss") for word in given]
+    assert main(other) == 2
+    assert "olmoe; give another folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

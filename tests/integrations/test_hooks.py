@@ -63,9 +63,13 @@ def test_slime_gets_its_loss_and_masks_back_and_our_numbers_beside() -> None:
     assert {"moe_rl/rollout_ratio/mean", "moe_rl/rollout_ratio/token_ess"} <= set(metrics)
 
 
-def test_slime_gets_no_metrics_of_parts_and_of_padding() -> None:
-    """Under context parallelism log-probs are a rank's part; a batch may be filled up."""
+def test_slime_gets_every_name_of_every_micro_batch() -> None:
+    """It adds them up by name over micro-batches and ranks. Under context parallelism log-probs are
+    a rank's part, which is NaN; padding adds 0."""
     rows, loss = sequences(), torch.randn(sum(LENGTHS))
+    given = {"trainer": "train_log_probs", "engine": "rollout_log_probs", "mask": "loss_masks"}
+    whole = {theirs: [row[ours] for row in rows] for ours, theirs in given.items()}
+    names = set(slime.measure(SimpleNamespace(), pg_loss=loss, **whole)[2])
     for spoil in ("parts", "padding"):
         masks = [row["mask"] if spoil == "parts" else 0 * row["mask"] for row in rows]
         cut = 1 if spoil == "parts" else 0
@@ -76,7 +80,10 @@ def test_slime_gets_no_metrics_of_parts_and_of_padding() -> None:
             rollout_log_probs=[row["engine"][cut:] for row in rows],
             loss_masks=masks,
         )
-        assert value is loss and kept is masks and metrics == {}
+        assert value is loss and kept is masks and set(metrics) == names
+        for values in metrics.values():
+            assert values.shape == loss.shape
+            assert (values.isnan() if spoil == "parts" else values == 0).all()
 
 
 @dataclass
@@ -250,6 +257,7 @@ def test_prime_rl_s_weights_scale_tokens(prime: None) -> None:
         ("tis", {}, "algorithm='tis': needs log-probs of a trainer pass of its own"),
         ("gsop", {}, "algorithm='gsop': unknown"),
         ("grpo", {"clip": 0.2}, "clip=0.2: no option of grpo"),
+        ("grpo", {"clip_high": "x"}, "clip_high='x': no number"),
     ],
 )
 def test_what_prime_rl_cannot_have_is_refused(
@@ -257,6 +265,18 @@ def test_what_prime_rl_cannot_have_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         prime_rl.loss(inputs_of(sequences()[0]), algorithm=name, **options)
+
+
+def test_a_rollout_that_cannot_be_measured_does_not_stop_slime(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for sample, words in (
+        (Sample([1, 2, 3], 2, [0, 0], [-1.0, -2.0]), "no response token"),
+        (Sample([1, 2, 3], 2, [1, 1], [-1.0]), "1 log-probs of 2 response tokens"),
+    ):
+        metrics: dict[str, Any] = {}
+        assert slime.log_rollout(4, None, [sample], metrics, 0.0) is False
+        assert metrics == {} and words in caplog.text
 
 
 def test_another_layout_of_prime_rl_is_named(prime: None) -> None:

@@ -133,8 +133,36 @@ def test_what_is_offered_reads_nothing_that_verl_does_not_hand_over(name: str) -
 
 
 def test_a_clip_range_of_the_other_kind_of_ratio_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"clip_low=0\.2: on the scale of token ratios, but gspo"):
+    words = (
+        r"clip_low=0\.2: on the scale of token ratios, but gspo .* or set them as .*actor\.clip_"
+    )
+    with pytest.raises(ValueError, match=words):
         run("moe_rl/gspo", Batch(), "token-mean", settings(**CLIPS))
+
+
+def test_the_clip_range_is_read_as_verl_s_losses_read_it() -> None:
+    batch = Batch()
+    config = settings(clip_ratio=0.4, clip_ratio_low=None, clip_ratio_high=None)
+    ours, theirs = (run(m, batch, "token-mean", config)[0] for m in ("moe_rl/dual_clip", "vanilla"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_gspo_token_is_verl_s_gspo_with_a_weight_a_token_too() -> None:
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+
+    batch = Batch()
+    config = settings(clip_ratio_low=0.008, clip_ratio_high=0.009)
+    weights = torch.rand(B, T, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    how, keep = "seq-mean-token-mean", batch.mask.double()
+    values = [
+        get_policy_loss_fn(mode)(
+            batch.old, batch.new, batch.advantages, keep, how, config, weights
+        )[0]
+        for mode in ("moe_rl/gspo_token", "gspo")
+    ]
+    torch.testing.assert_close(*values, rtol=1e-6, atol=1e-9)
+    gradients = [torch.autograd.grad(value, batch.new)[0] for value in values]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
 
 
 def test_the_loss_path_of_verl_s_workers_logs_the_metrics() -> None:

@@ -18,9 +18,10 @@ from moe_rl.commands.cli import main
 from moe_rl.config import ConfigError
 from moe_rl.recorded import RecordedBatch, inspect_batch, read_batch, write_batch
 from moe_rl.recorded.findings import findings
+from moe_rl.recorded.trl_log import inspect_log
 from moe_rl.replay_check.check_trace import TRACE_LAWS
 
-B, SP, T, L, K, E = 12, 5, 20, 3, 2, 16
+B, SP, T, L, K, E = 18, 5, 20, 3, 2, 16
 
 
 def drawn(vocabulary: int = 50) -> RecordedBatch:
@@ -181,6 +182,79 @@ def test_log_probs_that_are_null_throughout_a_row_are_no_numbers(rows: Any, tmp_
     lost = int(drawn().mask[list(rows)].sum())
     assert found.not_finite == {"logprobs": lost}
     assert findings(found)[0].level == "wrong"
+
+
+def test_numbers_that_a_tool_wrote_as_integers_cut_no_others(tmp_path: Path) -> None:
+    path = as_prime(drawn(), tmp_path) / "step_3" / "rank_0.jsonl"
+    expected = inspect_batch(read_batch(path)).metrics
+    exported = prime_rows(path)
+    for name in ("advantages", "trainer_logprobs", "inference_logprobs"):
+        # Of prompt tokens, which count nowhere: a first row that holds integers alone.
+        exported[0][name] = [0] * (SP + T)
+    exported[0]["loss_mask"] = [False] * (SP + T)
+    path.write_text("\n".join(map(json.dumps, exported[:1] + prime_rows(path))))
+    assert inspect_batch(read_batch(path)).metrics == pytest.approx(expected)
+
+
+def test_tokens_outside_prime_rl_s_rl_loss_are_left_out(tmp_path: Path) -> None:
+    path = as_prime(drawn(), tmp_path) / "step_3" / "rank_0.jsonl"
+    exported = prime_rows(path)
+    whole = read_batch(path).mask
+    for row in exported:
+        row["rl_weights"] = [float(n % 2) for n in range(SP + T)]
+    path.write_text("\n".join(map(json.dumps, exported)))
+    odd = torch.arange(whole.shape[1]) % 2 == 1
+    assert torch.equal(read_batch(path).mask, whole & odd)
+
+
+def test_of_a_folder_of_batches_the_last_is_read(tmp_path: Path) -> None:
+    for step, rows in ((9, B), (10, B - 2)):
+        batch = drawn()
+        names = ("mask", "logprobs", "old_logprobs", "rollout_logprobs", "routes")
+        cut = {name: getattr(batch, name)[:rows] for name in names}
+        write_batch(tmp_path / f"step_{step}.safetensors", RecordedBatch(source="verl", **cut))
+    found = read_batch(tmp_path)
+    assert len(found.mask) == B - 2
+    assert found.notes == ("step_10.safetensors, the last of 2 batches in the folder",)
+
+
+def test_layers_of_zeros_and_sequences_that_do_not_count_are_not_called_lost_or_written_over() -> (
+    None
+):
+    """vLLM writes zeros for dense layers, and -1 where a sequence ends."""
+    batch = drawn()
+    assert batch.routes is not None
+    dense = torch.zeros_like(batch.routes[:, :, :1])
+    routes = torch.cat([dense, batch.routes], dim=2).masked_fill(~batch.mask[..., None, None], -1)
+    mask = batch.mask.clone()
+    mask[3] = False
+    routes[3] = -1
+    one = RecordedBatch(source="test", mask=mask, routes=routes)
+    broken = {law.check: law.reason for law in inspect_batch(one, num_experts=E).laws}
+    failed = [law.check for law in inspect_batch(one, num_experts=E).laws if law.passed is False]
+    assert failed == ["zeros"] and "layers [0] are all zeros: dense layers" in broken["zeros"]
+
+
+def test_a_repeated_token_excuses_a_repeated_row(tmp_path: Path) -> None:
+    row = [[[e, (3 * e + layer) % 8 + 8] for layer in range(L)] for e in range(8)]
+    tokens = [3, 1, 4, 2, *[6] * 20, 5, 0]
+    routes = [row[token] for token in tokens[:-1]]
+    choice = {"token_ids": tokens[4:], "routed_experts": routes}
+    response = {"prompt_token_ids": tokens[:4], "choices": [choice]}
+    (tmp_path / "r.json").write_text(json.dumps(response))
+    batch = read_batch(tmp_path / "r.json")
+    assert not [law for law in inspect_batch(batch, num_experts=E).laws if law.passed is False]
+    without = inspect_batch(replace(batch, tokens=None), num_experts=E).laws
+    assert "runs" in [law.check for law in without if law.passed is False]
+
+
+def test_of_few_sequences_a_mean_is_not_called_wrong() -> None:
+    spoiled = spoilt("temperature")
+    names = ("mask", "logprobs", "old_logprobs", "rollout_logprobs")
+    few = {name: getattr(spoiled, name)[:4] for name in names}
+    words = said(RecordedBatch(source="test", **few))
+    pattern = "the mean of trainer over engine is"
+    assert not [one for one in words if one.startswith(f"wrong: {pattern}")]
 
 
 def test_advantages_that_are_null_everywhere_are_absent(tmp_path: Path) -> None:
@@ -419,6 +493,7 @@ def test_trl_s_log_is_read_by_our_names(tmp_path: Path, capsys: pytest.CaptureFi
         ("a.jsonl", "", "no rows"),
         ("a.jsonl", "3", "a.jsonl"),
         ("a.safetensors", "broken", "a.safetensors"),
+        ("a.npz", "PK\x03\x04 broken", "a.npz"),
     ],
 )
 def test_a_file_that_is_no_batch_gets_one_line(
@@ -429,3 +504,35 @@ def test_a_file_that_is_no_batch_gets_one_line(
     with pytest.raises(ConfigError, match=words) as error:
         read_batch(tmp_path / name)
     assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mask": np.ones(4)}, r"mask: shape \[4\]; record 2 axes"),
+        ({"mask": np.full((2, 4), np.nan)}, "mask: NaN"),
+        ({"routes": np.ones((2, 4), np.int64)}, r"routes: shape \[2, 4\]; record 4 axes"),
+        ({"routes": np.full((2, 4, 1, 2), 70_000)}, "routes: ids from 70000 to 70000"),
+        ({"routes": np.full((2, 4, 1, 2), 65_535, np.uint16)}, "ids from 65535 .* a signed type"),
+        ({"routes": np.full((2, 4, 1, 2), 5.5)}, "routes: torch.float64; record expert ids as int"),
+        ({"advantages": np.ones(3)}, "advantages: 3, the mask has 2 sequences"),
+    ],
+)
+def test_arrays_of_another_form_get_one_line(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    arrays = {"mask": np.ones((2, 4)), "old_logprobs": np.zeros((2, 4)), "uid": np.array(["a"])}
+    np.savez(tmp_path / "a.npz", **arrays | changes)
+    with pytest.raises(ConfigError, match=words) as error:
+        read_batch(tmp_path / "a.npz")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("history", ["null", "[1]", '[{"step": null, "reward": 1.0}]'])
+def test_a_log_of_another_form_gets_one_line(history: str, tmp_path: Path) -> None:
+    state = tmp_path / "trainer_state.json"
+    state.write_text(f'{{"log_history": {history}}}')
+    try:
+        assert inspect_log(state).metrics == {"reward": 1.0}
+    except ConfigError as error:
+        assert "no log of TRL" in str(error)

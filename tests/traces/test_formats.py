@@ -110,6 +110,24 @@ def test_rows_are_as_many_as_the_tokens_that_the_response_says_it_has(
             read(path)
 
 
+def test_a_failed_request_takes_nothing_from_the_others(tmp_path: Path) -> None:
+    ids = t.routes(1)[0, :-1]
+    good = SAYING["vllm"](ids, t.PROMPT, t.S - t.PROMPT)
+    good = {"custom_id": "a", "response": {"status_code": 200, "body": good}}
+    failed = {"custom_id": "b", "response": {"status_code": 500, "body": "out of memory"}}
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(t.lines([failed, good]))
+    trace = read(path)
+    assert trace.response is not None and trace.tokens is not None
+    assert trace.response.sum(1).tolist() == [0, t.S - t.PROMPT]
+    assert (trace.tokens[0] == -1).all() and (trace.tokens[1] >= 0).all()
+    assert trace.notes == (
+        "1 of 2 completions have no 'routed_experts': rows of -1 (1 failed, the first with "
+        "out of memory)",
+    )
+    assert found(trace) == set()
+
+
 WITH_LOGPROBS: dict[str, Callable[[list[Any]], Any]] = {
     "chat": lambda values: {"logprobs": {"content": [{"logprob": v} for v in values]}},
     "completions": lambda values: {"logprobs": {"token_logprobs": values}},
