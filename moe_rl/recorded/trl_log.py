@@ -34,7 +34,8 @@ def inspect_log(state: Path) -> Inspection:
         ConfigError: no trainer state, or one without metrics that mean something here.
     """
     try:
-        lines = [dict[str, Any](line) for line in json.loads(state.read_text())["log_history"]]
+        logged = json.loads(state.read_text())["log_history"]
+        lines: list[dict[str, Any]] = [dict(line) for line in logged]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{state}: no log of TRL ({error!r}); give its output folder") from error
     history: dict[str, list[tuple[int, float]]] = {}
