@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_rl.config import SCHEMA, ConfigError, RoutingReplay, RunConfig
 from moe_rl.experiments.arms import arm_config, run_of
@@ -13,8 +13,21 @@ from moe_rl.run_folder.log import write_json
 # Seeds below 21 were looked at while the settings were chosen.
 FIVE_SEEDS = (21, 22, 23, 24, 25)
 EIGHT_SEEDS = (*FIVE_SEEDS, 26, 27, 28)
+Place = tuple[str, str]
+"""A setting and an arm."""
 Variants = Mapping[str, Mapping[str, Any]]
 """Arms that one study alone has: name, and what it changes in the base config."""
+
+
+class Comparison(NamedTuple):
+    """A test of a study's plan: an outcome at `b` minus that at `a`, on the same seeds."""
+
+    family: str
+    """Tests of one family are corrected together."""
+    a: Place
+    b: Place
+    outcome: str = "final"
+    """A column of the measures (`analysis.data.measures.run_measures`)."""
 
 
 def of_arms(base: RunConfig, arms: Iterable[str], seeds: Iterable[int]) -> list[RunConfig]:
@@ -55,6 +68,8 @@ class StudyPlan:
     configs: tuple[RunConfig, ...]
     analysis: str = ""
     """The analysis plan, written before the runs: arms, seeds, primary outcome, tests."""
+    tests: tuple[Comparison, ...] = ()
+    """Its tests, but for those of arms against GRPO in one setting, which every report makes."""
 
     def write(self, root: Path, command: str) -> None:
         """Write study.json into the study folder `root`; `command` says how to make it again.
@@ -88,5 +103,5 @@ class StudyPlan:
                     f"has {ours!r}; give another folder"
                 )
         root.mkdir(parents=True, exist_ok=True)
-        told = {"analysis": self.analysis, "command": command}
+        told = {"analysis": self.analysis, "command": command, "tests": self.tests}
         write_json(file, {"schema": SCHEMA} | plan | told)

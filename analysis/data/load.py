@@ -47,6 +47,7 @@ class StudyRuns:
         (nested ones under their own name), and the numbers of summary.json as `summary_<name>`.
     steps: one row a rollout step, columns as in steps.jsonl, with the keys and config columns.
     updates: one row an optimiser update, columns as in updates.jsonl, likewise.
+    tests: the plan's own comparisons, as study.json has them (`experiments.study.Comparison`).
     planned: every (setting, arm, seed) of study.json; those found where there is no study.json.
     configs: the whole nested config of each (setting, arm, seed).
     notes: what the loader left out or found odd, one line each.
@@ -64,6 +65,7 @@ class StudyRuns:
     planned: list[RunKey]
     configs: dict[RunKey, dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    tests: list[list[Any]] = field(default_factory=list)
 
     def setting(self, name: str) -> "StudyRuns":
         """The same study with only the runs of one setting."""
@@ -156,6 +158,7 @@ def load_study(path: str | Path) -> StudyRuns:
         planned=planned or list(configs),
         configs=configs,
         notes=notes,
+        tests=study.get("tests", []),
     )
 
 

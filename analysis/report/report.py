@@ -55,7 +55,8 @@ def write_report(
         "claims": claims_table(study, measures),
         "paired": sections.paired_tests(measures),
     }
-    _write_data(out / "data", study, tables)
+    planned_tests = sections.planned_tests(study, measures)
+    _write_data(out / "data", study, tables | ({"planned": planned_tests} if study.tests else {}))
 
     mapped = has_map(study)
     many = len(study.settings) > CHAPTERS
@@ -77,6 +78,7 @@ def write_report(
         "map": map_chapter,
         "many_settings": many,
         "matrix": list(verdicts.items()),
+        "planned_tests": planned_tests.to_dict("records"),
         "chapters": [_chapter(study.setting(name), tables, out) for name in names],
         "run_notes": sections.run_notes(study),
         "varying": sections.varying_fields(study),

@@ -43,6 +43,32 @@ def paired_tests(measures: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def planned_tests(study: StudyRuns, measures: pd.DataFrame) -> pd.DataFrame:
+    """The tests of the study's plan whose arms share complete seeds, one row each.
+
+    Columns family, outcome, a_setting, a_arm, b_setting, b_arm, those of `PairedTest`, `p_holm`
+    (corrected over the tests of a family on equally many seeds) and `reading`.
+    """
+    runs = dict(tuple(measures[measures["complete"]].groupby(["setting", "arm"])))
+    rows = []
+    for family, a, b, outcome in study.tests:
+        if not {tuple(a), tuple(b)} <= runs.keys():
+            continue
+        first, second = (runs[tuple(place)].set_index("seed")[outcome] for place in (a, b))
+        both = pd.concat([first, second], axis=1, keys=["a", "b"]).astype(float).dropna()
+        if len(both):
+            test = paired_test(both["a"], both["b"])
+            own = {"family": family, "outcome": outcome}
+            own |= {"a_setting": a[0], "a_arm": a[1], "b_setting": b[0], "b_arm": b[1]}
+            rows.append(own | vars(test) | {"reading": _reading(test)})
+    places = ["a_setting", "a_arm", "b_setting", "b_arm"]
+    columns = ["family", "outcome", *places, *PairedTest.__dataclass_fields__, "reading"]
+    table = pd.DataFrame(rows, columns=columns)
+    corrected = table.groupby(["family", "n"])["p_value"].transform(holm)
+    table.insert(len(columns) - 1, "p_holm", corrected)
+    return table
+
+
 def _reading(test: PairedTest) -> str:
     """In a word, what the interval says of b against a: a null result is a result as well."""
     if test.n < MIN_SEEDS:

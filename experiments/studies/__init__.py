@@ -4,7 +4,8 @@
 
 The docstring of a module is the analysis plan: it was written before the full run, and study.json
 keeps it beside the runs. `runs(root)` are the configs; `root` is the study folder, which runs that
-start from another run's checkpoint need.
+start from another run's checkpoint need. `tests()`, where there are any, are the plan's tests
+beyond those of arms against GRPO.
 """
 
 import importlib
@@ -21,7 +22,10 @@ STUDIES = get_args(StudyName)
 def study_plan(name: StudyName, root: Path) -> StudyPlan:
     """The runs of a study into the folder `root`, whole seeds first."""
     module = importlib.import_module(f"moe_rl.experiments.studies.{name}")
-    analysis = inspect.getdoc(module) or ""
     return StudyPlan(
-        name=name, mode="full", configs=seed_by_seed(module.runs(root)), analysis=analysis
+        name=name,
+        mode="full",
+        configs=seed_by_seed(module.runs(root)),
+        analysis=inspect.getdoc(module) or "",
+        tests=tuple(module.tests() if hasattr(module, "tests") else ()),
     )

@@ -14,15 +14,29 @@ from pathlib import Path
 
 from moe_rl.config import RunConfig
 from moe_rl.experiments.arms import MAIN_ARMS
-from moe_rl.experiments.study import EIGHT_SEEDS, of_arms
-from moe_rl.presets import preset
+from moe_rl.experiments.study import EIGHT_SEEDS, Comparison, of_arms
+from moe_rl.presets import PresetName, preset
+
+_PRESETS: tuple[PresetName, ...] = ("mild-stale", "calibrated-noise")
+_BUDGETS = (20, 40)  # rollout steps
 
 
 def runs(root: Path) -> list[RunConfig]:
     """The arms at both budgets."""
     configs = []
-    for name in ("mild-stale", "calibrated-noise"):
-        for steps in (20, 40):
+    for name in _PRESETS:
+        for steps in _BUDGETS:
             base = preset(name).replace(setting=f"{name}-{steps}", steps=steps, evaluate_every=5)
             configs += of_arms(base, MAIN_ARMS, EIGHT_SEEDS)
     return configs
+
+
+def tests() -> list[Comparison]:
+    """GSPO against every other arm."""
+    settings = [f"{name}-{steps}" for name in _PRESETS for steps in _BUDGETS]
+    return [
+        Comparison(setting, (setting, arm), (setting, "gspo"), outcome="pass_at_1")
+        for setting in settings
+        for arm in MAIN_ARMS
+        if arm != "gspo"
+    ]

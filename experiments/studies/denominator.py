@@ -17,7 +17,7 @@ P(w > t) beside 1/t, share of the gradient's mass in the unbounded branch.
 from pathlib import Path
 
 from moe_rl.config import RunConfig
-from moe_rl.experiments.study import EIGHT_SEEDS, FIVE_SEEDS, Variants, of_variants
+from moe_rl.experiments.study import EIGHT_SEEDS, FIVE_SEEDS, Comparison, Variants, of_variants
 from moe_rl.presets import preset
 
 _BRANCH = {"open": "grpo", "dual-clip": "dual_clip", "dppo-tv": "dppo_tv"}
@@ -28,8 +28,7 @@ def runs(root: Path) -> list[RunConfig]:
     low = preset("mild-stale").replace(setting="int4", rollout_precision="int4")
     configs = []
     for base in (preset("routing-noise"), low, preset("stale")):
-        modes = ("disabled", "R2") if base.setting == "stale" else ("disabled", "R2", "R3")
-        for replay in modes:
+        for replay in _modes(base.setting):
             variants: Variants = {
                 f"{branch}-{old}-{replay}": {
                     "algorithm": algorithm,
@@ -42,3 +41,21 @@ def runs(root: Path) -> list[RunConfig]:
             seeds = EIGHT_SEEDS if replay == "disabled" else FIVE_SEEDS
             configs += of_variants(base, variants, seeds)
     return configs
+
+
+def tests() -> list[Comparison]:
+    """The engine's log-probs against recomputed ones."""
+    return [
+        Comparison(
+            f"{setting}, replay {replay}",
+            (setting, f"{branch}-recomputed-{replay}"),
+            (setting, f"{branch}-rollout-{replay}"),
+        )
+        for setting in ("routing-noise", "int4", "stale")
+        for replay in _modes(setting)
+        for branch in _BRANCH
+    ]
+
+
+def _modes(setting: str) -> tuple[str, ...]:
+    return ("disabled", "R2") if setting == "stale" else ("disabled", "R2", "R3")

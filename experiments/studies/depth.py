@@ -11,10 +11,11 @@ from pathlib import Path
 
 from moe_rl.config import RunConfig
 from moe_rl.experiments.arms import MAIN_ARMS
-from moe_rl.experiments.study import FIVE_SEEDS, of_arms
+from moe_rl.experiments.study import FIVE_SEEDS, Comparison, of_arms
 from moe_rl.presets import preset
 
 LAYERS = (2, 4, 8)
+_MILD_ARMS = ("grpo", "dense")
 
 
 def runs(root: Path) -> list[RunConfig]:
@@ -25,5 +26,18 @@ def runs(root: Path) -> list[RunConfig]:
         noisy = noise.replace(setting=f"noise-L{layers}", num_layers=layers)
         clean = mild.replace(setting=f"mild-L{layers}", num_layers=layers)
         configs += of_arms(noisy, MAIN_ARMS, FIVE_SEEDS)
-        configs += of_arms(clean, ("grpo", "dense"), FIVE_SEEDS)
+        configs += of_arms(clean, _MILD_ARMS, FIVE_SEEDS)
     return configs
+
+
+def tests() -> list[Comparison]:
+    """The deepest against the shallowest model."""
+    shallow, deep = (f"L{LAYERS[place]}" for place in (0, -1))
+    churn = [("grpo", "churn_early")]
+    noisy = [(arm, "final") for arm in MAIN_ARMS] + churn
+    clean = [(arm, "final") for arm in _MILD_ARMS] + churn
+    return [
+        Comparison(f"{kind}, {name}", (f"{kind}-{shallow}", arm), (f"{kind}-{deep}", arm), name)
+        for kind, pairs in (("noise", noisy), ("mild", clean))
+        for arm, name in pairs
+    ]

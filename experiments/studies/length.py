@@ -15,7 +15,7 @@ and of two digits, exact sign-flip test, Holm's correction over the arms.
 from pathlib import Path
 
 from moe_rl.config import RunConfig
-from moe_rl.experiments.study import FIVE_SEEDS, of_arms
+from moe_rl.experiments.study import FIVE_SEEDS, Comparison, of_arms
 from moe_rl.presets import preset
 
 DIGITS = (8, 16, 32, 64)
@@ -36,3 +36,8 @@ def runs(root: Path) -> list[RunConfig]:
     ]
     settings.append(base.replace(setting="tokens-2", digits_per_token=2))
     return [config for setting in settings for config in of_arms(setting, ARMS, FIVE_SEEDS)]
+
+
+def tests() -> list[Comparison]:
+    """Tokens of two digits against tokens of one."""
+    return [Comparison("tokens", ("digits-16", arm), ("tokens-2", arm)) for arm in ARMS]

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import get_args
 
 from moe_rl.config import RouterNoisePasses, RunConfig
-from moe_rl.experiments.study import EIGHT_SEEDS, FIVE_SEEDS, Variants, of_variants
+from moe_rl.experiments.study import EIGHT_SEEDS, FIVE_SEEDS, Comparison, Variants, of_variants
 from moe_rl.presets import preset
 
 _GRPO: Variants = {"grpo": {}}
 _REPLAY: Variants = {"grpo+R2": {"routing_replay": "R2"}, "grpo+R3": {"routing_replay": "R3"}}
+_AGES = (1, 2, 4, 8)
 _UPDATES = 160
 _PROMPTS_PER_UPDATE = 4
 
@@ -30,7 +31,7 @@ def runs(root: Path) -> list[RunConfig]:
         setting = base.replace(setting=f"noise-in-{passes}", router_noise_passes=passes)
         configs += of_variants(setting, _GRPO, EIGHT_SEEDS)
         configs += of_variants(setting, _REPLAY, FIVE_SEEDS)
-    for updates in (1, 2, 4, 8):
+    for updates in _AGES:
         setting = base.replace(
             setting=f"updates-{updates}",
             updates_per_rollout=updates,
@@ -40,3 +41,22 @@ def runs(root: Path) -> list[RunConfig]:
         )
         configs += of_variants(setting, {**_GRPO, **_REPLAY}, FIVE_SEEDS)
     return configs
+
+
+def tests() -> list[Comparison]:
+    """Each placement against all passes, each replay against none."""
+    passes = [f"noise-in-{passes}" for passes in get_args(RouterNoisePasses)]
+    everywhere = ("noise-in-all", "grpo")
+    placed = [
+        Comparison("placement", everywhere, (setting, "grpo"))
+        for setting in passes
+        if setting != everywhere[0]
+    ]
+    ages = [f"updates-{updates}" for updates in _AGES]
+    replayed = [
+        Comparison(family, (setting, "grpo"), (setting, arm))
+        for family, settings in (("placement", passes), ("staleness", ages))
+        for setting in settings
+        for arm in _REPLAY
+    ]
+    return placed + replayed

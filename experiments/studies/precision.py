@@ -12,7 +12,7 @@ engine and trainer, and the part of that KL which replay removes.
 from pathlib import Path
 
 from moe_rl.config import RunConfig
-from moe_rl.experiments.study import FIVE_SEEDS, Variants, of_variants
+from moe_rl.experiments.study import FIVE_SEEDS, Comparison, Variants, of_variants
 from moe_rl.presets import preset
 
 PRECISIONS = ("float32", "bf16", "fp8", "int8", "int4")
@@ -33,4 +33,13 @@ def runs(root: Path) -> list[RunConfig]:
         for config in of_variants(
             base.replace(setting=precision, rollout_precision=precision), ARMS, FIVE_SEEDS
         )
+    ]
+
+
+def tests() -> list[Comparison]:
+    """Each precision against float32."""
+    return [
+        Comparison(arm, ("float32", arm), (precision, arm))
+        for arm in ARMS
+        for precision in PRECISIONS[1:]
     ]

@@ -280,6 +280,31 @@ def test_the_arms_against_grpo_are_one_family_of_tests(tmp_path):
     assert (family["wins"] == 5).all() and (family["reading"] == "above").all()
 
 
+def test_the_tests_of_a_plan_are_made_where_their_runs_are(tmp_path, one_figure):
+    root = synthetic.write_study(tmp_path / "s", arms=TWIST, seeds=5, steps=12, updates=2)
+    plan = json.loads((root / "study.json").read_text())
+    (setting,) = plan["settings"]
+    grpo, gspo, dense = ([setting, arm] for arm in ("grpo", "gspo", "dense"))
+    absent = ["elsewhere", "gspo"]
+    plan["tests"] = [
+        ["one", grpo, gspo, "final"],
+        ["one", grpo, dense, "final"],
+        ["two", gspo, grpo, "peak"],
+        ["two", grpo, absent, "final"],
+    ]
+    (root / "study.json").write_text(json.dumps(plan))
+    page = write_report(root).read_text()
+    found = pd.read_csv(root / "report" / "data" / "planned.csv")
+    measures = run_measures(load_study(root)).set_index(["arm", "seed"])
+    assert found["family"].tolist() == ["one", "one", "two"] and "Tests of the plan" in page
+    for row in found.to_dict("records"):
+        expected = measures.loc[row["b_arm"], row["outcome"]].mean()
+        expected -= measures.loc[row["a_arm"], row["outcome"]].mean()
+        assert row["difference"] == pytest.approx(expected)
+    assert (found["p_value"][:2] == 2 / 2**5).all() and (found["p_holm"][:2] == 4 / 2**5).all()
+    assert found["p_holm"][2] == found["p_value"][2]
+
+
 def test_a_null_and_a_reversal_are_results(tmp_path):
     same, worse = synthetic.Profile(plateau=0.9), synthetic.Profile(plateau=0.4)
     profiles = {"grpo": same, "gspo": worse, "grpo+dual-clip": same}

@@ -36,6 +36,18 @@ def test_every_run_has_a_folder_of_its_own_and_a_plan(name: StudyName, tmp_path:
 
 
 @pytest.mark.parametrize("name", STUDIES)
+def test_planned_tests_are_of_runs_that_are_made(name: StudyName) -> None:
+    study = plan_of(name)
+    seeds: dict[tuple[str, str | None], set[int]] = {}
+    for config in study.configs:
+        seeds.setdefault((config.setting, config.arm), set()).add(config.seed)
+    for test in study.tests:
+        assert test.a != test.b
+        assert len(seeds[test.a] & seeds[test.b]) >= 5
+    assert len(set(study.tests)) == len(study.tests)
+
+
+@pytest.mark.parametrize("name", STUDIES)
 def test_arms_of_a_setting_are_compared_on_equal_terms(name: StudyName) -> None:
     """Within a setting the prompts, the tokens and the number of updates are the same."""
     by_setting: dict[str, set[tuple[object, ...]]] = {}
