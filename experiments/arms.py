@@ -251,6 +251,13 @@ STORY_ARMS = (*MAIN_ARMS, "dense")
 """What maps, families and the first figure show: more lines would hide the story."""
 
 # Light and dark colours of arms that are not in the table.
+# What a study adds to an arm of the table: the end of its name, and of its label.
+_MORE = {
+    "R2": "+ R2",
+    "R3": "+ R3",
+    "rollout-old": "over rollout log-probs",
+    "recomputed-old": "over recomputed log-probs",
+}
 SPARE_COLOURS = (("#7570b3", "#a9a4e0"), ("#4d4d00", "#b3b34d"), ("#1b6f6f", "#63c2c2"))
 
 
@@ -277,14 +284,17 @@ def check_arms(names: Sequence[str]) -> None:
 def find_arm(name: str) -> Arm:
     """The arm of that name, or of the user's own loss FILE.py:FUNCTION, which goes by FUNCTION.
 
-    A name that is neither, as reports find in run folders, is an arm too. Its colour depends on it.
+    A name that is neither, as reports find in run folders, is an arm too. Its colour depends on it,
+    and so does its label if it is an arm of the table with more behind a plus: grpo+R3.
     """
     if name in ARMS:
         return ARMS[name]
-    label = name.rpartition(":")[2]
-    light, dark = SPARE_COLOURS[sum(label.encode()) % len(SPARE_COLOURS)]
+    own = name.rpartition(":")[2]
+    light, dark = SPARE_COLOURS[sum(own.encode()) % len(SPARE_COLOURS)]
+    base, _, more = own.rpartition("+")
+    label = f"{arm_label(base)} {_MORE[more]}" if more in _MORE else own
     change = _with(algorithm="grpo", loss=name) if OWN_LOSS.fullmatch(name) else _with()
-    return Arm(name=label, label=label, colour=light, dark_colour=dark, paper="", change=change)
+    return Arm(name=own, label=label, colour=light, dark_colour=dark, paper="", change=change)
 
 
 def arm_label(name: str) -> str:

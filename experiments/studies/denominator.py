@@ -16,11 +16,16 @@ P(w > t) beside 1/t, share of the gradient's mass in the unbounded branch.
 
 from pathlib import Path
 
-from moe_rl.config import RunConfig
+from moe_rl.config import RoutingReplay, RunConfig
 from moe_rl.experiments.study import EIGHT_SEEDS, FIVE_SEEDS, Comparison, Variants, of_variants
 from moe_rl.presets import preset
 
-_BRANCH = {"open": "grpo", "dual-clip": "dual_clip", "dppo-tv": "dppo_tv"}
+# Algorithm, and its arm over recomputed log-probs and over the engine's.
+_LOSSES = {
+    "grpo": ("grpo", "grpo+rollout-old"),
+    "dual_clip": ("grpo+dual-clip", "grpo+dual-clip+rollout-old"),
+    "dppo_tv": ("dppo-tv+recomputed-old", "dppo-tv"),
+}
 
 
 def runs(root: Path) -> list[RunConfig]:
@@ -30,13 +35,13 @@ def runs(root: Path) -> list[RunConfig]:
     for base in (preset("routing-noise"), low, preset("stale")):
         for replay in _modes(base.setting):
             variants: Variants = {
-                f"{branch}-{old}-{replay}": {
+                _name(arm, replay): {
                     "algorithm": algorithm,
-                    "old_logprobs": "trainer" if old == "recomputed" else "rollout",
+                    "old_logprobs": old,
                     "routing_replay": replay,
                 }
-                for branch, algorithm in _BRANCH.items()
-                for old in ("recomputed", "rollout")
+                for algorithm, arms in _LOSSES.items()
+                for arm, old in zip(arms, ("trainer", "rollout"), strict=True)
             }
             seeds = EIGHT_SEEDS if replay == "disabled" else FIVE_SEEDS
             configs += of_variants(base, variants, seeds)
@@ -48,14 +53,18 @@ def tests() -> list[Comparison]:
     return [
         Comparison(
             f"{setting}, replay {replay}",
-            (setting, f"{branch}-recomputed-{replay}"),
-            (setting, f"{branch}-rollout-{replay}"),
+            (setting, _name(recomputed, replay)),
+            (setting, _name(rollout, replay)),
         )
         for setting in ("routing-noise", "int4", "stale")
         for replay in _modes(setting)
-        for branch in _BRANCH
+        for recomputed, rollout in _LOSSES.values()
     ]
 
 
-def _modes(setting: str) -> tuple[str, ...]:
+def _modes(setting: str) -> tuple[RoutingReplay, ...]:
     return ("disabled", "R2") if setting == "stale" else ("disabled", "R2", "R3")
+
+
+def _name(arm: str, replay: RoutingReplay) -> str:
+    return arm if replay == "disabled" else f"{arm}+{replay}"

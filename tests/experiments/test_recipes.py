@@ -57,6 +57,10 @@ def test_a_users_own_loss_has_a_card_and_an_arm(tmp_path: Path) -> None:
     assert (config.arm, config.loss, config.algorithm) == ("halved", name, "grpo")
     label = find_arm("halved")
     assert find_arm(name).colour == label.colour and label.label == "halved"
+    assert find_arm("grpo+dual-clip+rollout-old+R3").label == (
+        "GRPO + dual clip over rollout log-probs + R3"
+    )
+    assert find_arm("halved+R3").label == "halved + R3"
     check_arms(["grpo", name])
 
 
