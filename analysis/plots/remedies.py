@@ -18,12 +18,13 @@ ROW = 0.17  # inches an arm
 
 @style.styled
 def reward_side_by_side(steps: pd.DataFrame, settings: list[str]) -> Figure:
-    """Reward against rollout step: a column an arm, a row a setting; main arms only.
+    """Reward against rollout step: a column an arm, a row a setting; of many arms the main ones.
 
     Thin lines are seeds, the thick one their median, a triangle marks a seed's collapse.
     """
-    arms = [arm for arm in style.arms_in(steps) if arm in style.LEAD_ARMS]
-    arms = arms or style.arms_in(steps)[: len(style.LEAD_ARMS)]
+    arms = style.arms_in(steps)
+    if len(arms) > len(style.LEAD_ARMS):
+        arms = [arm for arm in arms if arm in style.LEAD_ARMS] or arms[: len(style.LEAD_ARMS)]
     count = len(arms) * len(settings)
     figure, panels = style.grid(count, columns=len(arms), height=1.35)
     for row, setting in enumerate(settings):
@@ -36,7 +37,7 @@ def reward_side_by_side(steps: pd.DataFrame, settings: list[str]) -> Figure:
             if row == 0:
                 axes.set_title(style.wrapped(arm_label(arm), 16))
         if len(settings) > 1:
-            panels[row * len(arms)].set_ylabel(style.wrapped(setting, 14))
+            panels[row * len(arms)].set_ylabel(style.wrapped(setting, 17))
     style.whole_numbers(panels[0])
     figure.supxlabel("rollout step", fontsize=8)
     figure.supylabel("reward", fontsize=8)

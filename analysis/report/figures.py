@@ -63,8 +63,8 @@ STUDY_FIGURES = [
     FigureSpec(
         key="main-arms",
         title="The collapse and its cures",
-        caption=f"Mean reward of each rollout, the main arms side by side. {SEEDS} A triangle "
-        "marks the step at which a seed collapses.",
+        caption="Mean reward of each rollout, arms side by side (of many the main ones). "
+        f"{SEEDS} A triangle marks the step at which a seed collapses.",
         draw=lambda study, _: remedies.reward_side_by_side(study.steps, study.settings),
         needs=("reward",),
         every_arm=True,

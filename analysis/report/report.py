@@ -27,6 +27,7 @@ from moe_rl.analysis.report.page import GENERATOR, render
 from moe_rl.analysis.report.svg import inline, settle, to_png, to_svg
 from moe_rl.analysis.verdicts.claims import claims_table
 
+PANELS = 9  # settings in one figure
 CHAPTERS = 6  # above this many settings only the map is drawn, not every setting's time courses
 
 
@@ -91,8 +92,8 @@ def write_report(
 
 
 def _overview(study: StudyRuns, measures: pd.DataFrame, out: Path) -> dict[str, Any]:
-    """The first figures of the page; at most `CHAPTERS` settings have room for a panel."""
-    some = study.settings[:CHAPTERS]
+    """The first figures of the page; at most `PANELS` settings have room for a panel."""
+    some = study.settings[:PANELS]
     return _figures(dataclasses.replace(study, settings=some), measures, STUDY_FIGURES, "all", out)
 
 
