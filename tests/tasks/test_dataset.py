@@ -1,5 +1,6 @@
 """The dataset task: a file read whole or not at all, its rewards, and its place in a run's name."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -178,8 +179,13 @@ def test_an_edited_file_does_not_go_on_with_the_old_run(file: str, tmp_path: Pat
         with pytest.raises(ConfigError, match=r"holds a run with task\.dataset_sha256="):
             train(first, run, cold_start_cache=cold, resume=resume)
     assert (run / "steps.jsonl").read_bytes() == before
-    write(Path(file), ROWS)
+    # Whoever means it writes the new file's sum into the run's config.
+    saved = run / "config.json"
+    told = json.loads(saved.read_text())
+    told["config"]["task"]["dataset_sha256"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    saved.write_text(json.dumps(told))
     train(first, run, cold_start_cache=cold, resume=True)
+    assert len((run / "steps.jsonl").read_text().splitlines()) == first.steps
     assert len(list(cold.glob("[!.]*"))) == 1
 
 
