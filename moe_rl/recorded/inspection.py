@@ -17,7 +17,7 @@ from moe_rl.losses.grpo import grpo_loss
 from moe_rl.metrics.branches import branch_shares
 from moe_rl.metrics.ratios import mismatch_statistics, ratio_statistics, ratio_tail
 from moe_rl.recorded.batch import LOGPROBS, RecordedBatch
-from moe_rl.replay_check.check_trace import check_trace
+from moe_rl.replay_check.check_trace import Record, check_trace
 from moe_rl.replay_check.claims import LawResult
 from moe_rl.routing import statistics
 from moe_rl.routing.routed_experts import NO_RECORD
@@ -191,6 +191,13 @@ def _routes(batch: RecordedBatch, found: Inspection, num_experts: int | None) ->
     found.metrics["replay/coverage"] = float(recorded.double().mean())
     # What lies elsewhere, as in padding, is nobody's route.
     own = routes.masked_fill(~batch.mask[..., None, None], NO_RECORD)
+    dense = Record(routes=own).zero_layers
+    if dense.any() and not dense.all() and routes.shape[-1] > 1:
+        own = own[:, :, ~dense]
+        found.notes.append(
+            f"layers {dense.nonzero().flatten().tolist()} hold zeros alone: taken for dense "
+            "layers, which have no router; if they have one, their record was lost"
+        )
     found.laws = check_trace(own, num_experts=num_experts, response=batch.mask, tokens=batch.tokens)
     if trainer is None:
         return

@@ -19,7 +19,7 @@ from moe_rl.config import ConfigError
 from moe_rl.recorded import RecordedBatch, inspect_batch, read_batch, write_batch
 from moe_rl.recorded.findings import findings
 from moe_rl.recorded.trl_log import inspect_log
-from moe_rl.replay_check.check_trace import TRACE_LAWS
+from moe_rl.replay_check.check_trace import TRACE_LAWS, check_trace
 
 B, SP, T, L, K, E = 18, 5, 20, 3, 2, 16
 
@@ -230,9 +230,13 @@ def test_layers_of_zeros_and_sequences_that_do_not_count_are_not_called_lost_or_
     mask[3] = False
     routes[3] = -1
     one = RecordedBatch(source="test", mask=mask, routes=routes)
-    broken = {law.check: law.reason for law in inspect_batch(one, num_experts=E).laws}
-    failed = [law.check for law in inspect_batch(one, num_experts=E).laws if law.passed is False]
-    assert failed == ["zeros"] and "layers [0] are all zeros: dense layers" in broken["zeros"]
+    found = inspect_batch(one, num_experts=E)
+    assert not [law for law in found.laws if law.passed is False]
+    assert found.notes[0].startswith("layers [0] hold zeros alone: taken for dense layers")
+    given = {"num_experts": E, "response": mask}
+    laws = {law.check: law for law in check_trace(routes, **given)}
+    assert [name for name, law in laws.items() if law.passed is False] == ["zeros"]
+    assert "layers [0] are all zeros: dense layers" in laws["zeros"].reason
 
 
 def test_a_repeated_token_excuses_a_repeated_row(tmp_path: Path) -> None:
