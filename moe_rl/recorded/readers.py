@@ -13,8 +13,6 @@ import itertools
 import json
 import math
 import re
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from moe_rl.config import ConfigError
@@ -34,11 +32,10 @@ from moe_rl.recorded.batch import (
     where_predicted,
     without_fills,
 )
-from moe_rl.traces.files import read_lines, read_trace
+from moe_rl.traces.files import BAD_FILE, read_lines, read_trace
 
 _JSONL = "*.jsonl"
 _FLOATS = (*LOGPROBS, "advantages", "mask")
-_BAD_FILE = (ValueError, OSError, EOFError, SafetensorError, zipfile.BadZipFile, zlib.error)
 
 
 def read_batch(path: Path | str) -> RecordedBatch:
@@ -88,7 +85,7 @@ def read_batch(path: Path | str) -> RecordedBatch:
             "a batch is a file .safetensors or .npz, .jsonl of token exports, .json or .jsonl of "
             "an engine's responses, or a folder of .jsonl files"
         )
-    except _BAD_FILE as error:
+    except (OSError, *BAD_FILE) as error:
         said = str(error)
         raise ConfigError(said if said.startswith(str(path)) else f"{path}: {said}") from error
 

@@ -37,7 +37,7 @@ from moe_rl.traces.megatron import MEGATRON_FILES, read_megatron
 from moe_rl.traces.responses import Responses, read_responses
 
 # What json, numpy and safetensors raise on a damaged file, and our readers on a wrong content.
-_BAD_FILE = (ValueError, EOFError, zipfile.BadZipFile, zlib.error, SafetensorError)
+BAD_FILE = (ValueError, EOFError, zipfile.BadZipFile, zlib.error, SafetensorError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def read_trace(
             "a trace is a file .npz, .npy, .safetensors, .json or .jsonl (vLLM, SGLang), .parquet "
             f"(one response a row) or .jsonl (Megatron-LM), or a folder with {MEGATRON_FILES}"
         )
-    except _BAD_FILE as error:
+    except BAD_FILE as error:
         what = "not JSON: " if isinstance(error, json.JSONDecodeError) else ""
         hint = "; name a file of one response a line .jsonl" if "Extra data" in str(error) else ""
         raise ValueError(f"{path}: {what}{error}{hint}") from error
