@@ -59,6 +59,7 @@ StudyName = Literal[
     "irreversibility",
     "compute",
     "families",
+    "cold_starts",
 ]
 
 SCHEMA = 1
