@@ -32,7 +32,7 @@ from moe_rl.recorded.batch import (
     where_predicted,
     without_fills,
 )
-from moe_rl.traces.files import BAD_FILE, read_lines, read_trace
+from moe_rl.traces.files import BAD_FILE, read_lines, read_trace, what_is_wrong
 
 _JSONL = "*.jsonl"
 _FLOATS = (*LOGPROBS, "advantages", "mask")
@@ -86,7 +86,7 @@ def read_batch(path: Path | str) -> RecordedBatch:
             "an engine's responses, or a folder of .jsonl files"
         )
     except (OSError, *BAD_FILE) as error:
-        said = str(error)
+        said = what_is_wrong(error)
         raise ConfigError(said if said.startswith(str(path)) else f"{path}: {said}") from error
 
 

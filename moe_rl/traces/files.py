@@ -106,9 +106,18 @@ def read_trace(
             f"(one response a row) or .jsonl (Megatron-LM), or a folder with {MEGATRON_FILES}"
         )
     except BAD_FILE as error:
-        what = "not JSON: " if isinstance(error, json.JSONDecodeError) else ""
-        hint = "; name a file of one response a line .jsonl" if "Extra data" in str(error) else ""
-        raise ValueError(f"{path}: {what}{error}{hint}") from error
+        raise ValueError(f"{path}: {what_is_wrong(error)}") from error
+
+
+def what_is_wrong(error: Exception) -> str:
+    """One of `BAD_FILE` in words, and what to do where its own words say less or advise pickle."""
+    said = str(error)
+    if "allow_pickle" in said:
+        return "no arrays of numbers, or no numpy file; write them with numpy.savez"
+    if isinstance(error, json.JSONDecodeError):
+        hint = "; name a file of one response a line .jsonl" if "Extra data" in said else ""
+        return f"not JSON: {said}{hint}"
+    return said
 
 
 def write_trace(path: Path | str, routed_experts: Tensor) -> None:

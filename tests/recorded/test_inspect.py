@@ -498,6 +498,7 @@ def test_trl_s_log_is_read_by_our_names(tmp_path: Path, capsys: pytest.CaptureFi
         ("a.jsonl", "3", "a.jsonl"),
         ("a.safetensors", "broken", "a.safetensors"),
         ("a.npz", "PK\x03\x04 broken", "a.npz"),
+        ("a.npz", "text", "no arrays of numbers"),
     ],
 )
 def test_a_file_that_is_no_batch_gets_one_line(

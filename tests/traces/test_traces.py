@@ -205,6 +205,17 @@ def test_a_bad_response_is_one_line_with_the_path(tmp_path, content, words) -> N
         read_trace(path, num_layers=L, top_k=K)
 
 
+def test_no_error_advises_to_unpickle(tmp_path) -> None:
+    (tmp_path / "text.npz").write_text("text")
+    objects = np.array([{"routes": 1}], dtype=object)
+    np.savez(tmp_path / "objects.npz", routed_experts=objects)
+    np.save(tmp_path / "objects.npy", objects, allow_pickle=True)
+    for path in tmp_path.iterdir():
+        with pytest.raises(ValueError, match=rf"{path.name}: no arrays of numbers") as error:
+            read_trace(path)
+        assert "allow_pickle" not in str(error.value)
+
+
 def test_flat_bytes_without_sizes_say_what_is_needed(tmp_path) -> None:
     path = write(tmp_path / "r.json", {"meta_info": {"routed_experts": sglang(routes()[0])}})
     with pytest.raises(ValueError, match=r"pass num_layers .* and top_k"):
