@@ -8,7 +8,7 @@ largest learning rate at which the final reward stays within 20% of its peak.
 
 from collections.abc import Sequence
 
-from moe_rl.config import ConfigError, RunConfig
+from moe_rl.config import RunConfig
 from moe_rl.experiments.arms import check_arms
 from moe_rl.experiments.study import StudyPlan, of_arms
 
@@ -46,11 +46,6 @@ def grid(
         for base in bases
         for config in of_arms(base, arms, [seed])
         # Without a choice of experts there is nothing to perturb.
-        if not (config.router_noise and config.model.num_experts == config.model.experts_per_token)
+        if not (config.router_noise and config.model.is_dense)
     ]
-    if not configs:
-        raise ConfigError(
-            "no run is left: give each of learning_rates, updates, noises, arms and seeds a value; "
-            "the dense control has no router to perturb and needs noise 0"
-        )
     return StudyPlan(name="map", mode="map", configs=tuple(configs))

@@ -11,9 +11,9 @@ else from the arm's config.
 import inspect
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moe_rl.config import RunConfig
+from moe_rl.config import RunConfig, flat_settings
 from moe_rl.experiments.arms import ARMS, Arm, check_arms, find_arm
 
 if TYPE_CHECKING:
@@ -292,20 +292,13 @@ def _no_op(text: str) -> str:
 
 def _settings(config: RunConfig, base: RunConfig) -> str:
     """The options that make `config` from `base`."""
-    ours, theirs = _flat(config.to_dict()), _flat(base.to_dict())
+    ours, theirs = flat_settings(config.to_dict()), flat_settings(base.to_dict())
     words = [
         f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
         for key, value in ours.items()
         if value != theirs[key]
     ]
     return " ".join(words) or "the defaults"
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value) if isinstance(value, dict) else {key: value}
-    return flat
 
 
 def all_cards() -> list[Card]:

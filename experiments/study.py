@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from moe_rl.config import SCHEMA, ConfigError, RoutingReplay, RunConfig
 from moe_rl.experiments.arms import arm_config, run_of
@@ -63,13 +63,24 @@ class StudyPlan:
     """Runs that belong together, in the order in which they start."""
 
     name: str
-    mode: str
-    """quick, full or map."""
+    mode: Literal["quick", "full", "map"]
     configs: tuple[RunConfig, ...]
     analysis: str = ""
     """The analysis plan, written before the runs: arms, seeds, primary outcome, tests."""
     tests: tuple[Comparison, ...] = ()
     """Its tests, but for those of arms against GRPO in one setting, which every report makes."""
+
+    def __post_init__(self) -> None:
+        """Refuse a study of nothing.
+
+        Raises:
+            ConfigError: it has no run.
+        """
+        if not self.configs:
+            raise ConfigError(
+                "no run is left: give at least one arm and one seed, and of a map each axis a "
+                "value; the dense control has no router to perturb and needs noise 0"
+            )
 
     def write(self, root: Path, command: str) -> None:
         """Write study.json into the study folder `root`; `command` says how to make it again.

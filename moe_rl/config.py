@@ -62,6 +62,7 @@ StudyName = Literal[
     "cold_starts",
 ]
 
+_PARTS = ("model", "task", "cold_start")  # nested configs of a RunConfig
 SCHEMA = 1
 """Version of the format of run folders and study folders."""
 
@@ -107,6 +108,11 @@ class ModelConfig(Settings):
     """Parameter and activation type; bfloat16 weights are trained through float32 masters."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a built model has all experts always on."""
+        return self.num_experts == self.experts_per_token
 
     def conflicts(self) -> Iterator[str]:
         if self.experts_per_token > self.num_experts:
@@ -205,9 +211,9 @@ class RunConfig(Settings):
     """Temperature of sampling and of all log-probs, 1e-3 to 1e3."""
 
     learning_rate: PositiveFloat = 5e-4
-    """Peak learning rate of AdamW (> 0)."""
+    """Base learning rate of AdamW (> 0); warm-up and decay multiply it."""
     learning_rate_schedule: Literal["constant", "linear"] = "linear"
-    """After warm-up: constant, or decayed linearly to 0 at the end of the run."""
+    """constant, or linear: times 1 - step / steps from the first step on, beside the warm-up."""
     warmup_steps: CountOrZero = 5
     """Rollout steps of linear warm-up (>= 0)."""
     adam_beta1: Beta = 0.9
@@ -266,7 +272,8 @@ class RunConfig(Settings):
         if left_over:
             yield (
                 f"updates_per_rollout={self.updates_per_rollout} with prompts_per_rollout="
-                f"{self.prompts_per_rollout}: each update takes whole groups; use a divisor"
+                f"{self.prompts_per_rollout}: each update takes whole groups; let the first divide "
+                "the second"
             )
         if self.prompts_per_forward and prompts_per_update % self.prompts_per_forward:
             yield (
@@ -276,12 +283,13 @@ class RunConfig(Settings):
         if self.evaluate_every and self.evaluation_k > self.evaluation_samples:
             yield (
                 f"evaluation_k={self.evaluation_k} with evaluation_samples="
-                f"{self.evaluation_samples}: pass@k needs at least k samples; use fewer k"
+                f"{self.evaluation_samples}: pass@k needs at least k samples; lower the first or "
+                "raise the second"
             )
         if self.task.evaluation_dataset is not None and not self.evaluate_every:
             yield (
                 f"evaluation_dataset={self.task.evaluation_dataset!r} with evaluate_every=0: it "
-                "would never be read; say every how many rollout steps"
+                "would never be read; set evaluate_every"
             )
         if self.old_passes > 1 and self.old_logprobs == "rollout":
             yield (
@@ -316,7 +324,7 @@ class RunConfig(Settings):
         """The same run with `arm` spelled out."""
         if self.arm is not None:
             return self
-        if self.model.checkpoint is None and self.model.num_experts == self.model.experts_per_token:
+        if self.model.checkpoint is None and self.model.is_dense:
             arm = "dense"
         elif self.freeze_router:
             arm = "frozen-router"
@@ -343,7 +351,7 @@ class RunConfig(Settings):
 
         Nested field names are unique across the config, so no prefix is needed.
         """
-        parts = {name: getattr(self, name) for name in ("model", "task", "cold_start")}
+        parts = {name: getattr(self, name) for name in _PARTS}
         # `task` is a nested config and also that config's first field, which a string means.
         given = {name for name in parts if not isinstance(changes.get(name, ""), str)}
         parts |= {name: changes.pop(name) for name in given}
@@ -351,6 +359,12 @@ class RunConfig(Settings):
             inner = {f.name for f in dataclasses.fields(part)} & changes.keys()
             parts[name] = dataclasses.replace(part, **{key: changes.pop(key) for key in inner})
         return dataclasses.replace(self, **parts, **changes)
+
+
+def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `RunConfig.to_dict` by name, those of its parts too: no name comes twice."""
+    own = {name: value for name, value in config.items() if name not in _PARTS}
+    return own | {name: value for part in _PARTS for name, value in config[part].items()}
 
 
 def check_schema(found: Any, where: object) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 
 import pandas as pd
 
-from moe_rl.config import SCHEMA
+from moe_rl.config import SCHEMA, flat_settings
 from moe_rl.experiments.arms import arm_key
+from moe_rl.experiments.study import Comparison
 
 KEYS = ["setting", "arm", "seed"]
 # Config columns that the frames `steps` and `updates` carry beside the keys.
@@ -47,7 +48,7 @@ class StudyRuns:
         (nested ones under their own name), and the numbers of summary.json as `summary_<name>`.
     steps: one row a rollout step, columns as in steps.jsonl, with the keys and config columns.
     updates: one row an optimiser update, columns as in updates.jsonl, likewise.
-    tests: the plan's own comparisons, as study.json has them (`experiments.study.Comparison`).
+    tests: the plan's own comparisons.
     planned: every (setting, arm, seed) of study.json; those found where there is no study.json.
     configs: the whole nested config of each (setting, arm, seed).
     notes: what the loader left out or found odd, one line each.
@@ -65,7 +66,7 @@ class StudyRuns:
     planned: list[RunKey]
     configs: dict[RunKey, dict[str, Any]]
     notes: list[str] = field(default_factory=list)
-    tests: list[list[Any]] = field(default_factory=list)
+    tests: list[Comparison] = field(default_factory=list)
 
     def setting(self, name: str) -> "StudyRuns":
         """The same study with only the runs of one setting."""
@@ -158,7 +159,7 @@ def load_study(path: str | Path) -> StudyRuns:
         planned=planned or list(configs),
         configs=configs,
         notes=notes,
-        tests=study.get("tests", []),
+        tests=[Comparison(*test) for test in study.get("tests", [])],
     )
 
 
@@ -184,17 +185,9 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     summary = decode(_read_json(folder / "summary.json")) if done else {}
     row: dict[str, Any] = {name: config[name] for name in KEYS}
     row |= {"complete": bool(summary.get("complete", False)), "folder": str(folder)}
-    row |= {name: value for name, value in flatten(config).items() if name not in row}
+    row |= {name: value for name, value in flat_settings(config).items() if name not in row}
     row |= {f"summary_{name}": value for name, value in summary.items() if name != "schema"}
     return row, config
-
-
-def flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """A nested config as one level; fields of nested configs come under their own name."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= flatten(value) if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def _metrics_frame(
@@ -209,9 +202,7 @@ def _metrics_frame(
         _note(notes, f"{file}: {twice} lines are written twice, the later ones count")
         frame = frame.drop_duplicates(unique, keep="last")
     frame = frame.sort_values(unique, kind="stable")
-    # The learning rate of a step is the schedule's; the run's own is its peak.
     front = {name: row.get(name) for name in KEYS + CONFIG_COLUMNS if name not in frame}
-    front["peak_learning_rate"] = row.get("learning_rate")
     front["complete"] = row["complete"]
     return pd.concat([pd.DataFrame(front, index=frame.index), frame], axis=1)
 

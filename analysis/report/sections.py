@@ -1,19 +1,22 @@
 """What the sections of the report say, as plain data for its templates."""
 
+import dataclasses
 import json
 import math
 from typing import Any
 
 import pandas as pd
 
-from moe_rl.analysis.data.load import RunKey, StudyRuns, flatten
+from moe_rl.analysis.data.load import RunKey, StudyRuns
 from moe_rl.analysis.data.stats import PairedTest, holm, paired_test
 from moe_rl.analysis.report.page import NONE, number
 from moe_rl.analysis.verdicts.rules import MIN_EFFECT
 from moe_rl.analysis.verdicts.verdicts import MIN_SEEDS
+from moe_rl.config import flat_settings
 from moe_rl.experiments.arms import arm_key, arm_label, find_arm
 
 PHASES = ["rollout", "old_logprobs", "updates", "instruments"]
+PAIRED = [field.name for field in dataclasses.fields(PairedTest)]
 
 
 def paired_tests(measures: pd.DataFrame) -> pd.DataFrame:
@@ -34,7 +37,7 @@ def paired_tests(measures: pd.DataFrame) -> pd.DataFrame:
                 test = paired_test(both[a], both[b])
                 own = {"setting": setting, "a": a, "b": b} | vars(test)
                 rows.append(own | {"reading": _reading(test)})
-    columns = ["setting", "a", "b", *PairedTest.__dataclass_fields__, "reading"]
+    columns = ["setting", "a", "b", *PAIRED, "reading"]
     table = pd.DataFrame(rows, columns=columns)
     # An exact test of few seeds cannot have a small p: with arms that a study gives fewer seeds, in
     # order to explore, no arm could pass.
@@ -62,7 +65,7 @@ def planned_tests(study: StudyRuns, measures: pd.DataFrame) -> pd.DataFrame:
             own |= {"a_setting": a[0], "a_arm": a[1], "b_setting": b[0], "b_arm": b[1]}
             rows.append(own | vars(test) | {"reading": _reading(test)})
     places = ["a_setting", "a_arm", "b_setting", "b_arm"]
-    columns = ["family", "outcome", *places, *PairedTest.__dataclass_fields__, "reading"]
+    columns = ["family", "outcome", *places, *PAIRED, "reading"]
     table = pd.DataFrame(rows, columns=columns)
     corrected = table.groupby(["family", "n"])["p_value"].transform(holm)
     table.insert(len(columns) - 1, "p_holm", corrected)
@@ -125,7 +128,7 @@ def arm_differences(study: StudyRuns) -> tuple[list[str], list[tuple[str, list[s
 
 def _differing(configs: list[dict[str, Any]], labels: set[str]) -> list[tuple[str, list[str]]]:
     """Fields, `labels` apart, with more than one value, and the value in each config."""
-    flat = [flatten(config) for config in configs]
+    flat = [flat_settings(config) for config in configs]
     names = sorted({name for config in flat for name in config} - labels)
     rows = [(name, [str(config.get(name, NONE)) for config in flat]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]

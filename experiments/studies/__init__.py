@@ -11,12 +11,9 @@ beyond those of arms against GRPO.
 import importlib
 import inspect
 from pathlib import Path
-from typing import get_args
 
 from moe_rl.config import StudyName
 from moe_rl.experiments.study import StudyPlan, seed_by_seed
-
-STUDIES = get_args(StudyName)
 
 
 def study_plan(name: StudyName, root: Path) -> StudyPlan:

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from moe_rl.config import SCHEMA, ConfigError, RunConfig, load_config
+from moe_rl.config import SCHEMA, ConfigError, RunConfig, flat_settings, load_config
 from moe_rl.run_folder.sealing import flush
 from moe_rl.run_folder.trackers import TrackedRun, Tracker, Trackers
 
@@ -86,8 +86,8 @@ def check_run_folder(folder: Path, config: RunConfig) -> None:
     """
     check_can_be_made(folder, "out")
     if (folder / "config.json").is_file():
-        theirs = _flat(load_config(str(folder / "config.json")).to_dict())
-        for key, value in _flat(config.to_dict()).items():
+        theirs = flat_settings(load_config(str(folder / "config.json")).to_dict())
+        for key, value in flat_settings(config.to_dict()).items():
             if theirs[key] != value:
                 way_out = "give another folder"
                 if key.endswith("_sha256") and value is not None:
@@ -103,16 +103,6 @@ def check_run_folder(folder: Path, config: RunConfig) -> None:
     names = [file.name for file in folder.iterdir()] if folder.exists() else []
     if any(name not in ours and not name.endswith(_PARTIAL) for name in names):
         raise ConfigError(f"out={str(folder)!r}: holds files that are no run; give a new folder")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def lock_run_folder(folder: Path) -> BaseFileLock:

@@ -7,13 +7,15 @@ from typing import get_args
 
 import pytest
 
-from moe_rl.config import RunConfig, StudyName
+from moe_rl.config import ConfigError, RunConfig, StudyName
 from moe_rl.experiments.arms import ARMS
+from moe_rl.experiments.quick import quick
 from moe_rl.experiments.runner import check_study, run_folder
-from moe_rl.experiments.studies import STUDIES, study_plan
+from moe_rl.experiments.studies import study_plan
 from moe_rl.experiments.study import StudyPlan
 
 ROOT = Path("study")
+STUDIES = get_args(StudyName)
 
 
 def plan_of(name: StudyName) -> StudyPlan:
@@ -104,3 +106,8 @@ def test_the_command_line_knows_every_study() -> None:
     folder = Path(__file__).parents[2] / "experiments" / "studies"
     files = {file.stem for file in folder.glob("*.py")} - {"__init__"}
     assert files == set(get_args(StudyName))
+
+
+def test_a_study_of_no_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no run is left: give at least one arm and one seed"):
+        quick(seeds=[])

@@ -176,7 +176,7 @@ def test_an_edited_file_does_not_go_on_with_the_old_run(file: str, tmp_path: Pat
     (run / "summary.json").unlink()
     write(Path(file), ROWS[:2])
     for resume in (False, True):
-        with pytest.raises(ConfigError, match=r"holds a run with task\.dataset_sha256="):
+        with pytest.raises(ConfigError, match=r"holds a run with dataset_sha256="):
             train(first, run, cold_start_cache=cold, resume=resume)
     assert (run / "steps.jsonl").read_bytes() == before
     # Whoever means it writes the new file's sum into the run's config.

@@ -15,7 +15,13 @@ from moe_rl.policy.forward import ForwardOptions, response_pass
 from moe_rl.policy.policy import Policy
 from moe_rl.presets import preset
 from moe_rl.recorded import inspect_batch, read_batch
-from moe_rl.run_folder.log import RunLog, check_run_folder, is_complete, lock_run_folder
+from moe_rl.run_folder.log import (
+    RunLog,
+    check_run_folder,
+    is_complete,
+    lock_run_folder,
+    write_config,
+)
 from moe_rl.tasks import make_task
 from moe_rl.training.cold_start import starting_policy
 from moe_rl.training.run import train
@@ -434,6 +440,15 @@ def test_what_an_interrupted_start_leaves_behind_does_not_block_the_run(tmp_path
     for name in ("output.txt", "config.json.partial", "lock"):
         (tmp_path / name).write_text("")
     check_run_folder(tmp_path, tiny())
+
+
+@pytest.mark.parametrize(("held", "given"), [({}, {"bound": 4.0}), ({"bound": 4.0}, {})])
+def test_a_folder_of_other_loss_options_is_refused(
+    held: dict[str, float], given: dict[str, float], tmp_path: Path
+) -> None:
+    write_config(tmp_path / "config.json", tiny(algorithm="dual_clip", loss_options=held))
+    with pytest.raises(ConfigError, match="holds a run with loss_options="):
+        check_run_folder(tmp_path, tiny(algorithm="dual_clip", loss_options=given))
 
 
 @pytest.mark.parametrize("summary", ["", '{"schema": 1, "comp', '{"schema": 1, "complete": false}'])
