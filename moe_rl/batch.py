@@ -6,6 +6,7 @@ layers, K experts per token, E experts.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class RolloutBatch:
     """bool [B, T], False after the end of sequence."""
     rollout_logprobs: Tensor
     """float32 [B, T], the engine's log-probs of the sampled tokens."""
-    routed_experts: Tensor | None
+    routed_experts: Tensor
     """int16 [B, Sp + T, L, K], the engine's expert choices. The last sampled token is never fed
     back, so its row is -1 (no record)."""
     router_logits: Tensor | None
@@ -47,12 +48,12 @@ class RolloutBatch:
         group = self.group_size
         sequences = slice(prompts.start * group, prompts.stop * group)
         per_prompt = {"prompt_ids", "prompt_mask"}
-        parts: dict[str, Tensor | None] = {}
+        parts: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             rows = prompts if field.name in per_prompt else sequences
             parts[field.name] = None if value is None else value[rows]
-        return RolloutBatch(**parts)  # type: ignore[arg-type]
+        return RolloutBatch(**parts)
 
     def padded(self, prompt_length: int, response_length: int, *, pad_id: int) -> "RolloutBatch":
         """The same rollout with prompts and responses padded to at least their longest.
@@ -65,16 +66,14 @@ class RolloutBatch:
         right = response_length - self.response_ids.shape[1]
         if left == right == 0:
             return self
-        routes, logits, weights = self.routed_experts, self.router_logits, self.gate_weights
+        logits, weights = self.router_logits, self.gate_weights
         return RolloutBatch(
             prompt_ids=pad(self.prompt_ids, (left, 0), value=pad_id),
             prompt_mask=pad(self.prompt_mask, (left, 0), value=False),
             response_ids=pad(self.response_ids, (0, right), value=pad_id),
             response_mask=pad(self.response_mask, (0, right), value=False),
             rollout_logprobs=pad(self.rollout_logprobs, (0, right)),
-            routed_experts=None
-            if routes is None
-            else pad(routes, (0, 0, 0, 0, left, right), value=-1),
+            routed_experts=pad(self.routed_experts, (0, 0, 0, 0, left, right), value=-1),
             router_logits=None if logits is None else pad(logits, (0, 0, 0, 0, 0, right)),
             gate_weights=None
             if weights is None
@@ -94,7 +93,7 @@ class Experience:
     """float32 [B, T], under the routing that the updates replay, if they replay any."""
     old_routes: Tensor
     """int16 [B, Sp + T, L, K], the old policy's live choices: what churn is measured against."""
-    old_router_logits: Tensor | None
+    old_router_logits: Tensor | None = None
     """float32 [B, T, L, E], the old policy's router logits."""
     replay: Tensor
     """int16 [B, Sp + T, L, K], the record that updates replay, if they replay any."""
@@ -102,6 +101,16 @@ class Experience:
     """float32 [B, T], what a value head said before the updates."""
     returns: Tensor | None = None
     """float32 [B, T], what it should have said."""
+
+    def select_prompts(self, prompts: slice) -> "Experience":
+        """The part of it that belongs to whole groups of a contiguous range of prompts."""
+        group = self.batch.group_size
+        rows = slice(prompts.start * group, prompts.stop * group)
+        parts: dict[str, Any] = {"batch": self.batch.select_prompts(prompts)}
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            parts[field.name] = None if value is None else value[rows]
+        return Experience(**parts)
 
 
 def response_positions(sequence_values: Tensor, prompt_length: int) -> Tensor:

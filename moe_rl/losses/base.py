@@ -34,8 +34,8 @@ class LossInputs:
     mask: Tensor
     """bool, True at response tokens."""
     router_shift: Tensor | None = None
-    """RSPO's gamma in (0, 1], 1 where no router has moved (`routing.statistics.shift`); None where
-    the routers were not recorded."""
+    """RSPO's gamma in (0, 1], 1 where no router has moved (`router_shift_ratio` of
+    routing/statistics.py); None where the routers were not recorded."""
     values: Tensor | None = None
     """Of a value head, reward units, with a gradient; None where no value head is trained."""
     old_values: Tensor | None = None
@@ -99,25 +99,28 @@ def make_inputs(
     """
     shape = logprobs.shape
     rollout_logprobs = old_logprobs if rollout_logprobs is None else rollout_logprobs
-    expected = {
-        "logprobs": (logprobs, logprobs.ndim == 2, "[B, T]"),
-        "old_logprobs": (old_logprobs, old_logprobs.shape == shape, f"{list(shape)}"),
-        "rollout_logprobs": (rollout_logprobs, rollout_logprobs.shape == shape, f"{list(shape)}"),
-        "mask": (mask, mask.shape == shape, f"{list(shape)}, response positions only"),
-        "advantages": (
-            advantages,
-            advantages.shape in (shape[:1], shape),
-            f"one per sequence, {list(shape[:1])}, or one per token",
-        ),
+    if logprobs.ndim != 2:
+        raise ValueError(f"logprobs.shape={list(shape)}: expected [B, T]; reshape it")
+    if advantages.shape not in (shape[:1], shape):
+        raise ValueError(
+            f"advantages.shape={list(advantages.shape)}: expected one per sequence, "
+            f"{list(shape[:1])}, or one per token; reshape it"
+        )
+    of_tokens: dict[str, Tensor | None] = {
+        "old_logprobs": old_logprobs,
+        "rollout_logprobs": rollout_logprobs,
+        "mask": mask,
+        "router_shift": router_shift,
+        "values": values,
+        "old_values": old_values,
+        "returns": returns,
     }
-    optional = {"router_shift": router_shift, "values": values}
-    optional |= {"old_values": old_values, "returns": returns}
-    for name, given in optional.items():
-        if given is not None:
-            expected[name] = (given, given.shape == shape, f"{list(shape)}")
-    for name, (value, fits, what) in expected.items():
-        if not fits:
-            raise ValueError(f"{name}.shape={list(value.shape)}: expected {what}; reshape it")
+    for name, value in of_tokens.items():
+        if value is not None and value.shape != shape:
+            raise ValueError(
+                f"{name}.shape={list(value.shape)}: expected {list(shape)}, one value for each "
+                "response token; reshape it"
+            )
     if mask.dtype != torch.bool:
         raise ValueError(f"mask.dtype={mask.dtype}: expected torch.bool; pass mask.bool()")
     dtype = torch.promote_types(logprobs.dtype, torch.float32)

@@ -26,6 +26,6 @@ def rspo_loss(inputs: LossInputs, *, log_clip: float = 0.4, lowest: float = 0.7)
     assert inputs.router_shift is not None, "the learner records routers for a loss that reads them"
     scaled = inputs.log_ratio + inputs.router_shift.clamp(min=lowest).log()
     low, high = -math.expm1(-log_clip), math.expm1(log_clip)
-    # Padding, where log_ratio is 0 and router_shift unknown, must not count in the mean.
-    picked = clip_log_ratio(scaled, inputs.advantages, low, high).masked_fill(~inputs.mask, 0.0)
+    # In padding A is 0, and so is what is picked.
+    picked = clip_log_ratio(scaled, inputs.advantages, low, high)
     return -inputs.sequence_mean(picked).exp() * inputs.advantages

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_rl.batch import RolloutBatch, response_positions
+from moe_rl.batch import Experience, RolloutBatch, response_positions
 from moe_rl.kernels import routing_statistics
 from moe_rl.metrics.branches import branch_shares
 from moe_rl.metrics.ratios import (
@@ -67,7 +67,7 @@ def mismatch_metrics(
     batch: RolloutBatch, old: ForwardOutput, *, gather: Gather = dict
 ) -> dict[str, Any]:
     """How far the rollout engine and the trainer differ on equal weights."""
-    assert old.routed_experts is not None and batch.routed_experts is not None
+    assert old.routed_experts is not None
     mask, prompt_length = batch.response_mask, batch.prompt_ids.shape[1]
     engine = response_positions(batch.routed_experts, prompt_length)
     trainer = response_positions(old.routed_experts, prompt_length)
@@ -103,16 +103,10 @@ def value_metrics(
 @torch.no_grad()
 def update_metrics(
     output: ForwardOutput,
+    experience: Experience,
     *,
     gradient: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    old_logprobs: Tensor,
-    rollout_logprobs: Tensor,
-    old_routes: Tensor,
-    old_router_logits: Tensor | None,
     by_logits: Tensor,
-    prompt_length: int,
     value_losses: Tensor | None = None,
     other_logprobs: Sequence[Tensor] = (),
     replayed: bool = False,
@@ -123,14 +117,9 @@ def update_metrics(
 
     Args:
         output: the forward pass of the update, with live choices and router logits.
+        experience: what the update learns from.
         gradient: float32 [B, T], of the loss in each log-prob.
-        advantages: float32 [B] or [B, T].
-        mask: bool [B, T], response tokens.
-        old_logprobs, rollout_logprobs: float32 [B, T].
-        old_routes: int16 [B, Sp + T, L, K], live choices of the old policy.
-        old_router_logits: float32 [B, T, L, E], its router logits.
         by_logits: see `rollout_metrics`.
-        prompt_length: Sp.
         value_losses: float32 [B, T], of a value head.
         other_logprobs: of the same pass with replay off instead of on or on instead of off; adds
             the split of the log-ratio variance into routing part and weight part. Where gate
@@ -140,13 +129,15 @@ def update_metrics(
         gather: joins the rows of all processes.
     """
     assert output.routed_experts is not None
-    old = response_positions(old_routes, prompt_length)
+    batch, advantages = experience.batch, experience.advantages
+    mask, prompt_length = batch.response_mask, batch.prompt_ids.shape[1]
+    old = response_positions(experience.old_routes, prompt_length)
     new = response_positions(output.routed_experts, prompt_length)
     own = {
         "mask": mask,
         "logprobs": output.logprobs,
-        "old_logprobs": old_logprobs,
-        "rollout_logprobs": rollout_logprobs,
+        "old_logprobs": experience.old_logprobs,
+        "rollout_logprobs": batch.rollout_logprobs,
         "gradient": gradient,
         "advantages": advantages if advantages.ndim == 2 else advantages[:, None].expand_as(mask),
         "churn": statistics.churn(old, new, mask),
@@ -155,8 +146,9 @@ def update_metrics(
     if logits is not None:
         margin = statistics.margin(logits, old.shape[-1], mask)
         own["margin"] = margin.masked_fill(~by_logits, torch.nan)
-        if old_router_logits is not None:
-            own["shift"] = statistics.shift(old_router_logits, logits, old, mask)
+        before = experience.old_router_logits
+        if before is not None:
+            own["shift"] = statistics.router_shift_ratio(before, logits, old, mask)
     if value_losses is not None:
         own["value_losses"] = value_losses
     own |= {f"other_logprobs_{number}": other for number, other in enumerate(other_logprobs)}

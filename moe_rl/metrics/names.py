@@ -8,10 +8,9 @@ with its `--calculate-per-token-loss`. Importable without torch.
 """
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 Dialect = Literal["verl", "trl", "prime", "slime", "nemo"]
-DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
 NAMES: dict[str, dict[Dialect, str]] = {
     "reward": {"verl": "critic/rewards/mean", "trl": "reward"},

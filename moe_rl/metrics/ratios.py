@@ -11,14 +11,13 @@ bool, raise ValueError.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 # R3 (arXiv 2510.11370) reports the share of tokens whose ratio is off by more than a factor of 2;
 # 5 is IcePop's upper bound, beyond which it masks a token.
-DEFAULT_TAUS = (2.0, 5.0)
+EXTREMES = (2, 5)
 SURVIVAL = (2, 10, 100, 1000)
 """Ratios t at which P(w > t) is logged."""
 
@@ -27,8 +26,6 @@ def ratio_statistics(
     logprobs: Tensor,
     old_logprobs: Tensor,
     mask: Tensor,
-    *,
-    taus: Sequence[float] = DEFAULT_TAUS,
 ) -> dict[str, float]:
     """Every statistic of token and sequence ratios that an update logs.
 
@@ -38,7 +35,7 @@ def ratio_statistics(
         ratio/x_log_mean, _log_var, _log_p01, _log_p99, _log_max   of log r, nats (nats^2 for var)
         ratio/x_var       variance of r; inf where float64 overflows
         ratio/x_ess       (sum r)^2 / (N sum r^2) = 1/(1 + CV^2(r)), in [1/N, 1]; never overflows
-        ratio/extreme_T   share of tokens with max(w, 1/w) > T, for T in `taus`
+        ratio/extreme_T   share of tokens with max(w, 1/w) > T, T of 2 and 5
         ratio/mean, ratio/survival_T   see `ratio_tail`
         kl                mean over tokens of -log w: k1 estimate of KL(old || new), nats
         kl_k3             mean over tokens of w - 1 - log w: k3 estimate of the same, >= 0, nats
@@ -57,20 +54,20 @@ def ratio_statistics(
     ):
         moments = _moments(log_r, keep)
         values |= {f"ratio/{name}_{key}": value for key, value in moments.items()}
-    values |= {f"ratio/extreme_{t:g}": _extreme(log_ratio, mask, t) for t in taus}
+    values |= {f"ratio/extreme_{t:g}": _extreme(log_ratio, mask, t) for t in EXTREMES}
     values |= {"kl": _mean(-log_ratio, mask), "kl_k3": _mean(_k3(log_ratio), mask)}
     values |= _tail("ratio", log_ratio, mask)
     return read(values, mask)
 
 
 def mismatch_statistics(
-    logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, tau: float = 2.0
+    logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor
 ) -> dict[str, float]:
     """How far the trainer's log-probs are from the rollout engine's, on equal weights.
 
         mismatch/kl_k1       mean of log r, with log r = rollout_logprobs - logprobs, nats
         mismatch/kl_k3       mean of 1/r - 1 + log r, >= 0, nats
-        mismatch/extreme_T   share of tokens with max(r, 1/r) > T = tau
+        mismatch/extreme_2   share of tokens with max(r, 1/r) > 2
 
     Both estimate KL(rollout || trainer), as the rollout engine sampled the tokens.
     """
@@ -79,7 +76,7 @@ def mismatch_statistics(
     values = {
         "mismatch/kl_k1": _mean(-log_ratio, mask),
         "mismatch/kl_k3": _mean(_k3(log_ratio), mask),
-        f"mismatch/extreme_{tau:g}": _extreme(log_ratio, mask, tau),
+        "mismatch/extreme_2": _extreme(log_ratio, mask, 2),
     }
     return read(values, mask)
 

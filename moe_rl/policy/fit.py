@@ -37,12 +37,12 @@ def check_prompt(policy: Policy, prompt: Prompt, limit: int, where: str) -> None
         ids = encode_prompt(policy.tokenizer, prompt)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    context = policy.context
     if context is not None and len(ids) + limit > context:
         raise ConfigError(
             f"{where}: a prompt of {len(ids)} tokens and a response of {limit} exceed the "
             f"model's context of {context} (max_position_embeddings); shorten the prompt, "
-            "lower the response's, or take a model of a longer context"
+            "allow fewer response tokens (response_tokens), or take a model of a longer context"
         )
     text = prompt if isinstance(prompt, str) else chat_text(policy.tokenizer, prompt)
     read = policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -63,7 +63,7 @@ def _check_answer(policy: Policy, task: Task, row: Listed, answer: str) -> None:
         )
     text = read_tokens(policy.tokenizer, ids)
     columns = {name: [value] for name, value in row.problem.columns.items()}
-    if text != answer and task.reward([row.problem.prompt], [text], **columns) != [1.0]:
+    if text != answer and task.reward([row.problem.prompt], [text], **columns)[0] < 1:
         raise ConfigError(
             f"{row.where}: the model's tokenizer reads the answer {answer!r:.60} back as "
             f"{text!r:.60}, so that no response can be right; take another tokenizer"

@@ -50,7 +50,7 @@ class ForwardOptions:
     value_head: Callable[[Tensor], Tensor] | None = None
     """Makes values [B, T] of hidden states [B, T, H]; None: return no values."""
     record_weights: bool = False
-    """Record the gate weights of passes without replay, for who opens `routing_contexts`."""
+    """Record gate weights in passes without replay; for callers of `routing_contexts`."""
 
     def replayed(self, select: Callable[[Tensor], Tensor]) -> Replayed:
         """What some tokens replay: `select` picks their rows of ids and of gate weights."""
@@ -84,12 +84,12 @@ class ForwardOutput(NamedTuple):
             return outputs[0]
         fields = zip(*outputs, strict=True)
         joined = (None if values[0] is None else torch.cat(values) for values in fields)
-        return ForwardOutput(*joined)  # type: ignore[arg-type]
+        return ForwardOutput._make(joined)
 
     def select_sequences(self, sequences: slice) -> "ForwardOutput":
         """The output for some of the sequences."""
         parts = (None if value is None else value[sequences] for value in self)
-        return ForwardOutput(*parts)  # type: ignore[arg-type]
+        return ForwardOutput._make(parts)
 
 
 def response_pass(
@@ -103,15 +103,15 @@ def response_pass(
     # Responses of one token are predicted by the prompt alone: there is nothing to read after it.
     if batch.response_ids.shape[1] == 1 and read is _one_pass:
         read = _cached
-    hidden, routes, logits, replayed = read(policy, batch, options)
-    found = score_tokens(policy, hidden, batch.response_ids, entropy=options.entropy)
+    seen = read(policy, batch, options)
+    found = score_tokens(policy, seen.hidden, batch.response_ids, entropy=options.entropy)
     return ForwardOutput(
         logprobs=found.logprobs,
         entropy=None if found.entropy is None else found.entropy.detach(),
-        routed_experts=routes,
-        router_logits=logits,
-        values=None if options.value_head is None else options.value_head(hidden),
-        replayed=replayed,
+        routed_experts=seen.routes,
+        router_logits=seen.router_logits,
+        values=None if options.value_head is None else options.value_head(seen.hidden),
+        replayed=seen.replayed,
     )
 
 
@@ -173,9 +173,15 @@ def routing_contexts(
             yield None
 
 
-# Hidden states [B, T, H] where each response token is predicted, routes, router logits, and which
-# routers were given their recorded choice.
-_Read = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+class _Read(NamedTuple):
+    """What a layout reads of a batch."""
+
+    hidden: Tensor
+    """[B, T, H] where each response token is predicted."""
+    routes: Tensor | None
+    router_logits: Tensor | None
+    replayed: Tensor | None
+    """These three as in `ForwardOutput`."""
 
 
 def _one_pass(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Read:
@@ -201,7 +207,7 @@ def _one_pass(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _
         logits = predictions(*_split_rows(seen.router_logits, batch), group)
     if options.replay is not None:
         replayed = predictions(*_split_rows(seen.replayed, batch), group)
-    return predictions(prompt_hidden, response_hidden, group), routes, logits, replayed
+    return _Read(predictions(prompt_hidden, response_hidden, group), routes, logits, replayed)
 
 
 def _split_rows(rows: Tensor, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
@@ -237,7 +243,7 @@ def _cached(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Re
         logits = predictions(seen_prompts.router_logits, seen and seen.router_logits, group)
     if options.replay is not None:
         replayed = predictions(seen_prompts.replayed, seen and seen.replayed, group)
-    return predictions(prompt_hidden, rest, group), routes, logits, replayed
+    return _Read(predictions(prompt_hidden, rest, group), routes, logits, replayed)
 
 
 def _whole(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Read:
@@ -260,7 +266,7 @@ def _whole(policy: Policy, batch: RolloutBatch, options: ForwardOptions) -> _Rea
         logits = seen.router_logits[:, prompt_length - 1 :]
     if options.replay is not None:
         replayed = seen.replayed[:, prompt_length - 1 :]
-    return hidden[:, prompt_length - 1 :], routes, logits, replayed
+    return _Read(hidden[:, prompt_length - 1 :], routes, logits, replayed)
 
 
 _LAYOUTS = {"one_pass": _one_pass, "cached": _cached, "whole": _whole}

@@ -49,6 +49,12 @@ class Policy:
         )
 
     @property
+    def context(self) -> int | None:
+        """Tokens that the model can read at once; None: it does not say."""
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
+
+    @property
     def pad_id(self) -> int:
         """Token that fills up short rows."""
         return int(self.tokenizer.pad_token_id)

@@ -45,12 +45,12 @@ def check_logits(policy: Policy, name: str) -> None:
 
 
 @torch.enable_grad()
-def has_idle_parameters(policy: Policy) -> bool:
+def has_unused_parameters(policy: Policy) -> bool:
     """Whether some trained parameters get no gradient, as the indexers of sparse attention."""
     _logits(policy, _few_tokens(policy)).logsumexp(-1).sum().backward()
-    idle = any(p.requires_grad and p.grad is None for p in policy.model.parameters())
+    unused = any(p.requires_grad and p.grad is None for p in policy.model.parameters())
     policy.model.zero_grad(set_to_none=True)
-    return idle
+    return unused
 
 
 def _few_tokens(policy: Policy) -> Tensor:
@@ -98,7 +98,7 @@ def must_read_whole(policy: Policy, name: str) -> bool:
         ConfigError: neither a cache nor whole sequences give what one sequence alone gives, or the
             model does not run.
     """
-    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    context = policy.context
     if context is not None and context < max(_PROMPTS) + _RESPONSE:
         return False
     with _running(policy, name):

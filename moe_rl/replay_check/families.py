@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
-from moe_rl.routing.taps import REFUSED
+from moe_rl.routing.taps import NO_TOP_K
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +154,7 @@ _FORMULA_OF = {name: formula for formula, names in _FORMULAS.items() for name in
 FAMILIES: dict[str, Formula | None] = {name: _FORMULA_OF[name] for name in sorted(_FORMULA_OF)}
 """The formula of the gate weights by family, None where there is none."""
 
-REFUSED_UNBUILT = {"ernie4_5_vl_moe": REFUSED["Ernie4_5_VLMoeMoeBlock"]}
+REFUSED_UNBUILT = {"ernie4_5_vl_moe": NO_TOP_K["Ernie4_5_VLMoeMoeBlock"]}
 """Refused families that are not built here, for want of images, and why they are refused."""
 
 REFUSED_FAMILIES: dict[str, dict[str, Any]] = {

@@ -7,10 +7,10 @@ arithmetic: the difference from the trainer is the rounding of weights and nothi
     fp8         e4m3: w = s * f, f a float8_e4m3fn, s = max |w| / 448 of the output channel
     int8, int4  w = s * n, n an integer in [-q, q], s = max |w| / q of the channel, q = 127 and 7
 
-All three round to nearest, ties to even. fp8, int8 and int4 apply to the linear layers of attention
-and MLP and to the experts, each expert with scales of its own. Router, embeddings, norms, biases,
-head and the gate of a shared expert stay as they are: what llm-compressor's examples for MoE models
-ignore (examples/quantizing_moe: `lm_head`, `mlp.gate`, `mlp.shared_expert_gate`).
+All formats round to nearest, ties to even. fp8, int8 and int4 apply to the linear layers of
+attention and MLP and to the experts, each expert with scales of its own. Router, embeddings, norms,
+biases, head and the gate of a shared expert stay as they are: what llm-compressor's examples for
+MoE models ignore (examples/quantizing_moe: `lm_head`, `mlp.gate`, `mlp.shared_expert_gate`).
 """
 
 import contextlib

@@ -135,7 +135,6 @@ def _record_routes(responses: list[_Response], policy: Policy) -> Tensor:
 def _check_routes(batch: RolloutBatch, policy: Policy) -> None:
     group, prompt_length = batch.group_size, batch.prompt_ids.shape[1]
     prompts = batch.prompt_ids.repeat_interleave(group, dim=0)
-    assert batch.routed_experts is not None
     try:
         require_information(
             batch.routed_experts,

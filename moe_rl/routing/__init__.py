@@ -1,6 +1,6 @@
 """Record, replay and perturb the expert choices of transformers MoE models.
 
-This room depends on torch and transformers only, so it can be lifted into any trainer.
+This package depends on torch and transformers only, so it can be lifted into any trainer.
 
     routed_experts.py  the record `[B, S, L, K]`: its checks, and where a forward lies in it
     taps.py            find the routers of a model

@@ -20,7 +20,7 @@ from .taps import RouterTap
 Found = tuple[Tensor, Callable[[Tensor], Any]]
 """The gate weights `[N, K]` of a router's output, and the output with others instead."""
 
-REFUSED = {
+NO_GATE_WEIGHTS = {
     "InklingTopkRouter": "weights its shared experts too, so that the gate weights of the chosen "
     "experts alone do not determine what the layer returns",
 }
@@ -47,7 +47,7 @@ class FixedWeights:
 def check_has_gate_weights(taps: list[RouterTap]) -> None:
     """Raise ValueError for routers whose gate weights do not say all that they decide."""
     for tap in taps:
-        reason = REFUSED.get(type(tap.module).__name__)
+        reason = NO_GATE_WEIGHTS.get(type(tap.module).__name__)
         if reason is not None:
             raise ValueError(f"gate_weights: router {tap.name!r} {reason}; leave gate_weights out")
 

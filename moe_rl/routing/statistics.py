@@ -82,7 +82,7 @@ def margin(router_logits: Tensor, top_k: int, mask: Tensor | None = None) -> Ten
     return _only(gap, mask, ~logits.isnan().any(dim=-1))
 
 
-def shift(
+def router_shift_ratio(
     old_logits: Tensor, new_logits: Tensor, e_old: Tensor, mask: Tensor | None = None
 ) -> Tensor:
     """gamma = exp(-mean_l mean_k |log r_new(e_old) - log r_old(e_old)|). `[...]` in (0, 1].

@@ -38,7 +38,7 @@ CORRECTION_BIAS_NAMES = (
 )
 
 CAPACITY = "drops tokens above the capacity of an expert, so ids alone do not determine the routing"
-REFUSED = {
+NO_TOP_K = {
     "PhimoeTopKRouter": "phimoe's sparsemixer picks its experts one after another by argmax over "
     "masked scores, so there is no top-k whose ids could be recorded or replayed",
     "SwitchTransformersTop1Router": f"switch_transformers routes by argmax and {CAPACITY}",
@@ -176,7 +176,7 @@ def survey(model: nn.Module) -> tuple[list[RouterTap], nn.Module]:
 
 def _refuse(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
     for path, module in modules:
-        reason = REFUSED.get(type(module).__name__)
+        reason = NO_TOP_K.get(type(module).__name__)
         if reason is not None:
             raise ValueError(
                 f"model: the routing of {type(model).__name__} cannot be recorded or replayed: "

@@ -82,6 +82,22 @@ class Ranks:
         if self.largest(int(failure is not None)):
             raise failure or PeerFailed("another process has failed; its own message says why")
 
+    @contextlib.contextmanager
+    def finite_together(self) -> Iterator[None]:
+        """The same, but NaN or inf on one rank is known to all, and each can still act on it.
+
+        Raises:
+            FloatingPointError: the block raised one, on any rank.
+        """
+        failure = ""
+        with self.together():
+            try:
+                yield
+            except FloatingPointError as error:
+                failure = str(error)
+        if self.largest(len(failure)):
+            raise FloatingPointError(failure or "another rank's policy gives NaN or inf")
+
     def _numbers(self, value: float, dtype: torch.dtype) -> list[Any]:
         """One number of each rank."""
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -19,7 +19,7 @@ def generator(
 ) -> np.random.Generator:
     """The generator at one address, of numbers >= 0.
 
-    `purpose` is what the draw is for ("sample", "prompts", ...); purposes never share draws.
+    `purpose` is what the draw is for ("sample", "prompts", ...); equal CRC-32 alone share draws.
     """
     key = np.array([seed % _COUNTER_BLOCK, zlib.crc32(purpose.encode())], dtype=np.uint64)
     counter = np.array([0, sample, prompt, step], dtype=np.uint64)
@@ -41,7 +41,8 @@ def uniforms(
 def request_seed(seed: int, purpose: str, *, step: int, prompt: int) -> int:
     """The seed of one prompt's samples for an engine with randomness of its own, in [0, 2^62).
 
-    Sample g of the prompt takes the seed + g: prompts are too far apart to meet.
+    Sample g of the prompt takes the seed + g; those of two prompts overlap with a probability that
+    can be neglected.
     """
     drawn = generator(seed, f"{purpose}/engine", step=step, prompt=prompt).integers(_ENGINE_SEEDS)
     return int(drawn)

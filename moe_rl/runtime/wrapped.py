@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from moe_rl.runtime.ranks import Ranks
 from moe_rl.runtime.strict import ConfigError
 
-Parallelism = Literal["ddp", "fsdp"]
 T = TypeVar("T")
+Parallelism = Literal["ddp", "fsdp"]
 
 
 def check_can_be_sharded(model: Any) -> None:
@@ -52,7 +52,8 @@ class Wrapped:
     """Runs a model's passes so that gradients are averaged over the ranks; one wraps nothing.
 
     `ddp` keeps the whole model on each rank, `fsdp` a shard of every layer, made in place. A `head`
-    is a module beside the model that passes may call too. `idle`: some parameters get no gradient.
+    is a module beside the model that passes may call too. `unused`: some parameters get no
+    gradient.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Wrapped:
         parallelism: Parallelism,
         head: nn.Module | None = None,
         *,
-        idle: bool = False,
+        unused: bool = False,
     ) -> None:
         self.ranks = ranks
         self._inside: nn.Module = _Inside(model, head)
@@ -71,9 +72,9 @@ class Wrapped:
             return
         if parallelism == "ddp":
             # Buffers are equal on all ranks, and nothing here changes them. DDP would wait for the
-            # gradients of idle parameters; to look for them where there are none makes it warn.
+            # gradients of unused parameters; to look for them where there are none makes it warn.
             self._inside = DistributedDataParallel(
-                self._inside, broadcast_buffers=False, find_unused_parameters=idle
+                self._inside, broadcast_buffers=False, find_unused_parameters=unused
             )
             return
         mesh = init_device_mesh(model.device.type, (ranks.size,))
@@ -95,7 +96,7 @@ class Wrapped:
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         """Gather the whole model on each rank: ranks may then make different numbers of passes."""
         for module in self._sharded:
             module.set_reshard_after_forward(False, recurse=False)

@@ -30,7 +30,7 @@ from moe_rl.run_folder.sealing import is_whole, read_sealed, write_sealed
 from moe_rl.runtime.process import process_of
 from moe_rl.runtime.ranks import Ranks
 from moe_rl.runtime.seeding import generator
-from moe_rl.tasks import Dataset, Prompt, Task, make_task
+from moe_rl.tasks import Dataset, Prompt, Task, task_of
 from moe_rl.training.evaluation import sample_rewards
 from moe_rl.training.master_weights import MasterWeights
 
@@ -129,7 +129,7 @@ def ensure_cold_start(
             return folder
         with process_of(_THREADS):
             loss = train_on_demonstrations(policy, task, config, progress)
-            if not math.isfinite(loss) and config.sft_steps:
+            if not math.isfinite(loss):
                 raise FloatingPointError(
                     "the cold start has diverged at sft_learning_rate="
                     f"{config.cold_start.sft_learning_rate:g}, take a smaller one"
@@ -149,9 +149,11 @@ def prepare_cold_starts(configs: Sequence[RunConfig], cache: Path) -> None:
     """Make every cold start that the runs need, before they race for it; prints what it does."""
     seen = set()
     for config in configs:
-        task = make_task(config.task.task, **config.task.options())
+        if config.sft_steps == 0:
+            continue
+        task = task_of(config.task)
         name = cold_start_hash(config, task)
-        if name in seen or config.sft_steps == 0:
+        if name in seen:
             continue
         seen.add(name)
         experts = f"{config.model.num_experts} experts"
@@ -162,7 +164,7 @@ def prepare_cold_starts(configs: Sequence[RunConfig], cache: Path) -> None:
 
 
 def _content_of(checkpoint: str | None) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a checkpoint's files: a path or id may come to mean others."""
+    """Names, sizes and times of a checkpoint's files: its path or hub id may later hold another."""
     if checkpoint is None:
         return []
     stats = [(file.name, file.stat()) for file in sorted(find_model(checkpoint).glob("*"))]
@@ -196,8 +198,6 @@ def train_on_demonstrations(
     """Supervised training in place; returns the last loss in nats per response token."""
     settings = config.cold_start
     steps = config.sft_steps
-    if steps == 0:
-        return float("nan")
     model = policy.model  # in evaluation mode: dropout draws from a state that no seed decides
     router = find_routers(model)[0]
     balanced = settings.load_balance_coef > 0 and router.num_experts > router.top_k

@@ -4,8 +4,8 @@
       config.json          of the run
       crash.json           step, update, what was NaN or inf, the update's metrics, versions
       policy/              the weights before the update
-      rollout.safetensors  tokens, advantages, routes, old log-probs; absent if the rollout
-                           itself was NaN or inf
+      rollout.safetensors  tokens, advantages, routes, old log-probs; absent if sampling met NaN
+                           or inf, in the rollout or in the evaluation
 
 The random draws are a function of the config's seed and of the step, so that this suffices to redo
 the update: `moe-rl debug-crash`.
@@ -42,7 +42,8 @@ class Crash:
     step: int
     """Rollout step."""
     update: int
-    """Update of that step, which was not made; 0 too if the rollout failed."""
+    """Update of that step, which was not made; 0 too if the rollout failed, and behind the last one
+    if the evaluation did."""
     reason: str
     metrics: dict[str, Any]
     """The update's line in the log."""
@@ -120,5 +121,4 @@ def load_experience(bundle: Path, device: torch.device) -> Experience | None:
     tensors: dict[str, Any] = load_file(bundle / _ROLLOUT, device=str(device))
     names = [field.name for field in dataclasses.fields(RolloutBatch)]
     batch = RolloutBatch(**{name: tensors.pop(f"batch.{name}", None) for name in names})
-    tensors.setdefault("old_router_logits", None)
     return Experience(batch=batch, **tensors)

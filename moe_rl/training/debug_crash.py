@@ -20,7 +20,7 @@ from moe_rl.config import ConfigError, load_config
 from moe_rl.run_folder.log import NoLog
 from moe_rl.run_folder.sealing import Damaged, read_sealed
 from moe_rl.runtime.process import prepare_process
-from moe_rl.tasks import make_task
+from moe_rl.tasks import task_of
 from moe_rl.training.cold_start import saved_policy
 from moe_rl.training.crash import CONFIG, CRASH, load_experience
 from moe_rl.training.learner import Learner, Passed
@@ -79,7 +79,7 @@ def debug_crash(bundle: Path) -> CrashReport:
     # The instruments change nothing, and say more.
     config = load_config(str(bundle / CONFIG)).replace(instruments=True)
     prepare_process(config.num_threads)
-    task = make_task(config.task.task, **config.task.options())
+    task = task_of(config.task)
     policy = saved_policy(config, task, bundle / POLICY)
     trainer = Trainer(config, policy, task, NoLog(bundle))
     load_value_head(bundle / POLICY, trainer.learner)

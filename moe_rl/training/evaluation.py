@@ -28,6 +28,9 @@ def evaluate_policy(
     The policy itself samples, at its temperature and without router noise, whatever the rollout
     engine. A response is right if its reward is 1 or more. Each rank takes its share of the
     prompts, and all get the means.
+
+    Raises:
+        FloatingPointError: the policy's logits are NaN or inf, on any rank.
     """
     problems = held_out_problems(task, config.evaluation_prompts)
     samples, k = config.evaluation_samples, config.evaluation_k
@@ -35,20 +38,22 @@ def evaluate_policy(
     at_once = max(1, config.prompts_per_rollout * config.group_size // (samples * ranks.size))
     mine = range(ranks.rank, len(problems), ranks.size)
     sums = [0.0, 0.0, 0.0]
-    for numbers in (mine[i : i + at_once] for i in range(0, len(mine), at_once)):
-        rewards = sample_rewards(
-            policy,
-            task,
-            [problems[number] for number in numbers],
-            numbers=numbers,
-            seed=_SEED,
-            purpose="evaluation_samples",
-            step=step,
-            group_size=samples,
-        )
-        right = (rewards >= 1).sum(1).tolist()
-        found = [pass_at_k(samples, c, 1) for c in right], [pass_at_k(samples, c, k) for c in right]
-        sums = [s + sum(v) for s, v in zip(sums, (*found, rewards.mean(1).tolist()), strict=True)]
+    with ranks.finite_together():
+        for numbers in (mine[i : i + at_once] for i in range(0, len(mine), at_once)):
+            rewards = sample_rewards(
+                policy,
+                task,
+                [problems[number] for number in numbers],
+                numbers=numbers,
+                seed=_SEED,
+                purpose="evaluation_samples",
+                step=step,
+                group_size=samples,
+            )
+            right = (rewards >= 1).sum(1).tolist()
+            found = [[pass_at_k(samples, count, n) for count in right] for n in (1, k)]
+            found.append(rewards.mean(1).tolist())
+            sums = [total + sum(values) for total, values in zip(sums, found, strict=True)]
     names = ("pass_at_1", "pass_at_k", "evaluation_reward")
     return {
         name: ranks.total(value) / len(problems) for name, value in zip(names, sums, strict=True)
@@ -92,4 +97,6 @@ def sample_rewards(
         **draws,
     )
     batch = CachedEngine(policy).sample(request)
-    return score_responses(policy, task, problems, batch.response_ids, numbers=numbers)
+    return score_responses(
+        policy, task, problems, batch.response_ids, step=request.step, numbers=numbers
+    )

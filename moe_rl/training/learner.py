@@ -1,8 +1,9 @@
 """The policy under training on one rank: its passes over a rollout, its gradients, its optimiser.
 
-A rank holds some prompts of each update (see `runtime/share.py`). Losses are divided by the number
-of sequences of the whole update and gradients summed over ranks, so that the number of ranks
-changes nothing but rounding; metrics are of the whole update on every rank.
+A rank holds some prompts of each update (see `runtime/share.py`). Losses are divided by what the
+whole update holds (sequences, tokens or token budget, by `aggregation`) and gradients summed over
+ranks, so that the number of ranks changes nothing but rounding; metrics are of the whole update on
+every rank.
 """
 
 import math
@@ -22,9 +23,9 @@ from moe_rl.losses.ppo import value_loss
 from moe_rl.metrics import instruments
 from moe_rl.policy.forward import ForwardOutput
 from moe_rl.policy.policy import Policy
-from moe_rl.policy.probe import has_idle_parameters
+from moe_rl.policy.probe import has_unused_parameters
 from moe_rl.routing import find_routers
-from moe_rl.routing.statistics import shift
+from moe_rl.routing.statistics import router_shift_ratio
 from moe_rl.runtime.ranks import Ranks
 from moe_rl.runtime.share import Share
 from moe_rl.runtime.stopwatch import Stopwatch
@@ -110,8 +111,8 @@ class Learner:
             if getattr(module, "gradient_checkpointing", False)
         ]
         self.value_head = ValueHead(config, policy) if self.algorithm.learns_value else None
-        idle = ranks.size > 1 and parallelism == "ddp" and has_idle_parameters(policy)
-        self.wrapped = Wrapped(policy.model, ranks, parallelism, self.value_head, idle=idle)
+        unused = ranks.size > 1 and parallelism == "ddp" and has_unused_parameters(policy)
+        self.wrapped = Wrapped(policy.model, ranks, parallelism, self.value_head, unused=unused)
         self.passes = Passes(
             config=config,
             policy=policy,
@@ -162,27 +163,28 @@ class Learner:
         divisor = self._divisor(experience, update)
         passed = []
         for number, forward in enumerate(forwards, 1):
-            rows = self.passes.rows(forward.prompts)
-            mask = experience.batch.response_mask[rows]
+            part = experience.select_prompts(forward.prompts)
+            mask = part.batch.response_mask
             with self.wrapped.backward(last=number == len(forwards)):
-                output = self.passes.update_pass(experience, forward, step, update)
+                output = self.passes.update_pass(part, forward, step, update)
                 output.logprobs.retain_grad()
                 inputs = make_inputs(
                     output.logprobs,
-                    experience.old_logprobs[rows],
-                    experience.advantages[rows],
+                    part.old_logprobs,
+                    part.advantages,
                     mask if forward.counts else torch.zeros_like(mask),
-                    rollout_logprobs=experience.batch.rollout_logprobs[rows],
-                    router_shift=self._router_shift(experience, output, rows),
+                    rollout_logprobs=part.batch.rollout_logprobs,
+                    router_shift=self._router_shift(part, output),
                     values=output.values,
-                    old_values=_select(experience.old_values, rows),
-                    returns=_select(experience.returns, rows),
+                    old_values=part.old_values,
+                    returns=part.returns,
                 )
                 token_losses = self.algorithm.loss(inputs, **self.options)
                 loss = aggregate(token_losses, inputs, self._aggregation, divisor=divisor)
                 # The ranks' gradients are averaged, and ours are sums.
                 (loss * self.ranks.size).backward()
             if self.seen_logprobs is not None and forward.counts:
+                rows = self.passes.rows(forward.prompts)
                 self.seen_logprobs[rows] = output.logprobs.detach()
             passed.append(Passed(forward=forward, output=output, loss=loss.item()))
         return passed
@@ -199,20 +201,18 @@ class Learner:
             return sequences
         if self._aggregation == "fixed_length":
             return sequences * self.max_tokens
-        rows = self.passes.rows(self.share.of_update(update))
-        return self.ranks.total(float(experience.batch.response_mask[rows].sum()))
+        own = experience.batch.select_prompts(self.share.of_update(update))
+        return self.ranks.total(float(own.response_mask.sum()))
 
-    def _router_shift(
-        self, experience: Experience, output: ForwardOutput, rows: slice
-    ) -> Tensor | None:
+    def _router_shift(self, experience: Experience, output: ForwardOutput) -> Tensor | None:
         """RSPO's gamma of each response token, for the losses that read it."""
         if not self.algorithm.reads_routers:
             return None
         old, new = experience.old_router_logits, output.router_logits
         assert old is not None and new is not None
         batch = experience.batch
-        routes = response_positions(experience.old_routes[rows], batch.prompt_ids.shape[1])
-        return shift(old[rows], new.detach(), routes, batch.response_mask[rows])
+        routes = response_positions(experience.old_routes, batch.prompt_ids.shape[1])
+        return router_shift_ratio(old, new.detach(), routes, batch.response_mask)
 
     def update(self, experience: Experience, step: int, update: int) -> dict[str, Any]:
         """One optimiser update; returns its metrics, of all ranks.
@@ -251,7 +251,7 @@ class Learner:
         covered = pairs = 0.0
         for part in passed:
             if part.forward.counts:
-                mask = experience.batch.response_mask[self.passes.rows(part.forward.prompts)]
+                mask = experience.batch.select_prompts(part.forward.prompts).response_mask
                 assert part.output.replayed is not None
                 found = instruments.coverage_sums(part.output.replayed, mask).tolist()
                 covered, pairs = covered + found[0], pairs + found[1]
@@ -267,7 +267,7 @@ class Learner:
         self, experience: Experience, passed: list[Passed], step: int, update: int
     ) -> dict[str, Any]:
         """All metrics of one update, taken before the weights move."""
-        config, batch = self.config, experience.batch
+        config = self.config
         every, last = config.attribution_every, update == config.updates_per_rollout - 1
         attribute = bool(last and every and step % every == 0)
         outputs = [part.output.select_sequences(part.forward.counted) for part in passed]
@@ -275,9 +275,13 @@ class Learner:
         others = [
             torch.cat(
                 [
-                    self.passes.update_pass(experience, part.forward, step, update, plan).logprobs[
-                        part.forward.counted
-                    ]
+                    self.passes.update_pass(
+                        experience.select_prompts(part.forward.prompts),
+                        part.forward,
+                        step,
+                        update,
+                        plan,
+                    ).logprobs[part.forward.counted]
                     for part in passed
                 ]
             )
@@ -287,25 +291,18 @@ class Learner:
             part.output.logprobs.grad[part.forward.counted]  # type: ignore[index]
             for part in passed
         ]
-        rows = self.passes.rows(self.share.of_update(update))
-        old_values, returns = experience.old_values, experience.returns
+        own = experience.select_prompts(self.share.of_update(update))
         value_losses = None
-        if output.values is not None and old_values is not None and returns is not None:
+        if output.values is not None and own.old_values is not None and own.returns is not None:
             value_losses = value_loss(
-                output.values, old_values[rows], returns[rows], self.options["value_clip"]
+                output.values, own.old_values, own.returns, self.options["value_clip"]
             )
         return instruments.update_metrics(
             output,
+            own,
             gradient=torch.cat(gradients),
-            advantages=experience.advantages[rows],
-            mask=batch.response_mask[rows],
-            rollout_logprobs=batch.rollout_logprobs[rows],
-            old_logprobs=experience.old_logprobs[rows],
-            old_routes=experience.old_routes[rows],
-            old_router_logits=_select(experience.old_router_logits, rows),
             by_logits=self.by_logits,
             value_losses=value_losses,
-            prompt_length=batch.prompt_ids.shape[1],
             other_logprobs=others,
             replayed=self.plan.is_on,
             per_position=attribute,
@@ -326,7 +323,3 @@ class Learner:
         finally:
             for module in self._recomputed:
                 module.training = False
-
-
-def _select(values: Tensor | None, rows: slice) -> Tensor | None:
-    return None if values is None else values[rows]

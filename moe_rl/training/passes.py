@@ -135,24 +135,26 @@ class Passes:
 
     def update_pass(
         self,
-        experience: Experience,
+        part: Experience,
         forward: Forward,
         step: int,
         update: int,
         contrast: ReplayPlan | None = None,
     ) -> ForwardOutput:
-        """The current policy over some prompts; a `contrast` replays by another plan."""
-        rows, plan = self.rows(forward.prompts), contrast or self.plan
-        part = experience.batch.select_prompts(forward.prompts)
+        """The current policy over the prompts of `forward`, and a rollout's `part` of them.
+
+        A `contrast` replays by another plan than the run's.
+        """
+        plan = contrast or self.plan
         options = ForwardOptions(
-            replay=experience.replay[rows] if plan.is_on else None,
-            replay_weights=plan.gate_weights(part),
+            replay=part.replay if plan.is_on else None,
+            replay_weights=plan.gate_weights(part.batch),
             record=self.config.instruments and contrast is None,
             router_logits=self.reads_routers and contrast is None,
             noise=self.noise(step, "update", forward.prompts, update),
             value_head=self.value_head if contrast is None else None,
         )
-        return self.wrapped.run(response_pass, self.policy, part, options)
+        return self.wrapped.run(response_pass, self.policy, part.batch, options)
 
     def of_update(self, update: int) -> list[Forward]:
         """The forward passes that an update is cut into, equally many on all ranks."""
@@ -166,4 +168,5 @@ class Passes:
         return found + [spare] * (math.ceil(most / size) - len(found))
 
     def rows(self, prompts: slice) -> slice:
+        """The sequences of some prompts."""
         return slice(prompts.start * self.config.group_size, prompts.stop * self.config.group_size)

@@ -52,16 +52,13 @@ class ReplayPlan:
         live = ReplayPlan("disabled")
         return (live, ReplayPlan("R3")) if self.replays_weights else (live,)
 
-    def old_pass_record(self, engine_routes: Tensor | None) -> Tensor | None:
+    def old_pass_record(self, engine_routes: Tensor) -> Tensor | None:
         """What the old pass replays; None: its live choice."""
         return engine_routes if self.replays_engine else None
 
-    def update_record(self, engine_routes: Tensor | None, old_routes: Tensor) -> Tensor:
+    def update_record(self, engine_routes: Tensor, old_routes: Tensor) -> Tensor:
         """What the updates replay. While replay is off, only the attribution forward replays it."""
-        if not self.replays_engine:
-            return old_routes
-        assert engine_routes is not None, "the config allows R3 with engines that record only"
-        return engine_routes
+        return engine_routes if self.replays_engine else old_routes
 
     def gate_weights(self, batch: RolloutBatch) -> Tensor | None:
         """Gate weights that the old pass and the updates replay; None: those of their routers."""

@@ -1,4 +1,4 @@
-"""One run from its config to its summary: the one door that resolves a config and refuses it.
+"""Train one run, from its config to its summary; every config is resolved and checked here.
 
 Whatever can be refused is refused before a cold start is trained or a file written. torch is
 imported late: a wrong option is found in a fraction of a second.
@@ -26,7 +26,7 @@ from moe_rl.run_folder.log import (
     lock_run_folder,
 )
 from moe_rl.run_folder.trackers import Tracker
-from moe_rl.tasks import Dataset, Task, make_task
+from moe_rl.tasks import Dataset, Task, task_of
 
 if TYPE_CHECKING:
     from moe_rl.runtime.ranks import Ranks
@@ -48,7 +48,7 @@ def resolve(config: RunConfig) -> RunConfig:
 def _resolve(config: RunConfig) -> tuple[RunConfig, Task]:
     """The resolved run and its task, which reads the dataset once for both."""
     config = config.named()
-    task = make_task(config.task.task, **config.task.options())
+    task = task_of(config.task)
     if isinstance(task, Dataset):
         if config.sft_steps and task.unanswered is not None:
             raise ConfigError(
@@ -140,8 +140,16 @@ def train(
                 done_steps = 0 if checkpoint is None else load_progress(checkpoint).step
                 log = RunLog(folder, config, trackers, done_steps=done_steps)
         with contextlib.closing(log), listen() as stop:
-            together: dict[str, Any] = {"ranks": ranks, "parallelism": parallelism, "stop": stop}
-            trainer = Trainer(config, policy, task, log, checkpoints, **together)
+            trainer = Trainer(
+                config,
+                policy,
+                task,
+                log,
+                checkpoints,
+                ranks=ranks,
+                parallelism=parallelism,
+                stop=stop,
+            )
             if checkpoint is not None:
                 trainer.resume_from(checkpoint)
             return trainer.run(on_step if ranks.main else None)

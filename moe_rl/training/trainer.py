@@ -149,8 +149,13 @@ class Trainer:
                 self._record(step, experience)
         every = self.config.evaluate_every
         if every and (step + 1) % every == 0:
-            with self.clock.timed("evaluation"), self.learner.wrapped.whole():
-                metrics |= evaluate_policy(self.policy, self.task, self.config, step, self.ranks)
+            try:
+                with self.clock.timed("evaluation"), self.learner.wrapped.unsharded():
+                    found = evaluate_policy(self.policy, self.task, self.config, step, self.ranks)
+            except FloatingPointError as error:
+                reason = f"held-out evaluation: {error}"
+                self._crash(step, self.config.updates_per_rollout, None, reason, {"step": step})
+            metrics |= found
         return {"learning_rate": rate, **metrics}
 
     def _record(self, step: int, experience: Experience) -> None:
@@ -160,7 +165,6 @@ class Trainer:
             return
         batch, advantages = experience.batch, experience.advantages
         width = batch.prompt_ids.shape[1]
-        assert batch.routed_experts is not None
         if advantages.ndim == 1:
             advantages = advantages[:, None].expand_as(batch.response_mask)
         folder = self.log.folder / "batches"
@@ -244,24 +248,13 @@ class Trainer:
             router_logits=self.learner.passes.reads_routers and config.old_logprobs == "rollout",
             gate_weights=self.learner.plan.replays_weights,
         )
-        failure = ""
-        with self.ranks.together(), torch.no_grad(), self.learner.wrapped.whole():
-            try:
-                batch = self.learner.wrapped.run(self.engine.sample, request)
-                rewards = score_responses(
-                    self.policy,
-                    self.task,
-                    problems,
-                    batch.response_ids,
-                    step=step,
-                    numbers=prompts,
-                )
-                scale = self.learner.algorithm.scale_advantages
-                advantages = group_advantages(rewards, scale=scale).flatten().to(self.policy.device)
-            except FloatingPointError as error:
-                failure = str(error)
-        if self.ranks.largest(len(failure)):
-            raise FloatingPointError(failure or "another rank's policy cannot be sampled from")
+        with self.ranks.finite_together(), torch.no_grad(), self.learner.wrapped.unsharded():
+            batch = self.learner.wrapped.run(self.engine.sample, request)
+            rewards = score_responses(
+                self.policy, self.task, problems, batch.response_ids, step=step, numbers=prompts
+            )
+            scale = self.learner.algorithm.scale_advantages
+            advantages = group_advantages(rewards, scale=scale).flatten().to(self.policy.device)
         # Of one length on all ranks: what they tell each other, and a crash bundle, is one table.
         longest = (batch.prompt_ids.shape[1], batch.response_ids.shape[1])
         lengths = [self.ranks.largest(length) for length in longest]
@@ -271,7 +264,8 @@ class Trainer:
         """Floating-point operations of a rollout step, of all ranks, by the usual estimate.
 
         2 a parameter that a token passes through and read, 6 where its gradient is taken. Prompts
-        are read once a group; instruments do not count.
+        are read once a group. What instruments take does not count, nor a pass made for router
+        logits alone, nor what gradient checkpointing makes again.
         """
         tokens = self.ranks.total(float(batch.prompt_mask.sum() + batch.response_mask.sum()))
         return 2.0 * self.policy.active_parameters * tokens * (4 + self.learner.passes.old_passes)
@@ -377,7 +371,9 @@ def _rollout_metrics(
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
-    """Learning rate of a rollout step: linear warm-up, then constant or linear to 0 at the end."""
+    """Learning rate of a rollout step: base * min(1, (step + 1) / warmup_steps), and for `linear`
+    times 1 - step / steps, so that a short run never reaches its base.
+    """
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     decay = 1 - step / config.steps if config.learning_rate_schedule == "linear" else 1.0
     return config.learning_rate * warm * decay

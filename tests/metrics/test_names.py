@@ -3,12 +3,14 @@
 import importlib.util
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from moe_rl.metrics.names import DIALECTS, NAMES, Dialect, rename
+from moe_rl.metrics.names import NAMES, Dialect, rename
 from moe_rl.run_folder import trackers
 
+DIALECTS = get_args(Dialect)
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
 
 

@@ -15,7 +15,7 @@ from moe_rl.policy import probe
 from moe_rl.policy.build import build_policy
 from moe_rl.policy.forward import ForwardOptions, choose_layout, response_pass
 from moe_rl.policy.policy import Policy
-from moe_rl.policy.probe import check_logits, has_idle_parameters, must_read_whole
+from moe_rl.policy.probe import check_logits, has_unused_parameters, must_read_whole
 from moe_rl.policy.router_noise import RouterNoise
 from moe_rl.policy.tokenizer import tokenizer_of
 from moe_rl.replay_check.families import build_family, causal_families, family_names
@@ -192,11 +192,11 @@ def test_a_model_that_cannot_be_read_at_all_is_refused(
         must_read_whole(policy, "model")
 
 
-@pytest.mark.parametrize(("family", "idle"), [("deepseek_v32", True), ("mixtral", False)])
-def test_parameters_without_a_gradient_are_seen(family: str, idle: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "unused"), [("deepseek_v32", True), ("mixtral", False)])
+def test_parameters_without_a_gradient_are_seen(family: str, unused: bool, tmp_path: Path) -> None:
     saved(family, tmp_path)
     policy = loaded(tmp_path)
-    assert has_idle_parameters(policy) == idle
+    assert has_unused_parameters(policy) == unused
     assert all(parameter.grad is None for parameter in policy.model.parameters())
 
 

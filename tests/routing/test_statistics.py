@@ -84,7 +84,7 @@ def test_margin_is_the_gap_at_the_boundary(case) -> None:
 @given(routings())
 def test_shift_confidence_and_entropy_follow_their_formulas(case) -> None:
     _, _, (a, _), (old, new), mask = case
-    shifts = stats.shift(old, new, a, mask)
+    shifts = stats.router_shift_ratio(old, new, a, mask)
     masses, entropies = stats.confidence(new, a, mask), stats.entropy(new, mask)
     r_old, r_new = old.double().softmax(-1), new.double().softmax(-1)
     for token in range(a.shape[0]):
@@ -102,7 +102,7 @@ def test_shift_confidence_and_entropy_follow_their_formulas(case) -> None:
                 moves.append(sum(abs(math.log(p[e] / q[e])) for e in chosen) / len(chosen))
         gamma = math.exp(-sum(moves) / len(moves)) if moves else math.nan
         assert same(shifts[token].item(), gamma)
-    assert (stats.shift(old, old, a, mask).nan_to_num(1) == 1).all()
+    assert (stats.router_shift_ratio(old, old, a, mask).nan_to_num(1) == 1).all()
 
 
 @given(routings())
@@ -178,7 +178,7 @@ def test_statistics_carry_no_gradient() -> None:
         stats.margin(logits, 1),
         stats.entropy(logits),
         stats.confidence(logits, ids),
-        stats.shift(logits, logits, ids),
+        stats.router_shift_ratio(logits, logits, ids),
     ):
         assert not got.requires_grad
 
@@ -187,7 +187,7 @@ def test_statistics_carry_no_gradient() -> None:
     ("call", "message"),
     [
         (lambda e, x, m: stats.churn(e, e[:1]), r"e_b: shape \[1, 2, 1\] differs from e_a"),
-        (lambda e, x, m: stats.shift(x, x[:1], e), "new_logits: shape"),
+        (lambda e, x, m: stats.router_shift_ratio(x, x[:1], e), "new_logits: shape"),
         (lambda e, x, m: stats.churn(e, e, m[:1]), r"mask: torch.bool \[1\] for tokens \[3\]"),
         (lambda e, x, m: stats.entropy(x, m.float()), "pass a boolean mask"),
     ],

@@ -11,9 +11,12 @@ from small_policy import small_policy
 
 from moe_rl.config import ConfigError, RunConfig, TaskConfig
 from moe_rl.presets import preset
+from moe_rl.run_folder.sealing import read_sealed
 from moe_rl.runtime.ranks import Ranks
 from moe_rl.tasks import Dataset, Task, make_task
+from moe_rl.training import evaluation
 from moe_rl.training.cold_start import saved_policy
+from moe_rl.training.crash import NonFinite
 from moe_rl.training.evaluation import evaluate_policy, held_out_problems, pass_at_k
 from moe_rl.training.run import resolve, train
 
@@ -50,6 +53,9 @@ class OneOf(Ranks):
     """A rank that is told nothing: its totals are its own share."""
 
     def total(self, value: float) -> float:
+        return value
+
+    def largest(self, value: int) -> int:
         return value
 
 
@@ -113,3 +119,16 @@ def dataset_of(config: RunConfig) -> Task:
 def test_evaluations_that_cannot_be_made_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         preset("tiny").replace(**changes)
+
+
+def test_nan_in_an_evaluation_leaves_a_crash_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nan(*args: object, **draws: object) -> None:
+        raise FloatingPointError("the policy's logits are NaN")
+
+    monkeypatch.setattr(evaluation, "sample_rewards", nan)
+    config = preset("tiny").replace(evaluate_every=1, steps=1, sft_steps=2)
+    with pytest.raises(NonFinite, match="update 4: held-out evaluation: the policy's logits"):
+        train(config, tmp_path / "run", cold_start_cache=tmp_path / "cold")
+    assert read_sealed(tmp_path / "run" / "crash" / "00000-04") is not None
