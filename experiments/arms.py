@@ -41,7 +41,7 @@ class Arm:
     """On a light page: contrast of at least 3 to it; safe for common kinds of colour blindness."""
     dark_colour: str = "#a9a4e0"
     """Its partner on a dark page."""
-    dash: Any = "-"
+    dash: str | tuple[int, tuple[float, ...]] = "-"
     """matplotlib line style, the second channel beside the colour."""
     paper: str
     """Where the arm is from."""
@@ -246,11 +246,10 @@ DENSE_ARMS = tuple(
 """Arms that mean something for a model without routing."""
 MAIN_ARMS = ("grpo", "grpo+replay", "gspo")
 TWIST_ARM = "grpo+dual-clip"
-"""One branch less, and GRPO does not collapse."""
+"""It bounds one branch of the surrogate, changes neither routing nor the ratio, and GRPO holds."""
 STORY_ARMS = (*MAIN_ARMS, "dense")
 """What maps, families and the first figure show: more lines would hide the story."""
 
-# Light and dark colours of arms that are not in the table.
 # What a study adds to an arm of the table: the end of its name, and of its label.
 _MORE = {
     "R2": "+ R2",
@@ -258,6 +257,7 @@ _MORE = {
     "rollout-old": "over rollout log-probs",
     "recomputed-old": "over recomputed log-probs",
 }
+# Light and dark colours of arms that are not in the table.
 SPARE_COLOURS = (("#7570b3", "#a9a4e0"), ("#4d4d00", "#b3b34d"), ("#1b6f6f", "#63c2c2"))
 
 

@@ -22,10 +22,10 @@ from moe_rl.policy.policy import Policy
 from moe_rl.policy.router_noise import RouterNoise
 from moe_rl.rollout.cached import CachedEngine
 from moe_rl.rollout.request import Request
-from moe_rl.routing.statistics import churn, router_disagreement, token_disagreement
+from moe_rl.routing.statistics import churn, disagreement
 from moe_rl.runtime.process import prepare_process
 from moe_rl.runtime.seeding import generator
-from moe_rl.tasks import Task, make_task
+from moe_rl.tasks import Task, task_of
 from moe_rl.training.cold_start import starting_policy
 
 Of = Literal["routers", "tokens"]
@@ -81,7 +81,7 @@ def calibrate_noise(
     if not 0.0 < share < 1.0:
         raise ConfigError(f"share={share}: must be between 0 and 1, both excluded")
     prepare_process(config.num_threads)
-    task = make_task(config.task.task, **config.task.options())
+    task = task_of(config.task)
     policy = starting_policy(config, task, cold_start_cache)
     batch = _rollout(config, policy, task)
     low, high = _SMALLEST_NOISE, _LARGEST_NOISE
@@ -126,10 +126,4 @@ def _measure(config: RunConfig, policy: Policy, batch: RolloutBatch, noise: floa
         routes.append(response_positions(output.routed_experts, batch.prompt_ids.shape[1]))
     mask = batch.response_mask
     differ = churn(routes[0], routes[1], mask)
-    return Calibration(
-        noise=noise,
-        router_disagreement=float(router_disagreement(differ).nanmean()),
-        token_disagreement=float(token_disagreement(differ).nanmean()),
-        churn=float(differ.nanmean()),
-        tokens=int(mask.sum()),
-    )
+    return Calibration(noise=noise, tokens=int(mask.sum()), **disagreement(differ))

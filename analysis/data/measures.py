@@ -2,7 +2,8 @@
 
 The links of the causal chain (churn, ratio variance, clipping, gradient norm) are taken over the
 steps BEFORE the time of collapse, over the whole run where it does not collapse: a collapsed
-policy repeats itself, and its numbers would describe the wreck instead of the way there.
+policy repeats itself, and its numbers would describe the wreck instead of the way there. Only
+`churn_early` is of fixed steps.
 """
 
 import math
@@ -99,15 +100,13 @@ def _links(study: StudyRuns, measures: pd.DataFrame) -> pd.DataFrame:
     first = np.maximum(1, _of_run(updates, measures, "steps") // EARLY_FRACTION)
     early = updates[updates["step"].to_numpy(float) < first]
     runs = pd.MultiIndex.from_frame(updates[KEYS]).unique()
-    moved = (
-        before[before["branch/largest_token"] > 0] if "branch/largest_token" in before else before
-    )
+    moved = with_gradient(before) if "branch/largest_token" in before else before
     table = pd.DataFrame(index=runs, columns=[*CHAIN, *WHOLE], dtype=float)
-    at_last = _last_updates(before)
+    at_last = last_updates(before)
     for name, frame, column, statistic in (
         ("churn_one", before[before["update"] == 1], "routing/churn", "mean"),
         ("churn_last", at_last, "routing/churn", "mean"),
-        ("churn_early", _last_updates(early), "routing/churn", "mean"),
+        ("churn_early", last_updates(early), "routing/churn", "mean"),
         ("router_disagreement", at_last, "routing/router_disagreement", "mean"),
         ("token_disagreement", at_last, "routing/token_disagreement", "mean"),
         ("token_ess", before, "ratio/token_ess", "mean"),
@@ -122,7 +121,7 @@ def _links(study: StudyRuns, measures: pd.DataFrame) -> pd.DataFrame:
         ("pass_at_1", study.steps, "pass_at_1", "last"),
         ("pass_at_k", study.steps, "pass_at_k", "last"),
         ("operations", study.steps, "operations", "sum"),
-        ("replay_coverage", updates, "replay/coverage", "mean"),
+        ("replay_coverage", before, "replay/coverage", "mean"),
         ("response_length", before_collapse(study.steps, measures), "response_length", "mean"),
     ):
         if column in frame:
@@ -135,7 +134,16 @@ def _links(study: StudyRuns, measures: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _last_updates(updates: pd.DataFrame) -> pd.DataFrame:
+def with_gradient(updates: pd.DataFrame) -> pd.DataFrame:
+    """The updates that have a gradient; all shares of one without, as of equal rewards, are 0."""
+    return updates[updates["branch/largest_token"] > 0]
+
+
+def last_updates(updates: pd.DataFrame) -> pd.DataFrame:
+    """The rows of every rollout's last update, where the policy is furthest from the old one.
+
+    Of a step that was interrupted there is none.
+    """
     return updates[updates["update"] == updates.groupby(KEYS)["update"].transform("max")]
 
 

@@ -111,7 +111,7 @@ def _plain_ticks(axes: Axes) -> None:
     low, high = axes.get_xlim()
     subs = (1.0,) if high / low > 100 else (1.0, 2.0, 5.0)
     axes.xaxis.set_major_locator(LogLocator(subs=subs))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: style.plain_number(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(style.plain_number))
     axes.minorticks_off()
 
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from moe_rl.analysis.data.measures import with_gradient
 from moe_rl.analysis.plots import style
 from moe_rl.experiments.arms import arm_label
 
@@ -48,11 +49,6 @@ def branch_mass(updates: pd.DataFrame) -> Figure:
     handles.append(flipped([], [], label="A < 0, w above, router flipped"))
     figure.legend(handles=handles, loc="outside upper center", ncols=4, handlelength=1.6)
     return figure
-
-
-def with_gradient(updates: pd.DataFrame) -> pd.DataFrame:
-    """The updates that have a gradient; all shares of one without, as of equal rewards, are 0."""
-    return updates[updates["branch/largest_token"] > 0]
 
 
 def _stack(axes: Axes, updates: pd.DataFrame) -> None:

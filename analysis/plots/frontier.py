@@ -17,7 +17,7 @@ from moe_rl.experiments.arms import arm_label
 CELL_KEYS = ["arm", "router_noise", "updates_per_rollout", "learning_rate"]
 
 TITLE = 84
-"""Letters of panel titles that stand side by side in a row."""
+"""Characters that the titles of one row of panels have together."""
 
 
 def map_cells(measures: pd.DataFrame) -> pd.DataFrame:
@@ -77,7 +77,7 @@ def _map_panel(axes: Axes, cells: pd.DataFrame, rates: list[float], updates: lis
         table.to_numpy(float), origin="lower", aspect="auto", cmap=style.CMAP, vmin=0, vmax=1
     )
     axes.grid(visible=False)
-    axes.set_xticks(range(len(rates)), [_rate(rate) for rate in rates])
+    axes.set_xticks(range(len(rates)), [style.short_number(rate) for rate in rates])
     axes.set_yticks(range(len(updates)), [str(int(m)) for m in updates])
     axes.tick_params(length=0)
     if cells.empty:
@@ -103,11 +103,6 @@ def _ink_on(value: float) -> str:
     return "#0a0a0a" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "#fefefe"
 
 
-def _rate(rate: float) -> str:
-    mantissa, exponent = f"{rate:.1e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
-
-
 @style.styled
 def frontier(measures: pd.DataFrame) -> Figure:
     """Stability frontier against updates per rollout, one panel a noise level.
@@ -125,7 +120,7 @@ def frontier(measures: pd.DataFrame) -> Figure:
             _frontier_line(axes, own, updates, arm, (index - (len(arms) - 1) / 2) * 0.11)
         axes.set_yscale("log")
         rates = sorted(measures["learning_rate"].unique())
-        axes.set_yticks(rates, [_rate(rate) for rate in rates])
+        axes.set_yticks(rates, [style.short_number(rate) for rate in rates])
         axes.minorticks_off()
         axes.set_ylim(min(rates) / 2.2, max(rates) * 1.6)
         axes.set_xticks(range(len(updates)), [str(int(m)) for m in updates])

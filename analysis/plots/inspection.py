@@ -127,5 +127,5 @@ def history(lines: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
 
 
 def _plain(axis: Any) -> None:
-    axis.set_major_formatter(FuncFormatter(lambda value, _: style.plain_number(value)))
+    axis.set_major_formatter(FuncFormatter(style.plain_number))
     axis.set_minor_locator(NullLocator())

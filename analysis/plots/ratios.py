@@ -1,4 +1,4 @@
-"""Their variance and what causes it."""
+"""Figures of the importance ratios: their variance, and how much of it routing causes."""
 
 import numpy as np
 import pandas as pd

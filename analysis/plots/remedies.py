@@ -22,9 +22,7 @@ def reward_side_by_side(steps: pd.DataFrame, settings: list[str]) -> Figure:
 
     Thin lines are seeds, the thick one their median, a triangle marks a seed's collapse.
     """
-    arms = style.arms_in(steps)
-    if len(arms) > len(style.LEAD_ARMS):
-        arms = [arm for arm in arms if arm in style.LEAD_ARMS] or arms[: len(style.LEAD_ARMS)]
+    arms = style.lead_arms(style.arms_in(steps), most=len(style.LEAD_ARMS))
     count = len(arms) * len(settings)
     figure, panels = style.grid(count, columns=len(arms), height=1.35)
     for row, setting in enumerate(settings):

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from moe_rl.analysis.data.measures import last_updates
 from moe_rl.analysis.plots import style
 from moe_rl.experiments.arms import arm_label
 
@@ -26,10 +27,10 @@ def is_dense(frame: pd.DataFrame) -> bool:
 def churn_by_layer(updates: pd.DataFrame) -> Figure:
     """Heatmap of churn at every rollout's last update: layer against step, one panel an arm.
 
-    Median over seeds; one colour scale for all panels. Layer 1 is next to the embedding.
+    Median over seeds; one colour scale for all panels. Layer 0 is next to the embedding.
     """
     arms = style.arms_in(updates)
-    last = style.last_updates(updates)
+    last = last_updates(updates)
     pictures = {arm: _layer_by_step(last[last["arm"] == arm]) for arm in arms}
     top = max((float(np.nanmax(p)) for p in pictures.values() if p.size), default=0.0)
     layers = max((len(p) for p in pictures.values()), default=1)
@@ -39,7 +40,7 @@ def churn_by_layer(updates: pd.DataFrame) -> Figure:
         axes.set_title(arm_label(arm))
         axes.grid(visible=False)
         picture = pictures[arm]
-        axes.set_ylim(0.5, layers + 0.5)
+        axes.set_ylim(-0.5, layers - 0.5)
         if is_dense(updates[updates["arm"] == arm]):
             style.say(axes, DENSE_TEXT)
             continue
@@ -47,7 +48,7 @@ def churn_by_layer(updates: pd.DataFrame) -> Figure:
             style.say(axes, style.zero_text(updates) if picture.size else "not measured")
             continue
         steps = last.loc[last["arm"] == arm, "step"]
-        extent = (steps.min() - 0.5, steps.max() + 0.5, 0.5, len(picture) + 0.5)
+        extent = (steps.min() - 0.5, steps.max() + 0.5, -0.5, len(picture) - 0.5)
         image = axes.imshow(
             picture, origin="lower", aspect="auto", interpolation="nearest", extent=extent,
             cmap=style.CMAP, vmin=0, vmax=top,
@@ -63,21 +64,21 @@ def churn_by_layer(updates: pd.DataFrame) -> Figure:
 
 def _layer_by_step(last: pd.DataFrame) -> NDArray[np.float64]:
     """Median over seeds of the per-layer lists: [layers, steps]; empty where there is none."""
-    rows = _entries(last, PER_LAYER, "layer")
+    rows = _entries(last, PER_LAYER, "layer", first=0)
     medians = rows.groupby(["layer", "step"])[PER_LAYER].median().unstack()
     return medians.reindex(columns=sorted(last["step"].unique())).to_numpy()
 
 
-def _entries(updates: pd.DataFrame, column: str, number: str) -> pd.DataFrame:
-    """The lists of `column`, one row an entry, numbered from 1 in the column `number`."""
+def _entries(updates: pd.DataFrame, column: str, number: str, *, first: int) -> pd.DataFrame:
+    """The lists of `column`, one row an entry, numbered from `first` in the column `number`."""
     lists = updates[[isinstance(value, list) for value in updates[column]]]
     rows = lists[["arm", "seed", "step", column]].explode(column).astype({column: float})
-    rows[number] = rows.groupby(level=0).cumcount() + 1
+    rows[number] = rows.groupby(level=0).cumcount() + first
     return rows
 
 
 def _layer_ticks(layers: int) -> list[int]:
-    return list(range(1, layers + 1)) if layers <= 6 else [1, (layers + 1) // 2, layers]
+    return list(range(layers)) if layers <= 6 else [0, layers // 2, layers - 1]
 
 
 @style.styled
@@ -92,7 +93,7 @@ def churn_by_update(updates: pd.DataFrame) -> Figure:
 @style.styled
 def churn_by_position(updates: pd.DataFrame) -> Figure:
     """Churn against the position of the response token, mean over sampled last updates."""
-    rows = _entries(updates, PER_POSITION, "position")
+    rows = _entries(updates, PER_POSITION, "position", first=1)
     rows = rows.replace([np.inf, -np.inf], np.nan)
     keys = ["arm", "seed", "position"]
     frame = rows.groupby(keys, as_index=False)[PER_POSITION].mean()

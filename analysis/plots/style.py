@@ -1,4 +1,4 @@
-"""The one look they share.
+"""The look that all figures share: colours, axes, legends and number formats.
 
 Figures are built on `Figure` objects, never on pyplot: no backend is chosen and no global state
 is touched. Every arm has one colour and one dash everywhere (Okabe and Ito's colours, safe for the
@@ -98,11 +98,11 @@ def arms_in(frame: pd.DataFrame) -> list[str]:
     return sorted(frame["arm"].unique(), key=arm_key)
 
 
-def lead_arms(arms: list[str]) -> list[str]:
-    """All arms, or the main ones where lines of all of them could not be told apart."""
-    if len(arms) <= MOST_LINES:
+def lead_arms(arms: list[str], most: int = MOST_LINES) -> list[str]:
+    """All arms, or the main ones of more than `most`: lines that can be told apart."""
+    if len(arms) <= most:
         return arms
-    return [arm for arm in arms if arm in LEAD_ARMS] or arms[:MOST_LINES]
+    return [arm for arm in arms if arm in LEAD_ARMS] or arms[:most]
 
 
 def wrapped(text: str, width: int) -> str:
@@ -143,12 +143,6 @@ def per_step(updates: pd.DataFrame, column: str) -> pd.DataFrame:
     """Mean of `column` over the updates of every rollout: columns arm, seed, step, `column`."""
     values = updates[["arm", "seed", "step", column]].astype({column: float})
     return values.groupby(["arm", "seed", "step"], as_index=False)[column].mean()
-
-
-def last_updates(updates: pd.DataFrame) -> pd.DataFrame:
-    """The rows of every rollout's last update, where the policy is furthest from the old one."""
-    last = updates.groupby(["arm", "seed", "step"])["update"].transform("max")
-    return updates[updates["update"] == last]
 
 
 def draw_arm(
@@ -246,6 +240,14 @@ def plain_number(value: float, _position: int | None = None) -> str:
     mantissa, exponent = f"{value:.0e}".split("e")
     times = "" if mantissa == "1" else f"{mantissa}\u00b7"
     return f"{times}10{str(int(exponent)).translate(RAISED)}"
+
+
+def short_number(value: float) -> str:
+    """A setting as one writes it: 3.5e-4, not 0.00035."""
+    if value == 0 or abs(value) >= 0.01:
+        return f"{value:g}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def colour_bar(figure: Figure, image: Any, panels: list[Axes], text: str, tick: Any = None) -> None:

@@ -3,7 +3,9 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
+from moe_rl.analysis.data.measures import last_updates
 from moe_rl.analysis.plots import style
+from moe_rl.analysis.plots.training import reward_limits
 from moe_rl.experiments.arms import ARMS, STORY_ARMS
 
 
@@ -20,11 +22,11 @@ def summary(steps: pd.DataFrame, updates: pd.DataFrame) -> Figure:
     for arm in shown:
         style.draw_arm(reward, steps, arm, "step", "reward")
         if style.has(updates, "routing/churn"):
-            style.draw_arm(churn, style.last_updates(updates), arm, "step", "routing/churn")
+            style.draw_arm(churn, last_updates(updates), arm, "step", "routing/churn")
         if style.has(updates, "ratio/token_var"):
             frame = style.per_step(updates, "ratio/token_var")
             style.draw_arm(variance, frame, arm, "step", "ratio/token_var", positive=True)
-    reward.set_ylim(-0.03, max(1.0, float(steps["reward"].astype(float).max())) + 0.03)
+    reward.set_ylim(*reward_limits(steps))
     reward.set_title("reward")
     churn.set_ylim(bottom=0)
     style.percent_axis(churn)

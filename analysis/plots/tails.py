@@ -6,9 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from moe_rl.analysis.data.measures import before_collapse
+from moe_rl.analysis.data.measures import before_collapse, with_gradient
 from moe_rl.analysis.plots import style
-from moe_rl.analysis.plots.branches import UNBOUNDED, with_gradient
+from moe_rl.analysis.plots.branches import UNBOUNDED
 from moe_rl.experiments.arms import arm_label
 
 RATIOS = (2, 10, 100, 1000)  # at which P(w > t) is logged

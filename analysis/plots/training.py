@@ -5,6 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_rl.analysis.data.collapse import outcome
+from moe_rl.analysis.data.measures import last_updates
 from moe_rl.analysis.plots import style
 from moe_rl.experiments.arms import arm_label
 
@@ -41,10 +42,11 @@ def reward_panel(axes: Axes, steps: pd.DataFrame, arm: str, *, ghosts: list[str]
             _median(axes, steps, other, style.GHOST, 0.9)
     style.draw_arm(axes, steps, arm, "step", "reward")
     _mark_collapses(axes, steps, [arm])
-    axes.set_ylim(*_reward_limits(steps))
+    axes.set_ylim(*reward_limits(steps))
 
 
-def _reward_limits(steps: pd.DataFrame) -> tuple[float, float]:
+def reward_limits(steps: pd.DataFrame) -> tuple[float, float]:
+    """The reward axis: from 0 to 1, or to the largest reward."""
     return -0.03, max(1.0, float(steps["reward"].astype(float).max())) + 0.03
 
 
@@ -64,7 +66,7 @@ def clip_share(updates: pd.DataFrame) -> Figure:
 @style.styled
 def effective_sample_size(updates: pd.DataFrame) -> Figure:
     """ESS/N = 1/(1 + CV^2) of the token ratios at every rollout's last update, 0 to 1."""
-    frame = style.last_updates(updates)
+    frame = last_updates(updates)
     figure = _lines(frame, "ratio/token_ess", "effective sample size / N", log=False)
     figure.axes[0].set_ylim(-0.03, 1.03)
     return figure
@@ -96,7 +98,7 @@ def chain(steps: pd.DataFrame, updates: pd.DataFrame) -> Figure:
         for arm in arms:
             for time in _collapse_times(steps, arm):
                 axes.axvline(time, color=style.colour(arm), linewidth=0.7, linestyle=":", alpha=0.8)
-    panels[-1].set_ylim(*_reward_limits(steps))
+    panels[-1].set_ylim(*reward_limits(steps))
     panels[-1].set_ylabel("reward")
     style.step_axis(panels[-1])
     figure.align_ylabels(panels)
@@ -107,7 +109,7 @@ def chain(steps: pd.DataFrame, updates: pd.DataFrame) -> Figure:
 def _chain_panel(
     axes: Axes, updates: pd.DataFrame, arms: list[str], column: str, text: str, log: bool
 ) -> None:
-    frame = style.per_step(updates, column) if log else style.last_updates(updates)
+    frame = style.per_step(updates, column) if log else last_updates(updates)
     drawn = [style.draw_arm(axes, frame, arm, "step", column, positive=log) for arm in arms]
     if not log:
         style.percent_axis(axes)

@@ -128,7 +128,7 @@ SETTING_FIGURES = [
         key="churn-by-layer",
         title="Churn by layer over time",
         caption="Share of activated experts that differ between the old policy and the policy at "
-        "the rollout's last update; median over seeds. One colour scale for all panels; layer 1 "
+        "the rollout's last update; median over seeds. One colour scale for all panels; layer 0 "
         "is next to the embedding.",
         draw=lambda study, _: routing.churn_by_layer(study.updates),
         needs=("routing/churn_per_layer",),

@@ -13,6 +13,7 @@ from moe_rl.analysis.verdicts import rules
 from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, MIN_SEEDS, NOT_REPRODUCED, REPRODUCED
 from moe_rl.experiments.arms import arm_label
 
+# Verdict -> how the first page answers "is the cure enough?" and "is it because of the MoE?".
 ENOUGH = {REPRODUCED: "Enough", NOT_REPRODUCED: "Not enough", INCONCLUSIVE: "Open"}
 MOE = {REPRODUCED: "Yes", NOT_REPRODUCED: "No", INCONCLUSIVE: "Open"}
 SHOWN_SIGNALS = 3

@@ -8,10 +8,10 @@ import pandas as pd
 from moe_rl.analysis.data.collapse import stability_frontier
 from moe_rl.analysis.data.load import StudyRuns
 from moe_rl.analysis.plots.frontier import CELL_KEYS
-from moe_rl.analysis.plots.style import lead_arms
+from moe_rl.analysis.plots.style import lead_arms, short_number
 from moe_rl.analysis.report.page import NONE, bounds, number
 from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
-from moe_rl.experiments.arms import STORY_ARMS, arm_label
+from moe_rl.experiments.arms import MAIN_ARMS, arm_label
 
 CONTROL_SENTENCES = {
     REPRODUCED: "The dense control ends near its peak in the same setting: the failure belongs to "
@@ -62,7 +62,7 @@ def _order_sentence(measures: pd.DataFrame) -> str:
     """On how many common seeds the remedies ended above plain GRPO."""
     finals = measures[measures["complete"]].pivot_table(index="seed", columns="arm", values="final")
     parts = []
-    for arm in STORY_ARMS[1:]:
+    for arm in MAIN_ARMS[1:]:
         if {"grpo", arm} <= set(finals.columns):
             both = finals[["grpo", arm]].dropna()
             wins = int((both[arm] > both["grpo"]).sum())
@@ -170,11 +170,5 @@ def _span(runs: pd.DataFrame, name: str, form: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A config value in words: 3e-4, not 0.0003."""
-    if isinstance(value, str | bool):
-        return str(value)
-    size = float(value)
-    if size == 0 or abs(size) >= 0.01:
-        return f"{size:g}"
-    mantissa, exponent = f"{size:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+    """A config value in words."""
+    return str(value) if isinstance(value, str | bool) else short_number(float(value))

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from moe_rl.analysis.data import collapse, stats
 from moe_rl.analysis.report.svg import css_variables, variable
+from moe_rl.analysis.verdicts import rules
 from moe_rl.analysis.verdicts.claims import CLAIMS
 from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, MIN_SEEDS, NOT_REPRODUCED, REPRODUCED
 from moe_rl.experiments.arms import find_arm
@@ -73,6 +74,6 @@ def render(context: dict[str, Any], template: str = "report.html.j2") -> str:
     environment.globals |= {
         "bounds": bounds, "find_arm": find_arm, "css_variables": css_variables, "zip": zip,
         "NONE": NONE, "MARKS": MARKS, "GENERATOR": GENERATOR, "CLAIMS": CLAIMS,
-        "MIN_SEEDS": MIN_SEEDS, "collapse": collapse, "stats": stats,
+        "MIN_SEEDS": MIN_SEEDS, "collapse": collapse, "stats": stats, "rules": rules,
     }  # fmt: skip
     return environment.get_template(template).render(context)

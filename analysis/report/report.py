@@ -24,7 +24,7 @@ from moe_rl.analysis.report.figures import (
 from moe_rl.analysis.report.first_page import answers, twist_setting, twist_words
 from moe_rl.analysis.report.narrative import config_line, headline, map_headline, pooled_fields
 from moe_rl.analysis.report.page import GENERATOR, render
-from moe_rl.analysis.report.svg import inline, settle, to_png, to_svg
+from moe_rl.analysis.report.svg import save_figure
 from moe_rl.analysis.verdicts.claims import claims_table
 
 PANELS = 9  # settings in one figure
@@ -161,11 +161,8 @@ def _figures(
             continue
         name = f"{slug}-{spec.key}"
         every = spec.every_arm or leads.arms == study.arms
-        figure = settle(spec.draw(study, measures) if every else spec.draw(leads, shown))
-        svg = to_svg(figure)
-        (out / "figures" / f"{name}.svg").write_text(svg, encoding="utf-8")
-        (out / "figures" / f"{name}.png").write_bytes(to_png(figure))
-        drawing = inline(svg, name, spec.title)
+        figure = spec.draw(study, measures) if every else spec.draw(leads, shown)
+        drawing = save_figure(out / "figures", name, spec.title, figure)
         note = "" if every else f"{len(leads.arms)} of {len(study.arms)} arms. "
         drawn.append({"spec": spec, "drawing": drawing, "files": f"figures/{name}", "note": note})
     config = config_line(study)

@@ -65,15 +65,20 @@ def save_figures(folder: Path, drawn: list[tuple[str, str, Figure]]) -> list[dic
 
     Each has key, title and svg, the fragment to put into the page.
     """
+    return [
+        {"key": key, "title": title, "svg": save_figure(folder, key, title, figure)}
+        for key, title, figure in drawn
+    ]
+
+
+def save_figure(folder: Path, key: str, title: str, figure: Figure) -> str:
+    """Write a figure as KEY.svg and KEY.png; returns the fragment to put into a page."""
     folder.mkdir(parents=True, exist_ok=True)
-    saved = []
-    for key, title, figure in drawn:
-        settle(figure)
-        svg = to_svg(figure)
-        (folder / f"{key}.svg").write_text(svg, encoding="utf-8")
-        (folder / f"{key}.png").write_bytes(to_png(figure))
-        saved.append({"key": key, "title": title, "svg": inline(svg, key, title)})
-    return saved
+    settle(figure)
+    svg = to_svg(figure)
+    (folder / f"{key}.svg").write_text(svg, encoding="utf-8")
+    (folder / f"{key}.png").write_bytes(to_png(figure))
+    return inline(svg, key, title)
 
 
 def inline(svg: str, prefix: str, title: str) -> str:

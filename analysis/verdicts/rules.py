@@ -36,8 +36,8 @@ MIN_LENGTHS = 1.5  # longest over shortest mean response, from which a slope can
 ALIKE = ("learning_rate", "updates_per_rollout", "router_noise", "num_experts")
 # And settings of several response lengths; coarser tokens are other tokens, not fewer.
 ALIKE_BUT_LENGTH = (*ALIKE, "num_layers", "digits_per_token")
-# GRPO started again from a checkpoint before the collapse: at half the rate, and at the whole.
-RESTART_ARM, FULL_RATE_ARM = "before-half-rate", "before-same"
+# GRPO started again from before or after its collapse, with half the learning rate or the whole.
+RESTART_ARM, OTHER_RESTARTS = "before-half-rate", ("before-same", "after-half-rate", "after-same")
 RESTARTS = ("before-", "after-")  # how the names of all of them begin
 
 
@@ -232,28 +232,29 @@ def deeper_is_worse(study_runs: pd.DataFrame) -> Judgement:
 
 
 def collapse_is_irreversible(runs: pd.DataFrame) -> Judgement:
-    """Of the grpo seeds that collapsed, the share that collapses again when started from a
-    checkpoint before the collapse, at half the learning rate (arm before-half-rate): reproduced
-    when its Wilson interval is above 1/2. Seeds that did not collapse, or had by then, say nothing
-    and are left out. The restart at the whole rate is given beside it: it tells what a fresh start
-    alone does.
+    """Of the grpo seeds that collapsed, the share whose restart from a checkpoint before the
+    collapse, at half the learning rate (arm before-half-rate), ends below half of the peak that
+    grpo had reached: reproduced when its Wilson interval is above 1/2. Seeds that did not collapse,
+    or had by then, say nothing and are left out. The other restarts of GRPO, at the whole rate and
+    from after the collapse, are given beside it: they tell what a fresh optimiser alone does.
     """
-    grpo = _arm(runs, "grpo")
-    again = _arm(runs, RESTART_ARM)
+    grpo, again = _arm(runs, "grpo"), _arm(runs, RESTART_ARM)
     # A restart makes the steps that were left.
     started = grpo["steps"].max() - again["steps"].max()
-    fallen = grpo[grpo["collapsed"].astype(bool) & ~(grpo["collapse_step"] < started)]["seed"]
-    restarted = again[again["seed"].isin(fallen)]
-    if not len(restarted):
+    fallen = grpo[grpo["collapsed"].astype(bool) & ~(grpo["collapse_step"] < started)]
+    least = fallen.set_index("seed")["peak"] / 2
+    counts = {}
+    for arm in (RESTART_ARM, *OTHER_RESTARTS):
+        own = _arm(runs, arm)
+        own = own[own["seed"].isin(least.index)]
+        counts[arm] = int((own["final"] < own["seed"].map(least)).sum()), len(own)
+    low, count = counts.pop(RESTART_ARM)
+    if not count:
         reason = f"not measured: needs restarts (arm {RESTART_ARM}) of runs that collapsed"
         return Judgement(verdict=INCONCLUSIVE, reason=reason)
-    finding = _collapse_share(restarted, RESTART_ARM, majority=True)
-    whole = _arm(runs, FULL_RATE_ARM)
-    whole = whole[whole["seed"].isin(fallen)]
-    if not len(whole):
-        return finding
-    again = f"{int(whole['collapsed'].sum())} of {len(whole)}"
-    return _with_ours(finding, f"{finding.ours}; at the full rate {again}")
+    finding = judge_fraction(low, count, majority=True, what="restart below half of the peak")
+    beside = [f"{arm} {k} of {n}" for arm, (k, n) in counts.items() if n]
+    return _with_ours(finding, "; ".join([f"{low} of {count} below half of the peak", *beside]))
 
 
 def restores(runs: pd.DataFrame, arm: str, baseline: str = "grpo") -> Judgement:

@@ -25,9 +25,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moe_rl.analysis.data.collapse import outcome
-from moe_rl.analysis.data.load import KEYS, StudyRuns, flatten
+from moe_rl.analysis.data.load import KEYS, StudyRuns
 from moe_rl.analysis.data.stats import LEVEL, RNG_SEED
 from moe_rl.analysis.warning.signals import SIGNALS, STATED, Signal, signal_table
+from moe_rl.config import flat_settings
 
 HORIZONS = (3, 5, 8, 10)
 FALSE_ALARMS = 0.1
@@ -110,7 +111,7 @@ def watched_runs(studies: Iterable[StudyRuns]) -> list[WatchedRun]:
         steps, updates = (dict(tuple(f.groupby(KEYS))) for f in (study.steps, study.updates))
         for run in study.runs[study.runs["complete"]].to_dict("records"):
             key = (run["setting"], run["arm"], run["seed"])
-            settings = flatten(study.configs[key])
+            settings = flat_settings(study.configs[key])
             training = repr(sorted((k, v) for k, v in settings.items() if k not in KEYS[:2]))
             if training in found or key not in steps:
                 continue

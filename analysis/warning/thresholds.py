@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from moe_rl.analysis.data.stats import LEVEL
 from moe_rl.analysis.warning.evaluate import WatchedRun, settings_that_count, thresholds_of
 from moe_rl.analysis.warning.signals import SIGNALS
 from moe_rl.config import SCHEMA
-from moe_rl.run_folder.log import jsonable
+from moe_rl.run_folder.log import write_json
 
 COMMITTED = Path(__file__).parent / "thresholds.json"
 ENOUGH_SETTINGS = 5  # below, one odd setting decides what the others are judged by
@@ -73,8 +73,7 @@ class Thresholds:
 
     def write(self, file: Path) -> None:
         """Write them as `read_thresholds` reads them."""
-        text = json.dumps(jsonable({"schema": SCHEMA} | asdict(self)), indent=1)
-        file.write_text(text + "\n", encoding="utf-8")
+        write_json(file, {"schema": SCHEMA} | asdict(self))
 
 
 def make_thresholds(
@@ -91,7 +90,7 @@ def make_thresholds(
     tried = whole.set_index("signal").reindex(list(SIGNALS))
     tried[counts] = tried[counts].astype(float).fillna(0).astype(int)
     ours = aucs[aucs["horizon"] == horizon].set_index("signal")
-    names = [name for name in Threshold.__dataclass_fields__ if name in ours and name not in tried]
+    names = [f.name for f in fields(Threshold) if f.name in ours and f.name not in tried]
     settings = settings_that_count(runs)
     return Thresholds(
         horizon=horizon,

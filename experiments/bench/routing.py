@@ -28,7 +28,7 @@ from moe_rl.rollout.cached import CachedEngine
 from moe_rl.rollout.request import Request
 from moe_rl.runtime.process import prepare_process
 from moe_rl.runtime.seeding import generator
-from moe_rl.tasks import make_task
+from moe_rl.tasks import task_of
 from moe_rl.training.learner import loss_options
 
 _LAYERS = (None, 16)  # None: as many as the study's model
@@ -56,7 +56,7 @@ def bench_routing(*, repeats: int, out: Path | None) -> int:
 
 def _case(config: RunConfig, repeats: int) -> dict[str, Any]:
     """Seconds of one update of the run, each way."""
-    task = make_task(config.task.task, **config.task.options())
+    task = task_of(config.task)
     policy = build_policy(config.model, task.alphabet, seed=0)
     prompts = config.prompts_per_rollout // config.updates_per_rollout
     problems = task.prompts(generator(0, "bench"), prompts)

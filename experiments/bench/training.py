@@ -33,7 +33,7 @@ from moe_rl.presets import preset
 from moe_rl.run_folder.log import RunLog
 from moe_rl.runtime.process import prepare_process
 from moe_rl.runtime.seeding import generator
-from moe_rl.tasks import Task, make_task
+from moe_rl.tasks import Task, task_of
 from moe_rl.training.cold_start import starting_policy
 from moe_rl.training.trainer import Trainer
 
@@ -100,7 +100,7 @@ def bench_training(*, repeats: int, out: Path | None) -> int:
     check_counts(repeats=repeats)
     config = preset("mild-stale").replace(steps=10_000, learning_rate=1e-5, device="cpu")
     prepare_process(config.num_threads)
-    task = make_task(config.task.task, **config.task.options())
+    task = task_of(config.task)
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch) / "cold_start"
         trainers = {

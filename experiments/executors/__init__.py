@@ -6,13 +6,11 @@ ray.py     tasks of a Ray cluster, with no disk in common
 slurm.py   jobs of Slurm, through submitit
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from moe_rl.experiments.executors.job import Executor, Job
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = ["Executor", "ExecutorName", "Job", "make_executor"]
 
@@ -24,7 +22,7 @@ def make_executor(
     cold_start_cache: Path,
     *,
     address: str | None = None,
-    slurm: "Mapping[str, str] | None" = None,
+    slurm: Mapping[str, str] | None = None,
 ) -> Executor:
     """The executor of that name.
 

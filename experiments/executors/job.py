@@ -11,7 +11,8 @@ from moe_rl.config import RunConfig
 from moe_rl.run_folder.log import OUTPUT, check_run_folder, is_complete, write_config
 
 STOP_SECONDS = 120
-"""A run told to stop ends its rollout step and writes a checkpoint."""
+"""Seconds that a run has after `stop` to end its rollout step and write a checkpoint, until it is
+killed."""
 
 
 class Job(abc.ABC):

@@ -36,7 +36,7 @@ class LocalExecutor:
         return cores()
 
     def check(self, config: RunConfig) -> None:
-        """Any run can be."""
+        """Refuse nothing: any run can be executed here."""
 
     def start(self, config: RunConfig, folder: Path) -> Job:
         """Start a run, or resume it."""

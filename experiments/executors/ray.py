@@ -91,7 +91,7 @@ class RayExecutor:
         return self._ray.get(future)
 
     def ended(self, future: Any) -> bool:
-        """Whether a run has ended, whatever way."""
+        """Whether a run has ended, by success or by failure."""
         return bool(self._ray.wait([future], timeout=0)[0])
 
     def cancel(self, future: Any) -> None:
@@ -100,12 +100,12 @@ class RayExecutor:
 
     def _cold_start(self, config: RunConfig) -> Any:
         """The files of a run's cold start, put into the object store once."""
-        from moe_rl.tasks import make_task
+        from moe_rl.tasks import task_of
         from moe_rl.training.cold_start import cold_start_hash
 
         if config.sft_steps == 0:
             return {}
-        task = make_task(config.task.task, **config.task.options())
+        task = task_of(config.task)
         name = cold_start_hash(config, task)
         if name not in self._cold_starts:
             files = read_files(self._cold_start_cache / name)

@@ -50,7 +50,7 @@ class SlurmExecutor:
         return _AT_A_TIME
 
     def check(self, config: RunConfig) -> None:
-        """Any run can be."""
+        """Refuse nothing: any run can be executed here."""
 
     def start(self, config: RunConfig, folder: Path) -> Job:
         """Submit a run, or one that resumes."""

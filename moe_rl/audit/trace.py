@@ -47,7 +47,7 @@ def batch_of_trace(policy: Policy, name: str, trace: Trace) -> tuple[RolloutBatc
             f"trace={name!r}: expert id {int(record.max())}, the model has "
             f"{taps[0].num_experts} experts; give a trace of this model"
         )
-    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    context = policy.context
     if context is not None and trace.tokens.shape[1] > context:
         raise ConfigError(
             f"trace={name!r}: sequences of {trace.tokens.shape[1]} tokens, the model's context is "

@@ -17,7 +17,7 @@ class Map(StudyOptions, Command):
     interrupted: ClassVar[str] = INTERRUPTED
 
     learning_rates: tuple[float, ...] = (5e-4, 7e-4, 1e-3)
-    """Peak learning rates."""
+    """Base learning rates; warm-up and decay multiply them."""
     updates: tuple[int, ...] = (8, 16)
     """Optimiser updates per rollout."""
     noises: tuple[float, ...] = (0.0, 0.135)

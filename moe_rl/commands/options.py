@@ -4,11 +4,12 @@ import abc
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
 from moe_rl.config import RunConfig, load_config
+from moe_rl.experiments.executors import ExecutorName
 from moe_rl.presets import PresetName, preset
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class StudyOptions:
     jobs: int | None = None
     """Runs in parallel, one torch thread each (>= 1). Default: the number of cores, here or of the
     cluster; 256 with slurm."""
-    executor: Literal["local", "ray", "slurm"] = "local"
+    executor: ExecutorName = "local"
     """Where runs are executed: this machine, a Ray cluster, or Slurm through submitit."""
     address: str | None = None
     """Of a Ray cluster; auto: the one of this machine. Default: one that is started here."""

@@ -1,4 +1,4 @@
-"""What `reproduce`, `map` and `report` share: run the runs of a study, and write its report."""
+"""What `reproduce`, `study`, `map` and `report` share: make a study's runs, write its report."""
 
 import dataclasses
 import shlex

@@ -10,12 +10,28 @@ from moe_rl.tasks.base import Problem, Prompt, Task
 from moe_rl.tasks.countdown import Countdown
 from moe_rl.tasks.dataset import Dataset
 from moe_rl.tasks.running_sum import RunningSum
+from moe_rl.tasks.settings import TaskConfig
 
-__all__ = ["TASKS", "Countdown", "Dataset", "Problem", "Prompt", "RunningSum", "Task", "make_task"]
+__all__ = [
+    "TASKS",
+    "Countdown",
+    "Dataset",
+    "Problem",
+    "Prompt",
+    "RunningSum",
+    "Task",
+    "make_task",
+    "task_of",
+]
 
 TASKS: dict[str, type[RunningSum] | type[Countdown] | type[Dataset]] = {
     task.name: task for task in (RunningSum, Countdown, Dataset)
 }
+
+
+def task_of(config: TaskConfig) -> Task:
+    """The task of a run; raises as `make_task`."""
+    return make_task(config.task, **config.options())
 
 
 def make_task(name: str, **options: Any) -> Task:

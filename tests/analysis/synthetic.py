@@ -163,6 +163,7 @@ def run_config(setting: str, arm: str, seed: int, steps: int, updates: int) -> d
             "hidden_size": 96,
         },
         "task": {"task": "running_sum", "digits": 16},
+        "cold_start": {"slip": 0.05},
         "algorithm": "gspo" if "gspo" in arm else "grpo",
         "routing_replay": "R2" if arm.endswith("replay") else "disabled",
         "router_noise": 0.0,

@@ -20,7 +20,7 @@ def _arm(arm, seeds=SEEDS, **values):
         "updates_per_rollout": 8, "router_noise": 0.0, "num_experts": 16, "num_layers": 4,
         "deepest_fall": 0.1, "steps": 40, "collapse_step": 12.0, "token_var": 0.1,
         "sequence_var": 0.01, "response_length": 17.0, "experts_per_token": 2,
-        "digits_per_token": None, "pass_at_1": 0.8, "operations": 1e15,
+        "digits_per_token": None, "pass_at_1": 0.8, "operations": 1e15, "peak": 0.95,
     } | values  # fmt: skip
     return pd.DataFrame(
         [
@@ -241,18 +241,20 @@ def test_irreversibility_needs_restarted_runs():
     assert rules.collapse_is_irreversible(again).verdict == REPRODUCED
     stable = _runs(fallen, _arm("before-half-rate", steps=35))
     assert rules.collapse_is_irreversible(stable).verdict == NOT_REPRODUCED
-    before = _runs(
-        _arm(
-            "grpo",
-            **FAILS,
-        ),
-        _arm("before-half-rate", steps=35),
-    )
-    before.loc[before["arm"] == "grpo", "collapse_step"] = 3.0
+    before = _runs(_arm("grpo", **FAILS, collapse_step=3.0), _arm("before-half-rate", steps=35))
     assert "not measured" in rules.collapse_is_irreversible(before).reason, "fallen already"
-    both = _runs(again, _arm("before-same"))
+    both = _runs(again, _arm("before-same"), _arm("after-same", **FAILS))
     assert rules.collapse_is_irreversible(both).verdict == REPRODUCED
-    assert rules.collapse_is_irreversible(both).ours.endswith(f"at the full rate 0 of {SEEDS}")
+    ours = rules.collapse_is_irreversible(both).ours
+    assert ours.endswith(f"before-same 0 of {SEEDS}; after-same {SEEDS} of {SEEDS}")
+
+
+def test_a_restart_is_lost_below_half_of_the_peak_that_grpo_had_reached():
+    """A restart that starts low can hardly fall far from a peak of its own."""
+    fallen = _arm("grpo", **FAILS, peak=0.8)
+    for final, verdict in ((0.39, REPRODUCED), (0.41, NOT_REPRODUCED)):
+        again = _arm("before-half-rate", final=final, peak=final, collapsed=False)
+        assert rules.collapse_is_irreversible(_runs(fallen, again)).verdict == verdict
 
 
 def test_restarts_of_runs_that_never_collapsed_say_nothing():
@@ -260,7 +262,7 @@ def test_restarts_of_runs_that_never_collapsed_say_nothing():
     finding = rules.collapse_is_irreversible(
         _runs(_arm("grpo", collapsed=two), _arm("before-half-rate"))
     )
-    assert finding.ours == "0 of 2 collapsed" and finding.verdict == INCONCLUSIVE
+    assert finding.ours == "0 of 2 below half of the peak" and finding.verdict == INCONCLUSIVE
     none = _runs(_arm("grpo"), _arm("before-half-rate"))
     assert "not measured" in rules.collapse_is_irreversible(none).reason
 
