@@ -8,12 +8,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from moe_rl.analysis.plots import style
-from moe_rl.analysis.warning.evaluate import FEWEST_TO_JUDGE
+from moe_rl.analysis.warning.evaluate import FEWEST_SETTINGS
 from moe_rl.analysis.warning.signals import SIGNALS
 
 # (column, prefix of its counts, label, colour, marker, offset of its row)
 _KINDS = (
-    ("auc", "", "among the runs of a setting", "#0072b2", "o", 0.17),
+    ("auc", "", "among the runs of a setting, mean over settings", "#0072b2", "o", 0.17),
     ("within_arm", "within_arm_", "among the runs of a setting and arm", "#d55e00", "D", -0.17),
 )
 
@@ -22,8 +22,8 @@ _KINDS = (
 def auc_by_signal(aucs: pd.DataFrame) -> Figure:
     """AUC with its interval, a row a signal and a panel a horizon; see `auc_table`.
 
-    One half is chance. A hollow dot rests on less than 5 collapses or 5 survivors; a signal without
-    a dot was not logged, or has no pair of runs. Horizons at which no setting counts have no panel.
+    One half is chance. A hollow dot rests on less than 5 settings; a signal without a dot was not
+    logged, or has no pair of runs. Horizons at which no setting counts have no panel.
     """
     told = aucs[aucs["settings"] > 0]
     horizons = list(dict.fromkeys((aucs if told.empty else told)["horizon"]))
@@ -36,8 +36,7 @@ def auc_by_signal(aucs: pd.DataFrame) -> Figure:
             at = np.arange(len(rows)) + offset
             value, low, high = (own[column + end].to_numpy(float) for end in ("", "_low", "_high"))
             axes.hlines(at, low, high, color=colour, linewidth=1.1)
-            counts = own[[f"{prefix}collapses", f"{prefix}survivors"]]
-            few = (counts.min(axis=1) < FEWEST_TO_JUDGE).to_numpy()
+            few = (own[f"{prefix}settings"] < FEWEST_SETTINGS).to_numpy()
             dots: dict[str, Any] = {"color": colour, "markersize": 3, "linestyle": "none"}
             axes.plot(value[~few], at[~few], marker, **dots)
             axes.plot(value[few], at[few], marker, markerfacecolor=style.PAPER, **dots)

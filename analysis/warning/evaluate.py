@@ -8,7 +8,9 @@ AUC, at a horizon of n steps, is the share of pairs (a run that collapses later,
 not) in which the first has the worse score; ties count half. Runs that have collapsed by step n
 are left out: theirs is no forecast. Pairs are formed within a setting (`auc`), and within a
 setting and an arm (`within_arm`): a signal that only recognises the arm has 0.5 there, however
-well it does among arms. Only settings with 3 collapses and 3 survivors count.
+well it does among arms. Only settings with 3 collapses and 3 survivors count. The setting is the
+unit: the seeds of an arm resemble each other, and the next user has a setting of his own. So AUCs
+and rates are means over settings, each counting once, with Student's interval.
 
 Alarms: one sounds at the first of n steps whose value passes a threshold, the smallest with at most
 10% false alarms over all settings but one, and is tried on that one. A collapse is caught if the
@@ -19,6 +21,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,17 +29,20 @@ from numpy.typing import NDArray
 
 from moe_rl.analysis.data.collapse import outcome
 from moe_rl.analysis.data.load import KEYS, StudyRuns
-from moe_rl.analysis.data.stats import LEVEL, RNG_SEED
+from moe_rl.analysis.data.stats import Interval, student_interval
 from moe_rl.analysis.warning.signals import SIGNALS, STATED, Signal, signal_table
 from moe_rl.config import flat_settings
 
 HORIZONS = (3, 5, 8, 10)
 FALSE_ALARMS = 0.1
 FEWEST = 3  # collapses, and survivors, of a setting that counts
-# Five collapses all worse than five survivors have a chance of 1/252; three and three 1/20, which
-# one of so many signals reaches by luck.
-FEWEST_TO_JUDGE = 5
-RESAMPLES = 2000
+FEWEST_SETTINGS = 5  # to judge by: the interval of fewer is too wide to say anything
+# What makes two settings one, whatever studies call them. A dense model is another setting.
+TERMS = (
+    "family", "num_layers", "num_experts", "digits", "digits_per_token", "learning_rate", "steps",
+    "prompts_per_rollout", "updates_per_rollout", "router_noise", "router_noise_passes", "engine",
+    "rollout_precision",
+)  # fmt: skip
 
 Floats = NDArray[np.float64]
 
@@ -86,38 +92,60 @@ class WatchedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Auc:
-    """An AUC with its 95% interval, and the runs that are in a pair."""
+    """An AUC, mean over settings, and the runs that are in a pair."""
 
-    value: float = math.nan
-    low: float = math.nan
-    high: float = math.nan
-    collapses: int = 0
-    survivors: int = 0
+    over_settings: Interval
+    collapses: int
+    survivors: int
+
+    @property
+    def enough(self) -> bool:
+        """Whether enough settings have a pair."""
+        return self.over_settings.n >= FEWEST_SETTINGS
 
     @property
     def above_chance(self) -> bool:
-        """Whether there are enough runs, and the interval lies above one half."""
-        return min(self.collapses, self.survivors) >= FEWEST_TO_JUDGE and self.low > 0.5
+        """Whether enough settings have a pair, and the interval lies above one half."""
+        return self.enough and self.over_settings.low > 0.5
+
+    def columns(self, name: str) -> dict[str, float]:
+        """Value, bounds and counts, by the names of `auc_table`."""
+        found, counts = self.over_settings, "" if name == "auc" else f"{name}_"
+        return {
+            name: found.value,
+            f"{name}_low": float(np.clip(found.low, 0.0, 1.0)),
+            f"{name}_high": float(np.clip(found.high, 0.0, 1.0)),
+            f"{counts}settings": found.n,
+            f"{counts}collapses": self.collapses,
+            f"{counts}survivors": self.survivors,
+        }
 
 
 def watched_runs(studies: Iterable[StudyRuns]) -> list[WatchedRun]:
-    """The complete runs of studies, each training once.
+    """The complete runs of studies, each training once, and each setting under its first name.
 
-    Studies share runs under other names of setting and arm: counted twice, a run would be judged by
-    a threshold that was chosen on itself.
+    Studies share runs under other names of setting and arm, and with other settings that change no
+    update: counted twice, a run would be judged by a threshold that was chosen on itself. Rewards
+    tell: those of two trainings are not equal at every step.
     """
-    found: dict[str, WatchedRun] = {}
+    found: dict[tuple[float, ...], WatchedRun] = {}
+    names: dict[tuple[Any, ...], str] = {}
     for study in studies:
         steps, updates = (dict(tuple(f.groupby(KEYS))) for f in (study.steps, study.updates))
         for run in study.runs[study.runs["complete"]].to_dict("records"):
             key = (run["setting"], run["arm"], run["seed"])
-            settings = flat_settings(study.configs[key])
-            training = repr(sorted((k, v) for k, v in settings.items() if k not in KEYS[:2]))
-            if training in found or key not in steps:
+            if key not in steps:
                 continue
             own = steps[key]
+            training = tuple(own["reward"].astype(float))
+            if training in found:
+                continue
+            settings = flat_settings(study.configs[key])
+            setting = names.setdefault(tuple(map(settings.get, TERMS)), run["setting"])
             found[training] = WatchedRun(
-                **dict(zip(KEYS, key, strict=True)),
+                setting=setting,
+                arm=run["arm"],
+                seed=run["seed"],
                 collapse_step=outcome(own["reward"].astype(float), own["step"]).collapse_step,
                 signals=signal_table(own, updates.get(key, study.updates.iloc[:0])),
             )
@@ -135,40 +163,35 @@ def settings_that_count(runs: Sequence[WatchedRun]) -> list[str]:
     return list(table.index[table.min(axis=1) >= FEWEST])
 
 
-def stratified_auc(
-    scores: Sequence[float], collapsed: Sequence[bool], strata: Sequence[object]
-) -> Auc:
-    """Share of pairs within a stratum in which the collapsed run has the larger score.
+def mean_auc(runs: Sequence[WatchedRun], scores: Sequence[float], strata: Sequence[object]) -> Auc:
+    """Share of pairs within a stratum in which the run that collapses has the larger score.
 
-    Mann-Whitney's statistic, summed over strata; ties count half, runs with a NaN are left out. The
-    interval is a percentile bootstrap that draws the runs of each stratum with replacement.
+    Mann-Whitney's statistic over the pairs of a setting, whose strata it sums, and then the mean
+    over settings; ties count half, runs with a NaN are left out.
     """
-    frame = pd.DataFrame({"score": scores, "bad": collapsed, "stratum": strata})
-    kernels = []
-    for _, own in frame.dropna(subset=["score"]).groupby("stratum", sort=False):
-        values, bad = own["score"].to_numpy(float), own["bad"].to_numpy(bool)
-        if bad.any() and not bad.all():
-            kernels.append(
-                (values[bad][:, None] > values[~bad]) + 0.5 * (values[bad][:, None] == values[~bad])
-            )
-    if not kernels:
-        return Auc()
-    draw = np.random.default_rng(RNG_SEED)
-    wins, pairs = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
-    for kernel in kernels:
-        first, n = len(kernel), sum(kernel.shape)
-        # How often each run was drawn, in every resample at once.
-        times = draw.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-        wins += ((times[:, :first] @ kernel) * times[:, first:]).sum(1)
-        pairs += times[:, :first].sum(1) * times[:, first:].sum(1)
-    drawn = wins[pairs > 0] / pairs[pairs > 0]
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    frame = pd.DataFrame(
+        {
+            "setting": [run.setting for run in runs],
+            "stratum": strata,
+            "score": scores,
+            "collapsed": [run.collapsed for run in runs],
+        }
+    ).dropna(subset=["score"])
+    wins: dict[object, float] = {}
+    pairs: dict[object, int] = {}
+    collapses = survivors = 0
+    for (setting, _), own in frame.groupby(["setting", "stratum"], sort=False):
+        values, bad = own["score"].to_numpy(float), own["collapsed"].to_numpy(bool)
+        worse, calm = values[bad][:, None], values[~bad]
+        if worse.size and calm.size:
+            won = float((worse > calm).sum() + 0.5 * (worse == calm).sum())
+            wins[setting] = wins.get(setting, 0.0) + won
+            pairs[setting] = pairs.get(setting, 0) + worse.size * calm.size
+            collapses, survivors = collapses + worse.size, survivors + calm.size
     return Auc(
-        value=float(sum(k.sum() for k in kernels) / sum(k.size for k in kernels)),
-        low=float(low),
-        high=float(high),
-        collapses=sum(k.shape[0] for k in kernels),
-        survivors=sum(k.shape[1] for k in kernels),
+        over_settings=student_interval([wins[setting] / pairs[setting] for setting in wins]),
+        collapses=collapses,
+        survivors=survivors,
     )
 
 
@@ -177,12 +200,12 @@ def evidence(pooled: Auc, within: Auc) -> str:
 
     run         a collapsing run from its siblings of the same arm and setting
     arm         a run of an arm that collapses from others: siblings are not told apart, or too few
-    too few     less than 5 collapses or 5 survivors
+    too few     less than 5 settings with a collapse and a survivor
     nothing     no better than chance
     """
     if pooled.above_chance:
         return "run" if within.above_chance else "arm"
-    return "too few" if min(pooled.collapses, pooled.survivors) < FEWEST_TO_JUDGE else "nothing"
+    return "nothing" if pooled.enough else "too few"
 
 
 def auc_table(runs: Sequence[WatchedRun]) -> pd.DataFrame:
@@ -197,25 +220,15 @@ def auc_table(runs: Sequence[WatchedRun]) -> pd.DataFrame:
         cases = [run for run in ahead if run.setting in counted]
         for signal in SIGNALS.values():
             scores = [run.score(signal, horizon) for run in cases]
-            ends = [run.collapsed for run in cases]
-            pooled = stratified_auc(scores, ends, [run.setting for run in cases])
-            within = stratified_auc(scores, ends, [f"{r.setting}/{r.arm}" for r in cases])
+            pooled = mean_auc(cases, scores, ["all arms"] * len(cases))
+            within = mean_auc(cases, scores, [run.arm for run in cases])
             rows.append(
                 {
                     "horizon": horizon,
                     "signal": signal.name,
                     "bad": signal.bad,
-                    "settings": len(counted),
-                    "collapses": pooled.collapses,
-                    "survivors": pooled.survivors,
-                    "auc": pooled.value,
-                    "auc_low": pooled.low,
-                    "auc_high": pooled.high,
-                    "within_arm": within.value,
-                    "within_arm_low": within.low,
-                    "within_arm_high": within.high,
-                    "within_arm_collapses": within.collapses,
-                    "within_arm_survivors": within.survivors,
+                    **pooled.columns("auc"),
+                    **within.columns("within_arm"),
                     "evidence": evidence(pooled, within),
                 }
             )

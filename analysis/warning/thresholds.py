@@ -1,23 +1,22 @@
 """The thresholds that watch a run, as `moe-rl warning` writes and `moe-rl watch` reads them."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from scipy import stats
 
 from moe_rl.analysis.data.load import AnalysisError, decode
-from moe_rl.analysis.data.stats import LEVEL
+from moe_rl.analysis.data.stats import student_interval
 from moe_rl.analysis.warning.evaluate import WatchedRun, settings_that_count, thresholds_of
 from moe_rl.analysis.warning.signals import SIGNALS
 from moe_rl.config import SCHEMA
 from moe_rl.run_folder.log import write_json
 
 COMMITTED = Path(__file__).parent / "thresholds.json"
-ENOUGH_SETTINGS = 5  # below, one odd setting decides what the others are judged by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +40,9 @@ class Threshold:
     false_alarms: int
     """Of `survivors`, in settings left out of the choice."""
     survivors: int
+    gain_low: float
+    """Lower bound of Student's 95% interval, over the settings left out, of the share of collapses
+    that are caught minus the share of false alarms."""
     median_lead: float
     """Steps from the alarm to the collapse."""
 
@@ -49,14 +51,10 @@ class Threshold:
         """Whether an alarm of it means anything.
 
         The signal does better than chance, and its thresholds did on settings that they were not
-        chosen on: more alarms in collapses than in survivors, by Fisher's exact test. A signal can
-        order the runs of every setting and still have no threshold that carries over.
+        chosen on: more alarms in collapses than in survivors. A signal can order the runs of every
+        setting and still have no threshold that carries over.
         """
-        if self.evidence not in ("run", "arm") or not min(self.collapses, self.survivors):
-            return False
-        silent = self.collapses - self.hits, self.survivors - self.false_alarms
-        table = [[self.hits, self.false_alarms], silent]
-        return bool(stats.fisher_exact(table, alternative="greater").pvalue < 1 - LEVEL)
+        return self.evidence in ("run", "arm") and self.gain_low > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +65,6 @@ class Thresholds:
     studies: list[str]
     runs: int
     settings: list[str]
-    preliminary: bool
-    """Chosen on fewer than `ENOUGH_SETTINGS` settings."""
     signals: list[Threshold]
 
     def write(self, file: Path) -> None:
@@ -86,7 +82,11 @@ def make_thresholds(
     """The thresholds of one horizon, from the tables of `auc_table` and `leave_one_out`."""
     chosen = thresholds_of(runs, horizon)
     counts = ["hits", "collapses", "false_alarms", "survivors"]
-    whole = left_out[(left_out["horizon"] == horizon) & (left_out["left_out"] == "all")]
+    own = left_out[left_out["horizon"] == horizon]
+    whole = own[own["left_out"] == "all"]
+    each = own[own["left_out"] != "all"]
+    gains = (each["hit_rate"] - each["false_alarm_rate"]).groupby(each["signal"])
+    gain_low = {name: student_interval(values).low for name, values in gains}
     tried = whole.set_index("signal").reindex(list(SIGNALS))
     tried[counts] = tried[counts].astype(float).fillna(0).astype(int)
     ours = aucs[aucs["horizon"] == horizon].set_index("signal")
@@ -97,7 +97,6 @@ def make_thresholds(
         studies=studies,
         runs=sum(run.setting in settings for run in runs),
         settings=settings,
-        preliminary=len(settings) < ENOUGH_SETTINGS,
         signals=[
             Threshold(
                 signal=name,
@@ -107,6 +106,7 @@ def make_thresholds(
                 collapses=int(tried.loc[name, "collapses"]),
                 false_alarms=int(tried.loc[name, "false_alarms"]),
                 survivors=int(tried.loc[name, "survivors"]),
+                gain_low=gain_low.get(name, math.nan),
                 **ours.loc[name, names].to_dict(),
             )
             for name in SIGNALS

@@ -39,8 +39,6 @@ class Watch(Command):
         from moe_rl.analysis.warning.thresholds import COMMITTED, read_thresholds
 
         rules = read_thresholds(self.thresholds or COMMITTED)
-        if rules.preliminary:
-            print(f"preliminary thresholds: chosen on {len(rules.settings)} settings only")
         shown = 0
         while True:
             # Before the reading: what is written between the two is then read once more.

@@ -16,14 +16,15 @@ from synthetic import PROFILES, write_run, write_study
 
 from moe_rl.analysis.data.load import AnalysisError, load_study
 from moe_rl.analysis.warning.evaluate import (
-    FEWEST_TO_JUDGE,
+    FEWEST_SETTINGS,
     HORIZONS,
+    Auc,
     WatchedRun,
     auc_table,
     choose_threshold,
     leave_one_out,
+    mean_auc,
     stated_table,
-    stratified_auc,
     watched_runs,
 )
 from moe_rl.analysis.warning.judge import judge
@@ -52,7 +53,7 @@ def three_signals(seeds: int = 6) -> list[WatchedRun]:
     """
     draw = np.random.default_rng(3)
     runs = []
-    for setting in "abcd":
+    for setting in "abcdef":
         for arm in "xy":
             for seed in range(seeds):
                 falls = (seed == 0) != (arm == "x")
@@ -77,32 +78,50 @@ def test_a_signal_is_worth_what_it_knows() -> None:
         assert table.loc[horizon, "entropy_low"].evidence == "too few"
 
 
+def auc_of(cases: list[tuple[str, str, float, bool]]) -> Auc:
+    """The AUC of runs, each a setting, a stratum, a score and whether it collapses."""
+    runs = [run_with(s, "x", 0, 11.0 if falls else math.nan) for s, _, _, falls in cases]
+    return mean_auc(runs, [case[2] for case in cases], [case[1] for case in cases])
+
+
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=25))
 def test_the_auc_of_one_stratum_is_mann_whitneys(cases: list[tuple[int, bool]]) -> None:
     bad = [score for score, collapsed in cases if collapsed]
     good = [score for score, collapsed in cases if not collapsed]
-    found = stratified_auc(*zip(*cases, strict=True), ["one"] * len(cases))
+    found = auc_of([("one", "all", float(score), falls) for score, falls in cases])
     if not bad or not good:
-        assert math.isnan(found.value) and found.collapses == 0
+        assert math.isnan(found.over_settings.value) and found.collapses == 0
         return
     expected = stats.mannwhitneyu(bad, good).statistic / (len(bad) * len(good))
-    assert found.value == pytest.approx(expected)
+    assert found.over_settings.value == pytest.approx(expected)
     assert (found.collapses, found.survivors) == (len(bad), len(good))
-    assert found.low <= found.value <= found.high
 
 
 def test_pairs_are_formed_within_a_stratum_alone() -> None:
     """Each stratum is perfect; pooled without strata the scores would be wrong half the time."""
-    scores, bad = [1, 2, 101, 102], [False, True, False, True]
-    assert stratified_auc(scores, bad, list("aabb")).value == 1
-    assert stratified_auc(scores, bad, list("aaaa")).value == 0.75
+    cases = [(1.0, False), (2.0, True), (101.0, False), (102.0, True)]
+    apart = auc_of([("s", stratum, *case) for stratum, case in zip("aabb", cases, strict=True)])
+    assert apart.over_settings.value == 1
+    assert auc_of([("s", "a", *case) for case in cases]).over_settings.value == 0.75
 
 
-def test_a_perfect_signal_of_few_runs_proves_nothing() -> None:
-    few = stratified_auc([1.0] * 4 + [0.0] * 9, [True] * 4 + [False] * 9, ["s"] * 13)
-    enough = stratified_auc([1.0] * 5 + [0.0] * 9, [True] * 5 + [False] * 9, ["s"] * 14)
-    assert FEWEST_TO_JUDGE == 5 and few.value == enough.value == 1
+def test_a_setting_counts_once_however_many_runs_it_has() -> None:
+    """A large setting in which the signal is perfect, four small ones in which it is reversed."""
+    cases = [("large", "a", float(bad), bad) for bad in (True, False) for _ in range(50)]
+    cases += [(s, "a", float(not bad), bad) for s in "bcde" for bad in (True, False)]
+    found = auc_of(cases)
+    assert found.over_settings.value == pytest.approx(1 / 5) and not found.above_chance
+    assert found.over_settings.low < 0 < found.columns("auc")["auc_high"] <= 1
+
+
+def test_a_perfect_signal_of_few_settings_proves_nothing() -> None:
+    perfect = [("a", float(bad), bad) for bad in (True, False) for _ in range(20)]
+    few, enough = (
+        auc_of([(setting, *case) for setting in settings for case in perfect])
+        for settings in ("abcd", "abcde")
+    )
+    assert FEWEST_SETTINGS == 5 and few.over_settings.value == enough.over_settings.value == 1
     assert not few.above_chance and enough.above_chance
 
 
@@ -193,6 +212,7 @@ def test_a_training_that_two_studies_share_counts_once(tmp_path: Path) -> None:
     for file in (tmp_path / "b").glob("runs/*/*/*/config.json"):
         whole = json.loads(file.read_text())
         whole["config"] |= {"setting": "other", "arm": f"{whole['config']['arm']}-again"}
+        whole["config"]["save_every"] = 4  # which changes no update
         file.write_text(json.dumps(whole))
     write_run(tmp_path / "b", "staleness", "grpo", 9, PROFILES["grpo"], steps=12, updates=1)
     study, again = load_study(tmp_path / "a"), load_study(tmp_path / "b")
@@ -248,7 +268,7 @@ def test_a_threshold_that_does_not_carry_over_warns_of_nothing() -> None:
 def test_thresholds_are_read_as_they_were_written(rules: Thresholds, tmp_path: Path) -> None:
     rules.write(tmp_path / "t.json")
     assert repr(read_thresholds(tmp_path / "t.json")) == repr(rules)  # NaN is not equal to itself
-    assert rules.preliminary and rules.settings == list("abcd") and rules.runs == 48
+    assert rules.settings == list("abcdef") and rules.runs == 72
 
 
 def test_the_committed_thresholds_know_every_signal() -> None:
@@ -268,10 +288,10 @@ def test_a_file_without_thresholds_is_refused(content: str, tmp_path: Path) -> N
 def test_from_studies_to_the_verdict_on_a_run(tmp_path: Path, capsys: Any) -> None:
     """In every setting GRPO collapses and GSPO does not: only the arm can be learnt."""
     study = tmp_path / "study"
-    for place, setting in enumerate("abc"):
-        rate = {"learning_rate": 1e-4 * (place + 1)}  # or they would be one training
+    for place, setting in enumerate("abcde"):
+        rate = {"learning_rate": 1e-4 * (place + 1)}  # or they would be one setting
         for arm in ("grpo", "gspo"):
-            for seed in range(5):
+            for seed in range(5 * place, 5 * place + 5):  # or they would be one training
                 profile = PROFILES[arm]
                 write_run(study, setting, arm, seed, profile, steps=16, updates=2, config=rate)
     out = tmp_path / "out"
@@ -298,7 +318,7 @@ def test_from_studies_to_the_verdict_on_a_run(tmp_path: Path, capsys: Any) -> No
     code, said, _ = watch(running, "--follow")  # ends at the warning, not with the run
     assert code == 1 and "looks like those of arms that collapse" in said.splitlines()[-1]
     code, _, error = watch(study)
-    assert code == 2 and "holds 31 runs; give the folder of one" in error
+    assert code == 2 and "holds 51 runs; give the folder of one" in error
     (running / "steps.jsonl").write_text("")
     code, _, error = watch(running)
     assert code == 2 and "no step has ended yet" in error

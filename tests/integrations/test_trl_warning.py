@@ -16,7 +16,7 @@ from moe_rl.integrations.trl_warning import WarnOfCollapse
 def write_rule(file: Path, **changes: Any) -> Path:
     """Thresholds in which churn above 0.3 warns, for the first 3 rollouts."""
     committed = read_thresholds()
-    known = {"evidence": "run", "hits": 9, "collapses": 10, "false_alarms": 1, "survivors": 10}
+    known = {"evidence": "run", "gain_low": 0.5}
     churn = next(rule for rule in committed.signals if rule.signal == "churn")
     rule: Threshold = dataclasses.replace(churn, **known | {"threshold": 0.3} | changes)
     rules: Thresholds = dataclasses.replace(committed, horizon=3, signals=[rule])
