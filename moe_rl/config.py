@@ -60,6 +60,7 @@ StudyName = Literal[
     "compute",
     "families",
     "cold_starts",
+    "staleness",
 ]
 
 _PARTS = ("model", "task", "cold_start")  # nested configs of a RunConfig

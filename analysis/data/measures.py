@@ -1,9 +1,10 @@
 """Every run as one row of numbers, and every arm as one row of statistics.
 
 The links of the causal chain (churn, ratio variance, clipping, gradient norm) are taken over the
-steps BEFORE the time of collapse, over the whole run where it does not collapse: a collapsed
-policy repeats itself, and its numbers would describe the wreck instead of the way there. Only
-`churn_early` is of fixed steps.
+steps BEFORE the time of collapse: a collapsed policy repeats itself, and its numbers would describe
+the wreck instead of the way there. As they follow the learning rate, which warms up and decays,
+arms are compared over the same steps: those before the first collapse among the main arms on the
+same seed (`window_end`). Only `churn_early` is of fixed steps, and `replay_coverage` of all.
 """
 
 import math
@@ -18,6 +19,7 @@ from moe_rl.analysis.data.collapse import outcome
 from moe_rl.analysis.data.load import CONFIG_COLUMNS, KEYS, StudyRuns
 from moe_rl.analysis.data.stats import bootstrap_interval, wilson_interval
 from moe_rl.analysis.verdicts.attribution import shares_by_run
+from moe_rl.experiments.arms import MAIN_ARMS
 
 EARLY_FRACTION = 5  # the early window is a fifth of the steps
 
@@ -36,6 +38,9 @@ def run_measures(study: StudyRuns) -> pd.DataFrame:
 
     Beside the keys, config columns and the fields of `collapse.Outcome`:
 
+    window_end           step before which the links of the chain are read: the first collapse among
+                         GRPO, GRPO + replay and GSPO on the same seed in the same setting, or the
+                         run's own if it comes first; NaN: the whole run
     churn_one            mean churn of the rollouts' second update: one optimiser step after the
                          recording policy (GSPO paper, 5.3: "after each gradient update")
     churn_last           mean churn of the rollouts' last update, m - 1 optimiser steps after it
@@ -78,12 +83,20 @@ def run_measures(study: StudyRuns) -> pd.DataFrame:
             }
         )
     measures = pd.DataFrame(rows)
+    measures["window_end"] = _window_end(measures)
     return measures.join(_links(study, measures), on=KEYS)
 
 
 def before_collapse(frame: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `steps` or `updates` before their run's time of collapse; all where none is."""
-    return frame[~(frame["step"].to_numpy(float) >= _of_run(frame, measures, "collapse_step"))]
+    """The rows of `steps` or `updates` before `window_end` of their run."""
+    return frame[~(frame["step"].to_numpy(float) >= _of_run(frame, measures, "window_end"))]
+
+
+def _window_end(measures: pd.DataFrame) -> NDArray[np.float64]:
+    seeds = ["setting", "seed"]
+    first = measures[measures["arm"].isin(MAIN_ARMS)].groupby(seeds)["collapse_step"].min()
+    of_seed = first.reindex(pd.MultiIndex.from_frame(measures[seeds])).to_numpy(float)
+    return np.fmin(measures["collapse_step"].to_numpy(float), of_seed)
 
 
 def _of_run(frame: pd.DataFrame, measures: pd.DataFrame, name: str) -> NDArray[np.float64]:
@@ -121,7 +134,7 @@ def _links(study: StudyRuns, measures: pd.DataFrame) -> pd.DataFrame:
         ("pass_at_1", study.steps, "pass_at_1", "last"),
         ("pass_at_k", study.steps, "pass_at_k", "last"),
         ("operations", study.steps, "operations", "sum"),
-        ("replay_coverage", before, "replay/coverage", "mean"),
+        ("replay_coverage", updates, "replay/coverage", "mean"),
         ("response_length", before_collapse(study.steps, measures), "response_length", "mean"),
     ):
         if column in frame:

@@ -38,8 +38,10 @@ def tolerance(steps: pd.DataFrame, measures: pd.DataFrame) -> Figure:
         (panels[0], KL, "KL (k3) between engine and trainer, nats a token"),
         (panels[1], ROUTERS, "routers that differ"),
     ):
-        # One place a noise: the arms' first rollouts differ by chance alone.
-        places = table.groupby("router_noise")[column].mean()
+        # One place a noise, of arms that replay nothing: their first rollouts differ by chance
+        # alone, and replay takes away what is to be measured.
+        live = table[table["routing_replay"] == "disabled"]
+        places = live.groupby("router_noise")[column].mean()
         if column == KL:
             places = _on_log_axis(axes, places)
         else:

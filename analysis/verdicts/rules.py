@@ -42,8 +42,14 @@ RESTARTS = ("before-", "after-")  # how the names of all of them begin
 
 
 def grpo_collapses(runs: pd.DataFrame) -> Judgement:
-    """Share of grpo seeds that collapse: reproduced when its Wilson interval is above 1/2."""
-    return _collapse_share(runs, "grpo", majority=True)
+    """Share of grpo seeds that collapse: reproduced when its Wilson interval is above 1/2. Not
+    judged for a dense model, which the claim is not about.
+    """
+    finding = _collapse_share(runs, "grpo", majority=True)
+    grpo = _arm(runs, "grpo")
+    if len(grpo) and (grpo["num_experts"] == grpo["experts_per_token"]).all():
+        return replace(finding, verdict=INCONCLUSIVE, reason="not judged: the model is dense")
+    return finding
 
 
 def replay_restores(runs: pd.DataFrame) -> Judgement:
@@ -162,8 +168,9 @@ def sequence_variance_falls(study_runs: pd.DataFrame) -> Judgement:
     """Slope of log Var(s), the sequence ratio's variance, against log response length over the grpo
     runs of one seed that are equal in all else: reproduced when the interval of the mean over seeds
     is below 0. Independent tokens would give -1. Needs mean lengths that differ by a factor of 1.5.
+    Runs with router noise do not count: it is drawn for each token, and falls by itself.
     """
-    runs = _arm(study_runs, "grpo")
+    runs = _without_noise(_arm(study_runs, "grpo"))
     slopes: list[float] = []
     for _, own in runs.groupby([*ALIKE_BUT_LENGTH, "seed"], dropna=False):
         points = own[["response_length", "sequence_var"]].astype(float)
@@ -197,9 +204,10 @@ def dense_is_stable(runs: pd.DataFrame) -> Judgement:
     """The failure belongs to the MoE: reproduced when most grpo seeds are unstable (final more
     than 20% below the peak) and most dense seeds are not, by Wilson intervals against 1/2; not
     reproduced when most dense seeds are unstable too; inconclusive where grpo is stable. A run that
-    falls and comes back counts as stable: the median deepest fall stands beside it.
+    falls and comes back counts as stable: the median deepest fall stands beside it. Not judged
+    under router noise, which cannot reach a dense model.
     """
-    return _control(runs, "dense")
+    return _unless_noise(_control(runs, "dense"), runs, why="router noise cannot reach it")
 
 
 def frozen_router_is_stable(runs: pd.DataFrame) -> Judgement:
@@ -214,9 +222,10 @@ def frozen_router_is_stable(runs: pd.DataFrame) -> Judgement:
 def deeper_is_worse(study_runs: pd.DataFrame) -> Judgement:
     """Churn of grpo over a rollout in the first fifth of the steps, deepest minus shallowest model,
     same seeds and everything else equal: reproduced when the interval of the mean is above 0. The
-    same steps for both, as churn follows the learning rate. Needs runs at two depths.
+    same steps for both, as churn follows the learning rate. Needs runs at two depths, and without
+    router noise, which makes churn itself.
     """
-    runs = _arm(study_runs, "grpo")
+    runs = _without_noise(_arm(study_runs, "grpo"))
     gaps: list[float] = []
     for _, group in runs.groupby(list(ALIKE), dropna=False):
         depths = sorted(group["num_layers"].dropna().unique())
@@ -293,6 +302,10 @@ def _arm(runs: pd.DataFrame, arm: str) -> pd.DataFrame:
     return runs[runs["arm"] == arm]
 
 
+def _without_noise(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs[runs["router_noise"].astype(float) == 0]
+
+
 def _pairs(runs: pd.DataFrame, *arms: str, column: str) -> pd.DataFrame:
     """`column` of the arms, one row a seed that all of them have."""
     own = runs[runs["arm"].isin(arms)]
@@ -323,11 +336,13 @@ def _churn(runs: pd.DataFrame, column: str) -> Judgement:
     return _with_ours(finding, f"{interval.value:.1%}")
 
 
-def _unless_noise(finding: Judgement, runs: pd.DataFrame, arm: str = "grpo") -> Judgement:
-    """What the noise itself makes says nothing about training."""
+def _unless_noise(
+    finding: Judgement, runs: pd.DataFrame, arm: str = "grpo", why: str = "router noise makes it"
+) -> Judgement:
+    """What the noise itself makes, or cannot reach, says nothing about training."""
     if finding.interval.n == 0 or not (_arm(runs, arm)["router_noise"].astype(float) > 0).any():
         return finding
-    return replace(finding, verdict=INCONCLUSIVE, reason="not judged: router noise makes it here")
+    return replace(finding, verdict=INCONCLUSIVE, reason=f"not judged: {why} here")
 
 
 def _control(runs: pd.DataFrame, arm: str) -> Judgement:

@@ -4,7 +4,7 @@ Setting: routing-noise with a noise of 0.25, where GRPO learns before it falls. 
 saves its policy every 4 steps; restarts of it from step 4, before the collapse, and from its end,
 after it. Each restart makes the 16 steps that were left at step 4, with a fresh optimiser: as it
 was, at half the rate, with GSPO, replay (R3), dual clip, or without noise.
-Seeds: 21 to 25.
+Seeds: 21 to 28: at this noise about two of three runs collapse, and the others say nothing.
 Primary outcome: final reward of the restart, on the seeds whose GRPO run collapsed. A collapse is
 called irreversible if the 95% Wilson interval of the share of restarts that end below half of the
 original's peak lies above 1/2. No correction: each kind of restart is its own question.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moe_rl.config import RunConfig
 from moe_rl.experiments.runner import run_folder
-from moe_rl.experiments.study import FIVE_SEEDS, Variants, of_arms
+from moe_rl.experiments.study import EIGHT_SEEDS, Variants, of_arms
 from moe_rl.presets import preset
 
 _NOISE = 0.25
@@ -33,7 +33,7 @@ def runs(root: Path) -> list[RunConfig]:
         "no-noise": {"router_noise": 0.0},
     }
     configs = []
-    for original in of_arms(base.replace(save_every=_BEFORE), ["grpo"], FIVE_SEEDS):
+    for original in of_arms(base.replace(save_every=_BEFORE), ["grpo"], EIGHT_SEEDS):
         folder = run_folder(root, original)
         configs.append(original)
         for when, step in (("before", _BEFORE), ("after", original.steps)):

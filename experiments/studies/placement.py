@@ -6,7 +6,11 @@ Part 2, settings updates-M: 1, 2, 4 and 8 updates a rollout under the same noise
 update and 160 updates in all, so that only the age of the data varies. Arms: GRPO, with R2, with
 R3. Seeds: 21 to 25.
 Primary outcome: final reward. Tests: each placement against "all passes", each replay against none
-in the same setting: exact sign-flip test, Holm's correction within a part.
+in the same setting: exact sign-flip test, Holm's correction within a part. Of five seeds no p falls
+below 0.06, so that replays are read by their intervals. Some cells are one training under two
+names, as replay leaves nothing of the noise: with noise in the updates alone R2 and R3 replay the
+same clean choice, with noise in the old pass alone R3 is R3 without noise, and R3 takes the noise
+of old pass and updates away wherever it is. R3 with noise in the updates is not tested once more.
 """
 
 from pathlib import Path
@@ -58,5 +62,6 @@ def tests() -> list[Comparison]:
         for family, settings in (("placement", passes), ("staleness", ages))
         for setting in settings
         for arm in _REPLAY
+        if (setting, arm) != ("noise-in-update", "grpo+R3")
     ]
     return placed + replayed

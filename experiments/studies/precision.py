@@ -5,7 +5,8 @@ Settings: the engine samples with weights in float32 (the trainer's own), bf16, 
 Arms: GRPO with recomputed log-probs, with the engine's, with R3; GSPO.
 Seeds: 21 to 25.
 Primary outcome: final reward. Tests: each precision against float32 within an arm, exact sign-flip
-test, Holm's correction over the precisions. Secondary: KL k3 and router disagreement between
+test, Holm's correction over the precisions; of five seeds no p falls below 0.06, so that intervals
+are what is read. Secondary: KL k3 and router disagreement between
 engine and trainer, and the part of that KL which replay removes.
 """
 

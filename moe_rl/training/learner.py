@@ -269,7 +269,8 @@ class Learner:
         """All metrics of one update, taken before the weights move."""
         config = self.config
         every, last = config.attribution_every, update == config.updates_per_rollout - 1
-        attribute = bool(last and every and step % every == 0)
+        sampled = bool(last and every and step % every == 0)
+        attribute = sampled and self.passes.can_be_split
         outputs = [part.output.select_sequences(part.forward.counted) for part in passed]
         output = ForwardOutput.concatenate(outputs)
         others = [
@@ -305,7 +306,7 @@ class Learner:
             value_losses=value_losses,
             other_logprobs=others,
             replayed=self.plan.is_on,
-            per_position=attribute,
+            per_position=sampled,
             gather=self.ranks.gather,
         )
 

@@ -59,6 +59,17 @@ class Passes:
             return int(config.routing_replay == "R2" or self.value_head is not None)
         return config.old_passes
 
+    @property
+    def can_be_split(self) -> bool:
+        """Whether old log-probs are under the very routes that the contrasts of the split replay.
+
+        A mean over passes has no routes; and where the engine gives old log-probs and a pass of the
+        trainer the routes, the two are of different passes.
+        """
+        if self.plan.replays_engine:
+            return self.old_passes <= 1
+        return self.old_passes == int(self.config.old_logprobs == "trainer")
+
     @torch.no_grad()
     def old_pass(self, batch: RolloutBatch, step: int) -> ForwardOutput:
         """The old policy over the rollout, in the very batches that the updates will use.

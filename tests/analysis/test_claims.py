@@ -234,6 +234,22 @@ def test_depths_with_another_learning_rate_are_not_compared():
     assert rules.deeper_is_worse(runs).verdict == INCONCLUSIVE
 
 
+def test_what_router_noise_makes_or_cannot_reach_is_not_judged():
+    noise = {"router_noise": 0.35}
+    control = _runs(_arm("grpo", **FAILS, **noise), _arm("dense", **noise))
+    finding = rules.dense_is_stable(control)
+    assert finding.verdict == INCONCLUSIVE and "cannot reach" in finding.reason
+    lengths = [_arm("grpo", response_length=n, sequence_var=1 / n, **noise) for n in (9.0, 33.0)]
+    assert rules.sequence_variance_falls(_runs(*lengths)).interval.n == 0
+    deep = _arm("grpo", num_layers=12, churn_early=0.5, **noise)
+    assert rules.deeper_is_worse(_runs(_arm("grpo", **noise), deep)).verdict == INCONCLUSIVE
+
+
+def test_a_dense_model_says_nothing_about_a_moe():
+    finding = rules.grpo_collapses(_arm("grpo", **FAILS, num_experts=2))
+    assert finding.verdict == INCONCLUSIVE and "dense" in finding.reason
+
+
 def test_irreversibility_needs_restarted_runs():
     assert rules.collapse_is_irreversible(_arm("grpo", **FAILS)).verdict == INCONCLUSIVE
     fallen = _arm("grpo", **FAILS)

@@ -84,6 +84,18 @@ def test_coverage_is_of_all_updates_and_nan_without_replay(tmp_path):
     assert math.isnan(arms.loc["grpo", "replay_coverage"])
 
 
+def test_arms_are_compared_over_the_steps_before_the_first_collapse_of_the_main_ones(tmp_path):
+    root = synthetic.write_study(tmp_path, arms=["grpo", "gspo"], seeds=2, steps=24, updates=1)
+    study = load_study(root)
+    measures = run_measures(study).set_index(["arm", "seed"])
+    for seed in (1, 2):
+        end = measures.loc[("grpo", seed), "collapse_step"]
+        assert measures.loc[("gspo", seed), "window_end"] == end
+        own = study.updates[(study.updates["arm"] == "gspo") & (study.updates["seed"] == seed)]
+        expected = own[own["step"] < end]["clip_ratio/region"].mean()
+        assert measures.loc[("gspo", seed), "clip_share"] == pytest.approx(expected)
+
+
 def test_churn_is_taken_one_step_and_all_steps_after_the_old_policy(tmp_path):
     root = synthetic.write_study(tmp_path, arms=["gspo"], seeds=1, steps=3, updates=4)
     study = load_study(root)

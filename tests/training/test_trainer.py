@@ -132,6 +132,29 @@ def test_the_split_is_taken_on_each_rollouts_last_update(tmp_path: Path, cold: P
     assert split == [3, 3]
 
 
+@pytest.mark.parametrize(
+    ("changes", "split"),
+    [
+        ({}, True),
+        ({"routing_replay": "R2"}, True),
+        ({"routing_replay": "R3"}, True),
+        ({"old_logprobs": "rollout"}, True),
+        ({"old_logprobs": "rollout", "routing_replay": "R3"}, True),
+        ({"old_logprobs": "rollout", "routing_replay": "R2"}, False),
+        ({"old_passes": 2}, False),
+    ],
+)
+def test_with_equal_weights_the_weight_part_is_zero_or_there_is_no_split(
+    changes: dict[str, Any], split: bool, tmp_path: Path, cold: Path
+) -> None:
+    config = tiny(router_noise=0.5, updates_per_rollout=1, steps=1, **changes)
+    _, (update,), _ = run(config, tmp_path / "run", cold)
+    assert ("ratio/weight_part" in update) is split
+    if split:
+        assert update["ratio/weight_part"] < 1e-8
+        assert update["ratio/routing_part"] > 1e-4
+
+
 def test_a_dense_model_has_no_routing_to_change(tmp_path: Path, cold: Path) -> None:
     config = tiny(num_experts=2, learning_rate=2e-2)
     steps, updates, _ = run(config, tmp_path / "run", cold)
