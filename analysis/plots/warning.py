@@ -28,7 +28,7 @@ def auc_by_signal(aucs: pd.DataFrame) -> Figure:
     told = aucs[aucs["settings"] > 0]
     horizons = list(dict.fromkeys((aucs if told.empty else told)["horizon"]))
     rows = list(SIGNALS)[::-1]
-    figure, panels = style.grid(len(horizons), columns=len(horizons), height=0.17 * len(rows) + 0.5)
+    figure, panels = style.grid(len(horizons), columns=len(horizons), height=0.17 * len(rows) + 0.6)
     for axes, horizon in zip(panels, horizons, strict=True):
         own = aucs[aucs["horizon"] == horizon].set_index("signal").reindex(rows)
         axes.axvline(0.5, color=style.MUTED, linewidth=0.9)
@@ -43,8 +43,8 @@ def auc_by_signal(aucs: pd.DataFrame) -> Figure:
         counts = own[["settings", "collapses", "survivors"]].max()
         settings = "1 setting" if counts["settings"] == 1 else f"{counts['settings']:.0f} settings"
         axes.set_title(
-            f"first {horizon} steps, {settings}\n"
-            f"{counts['collapses']:.0f} collapse, {counts['survivors']:.0f} do not"
+            f"first {horizon} steps\n{settings}\n"
+            f"{counts['collapses']:.0f} of {counts[['collapses', 'survivors']].sum():.0f} collapse"
         )
         axes.set_xlim(-0.03, 1.03)
         axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
