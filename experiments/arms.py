@@ -252,6 +252,7 @@ STORY_ARMS = (*MAIN_ARMS, "dense")
 
 # What a study adds to an arm of the table: the end of its name, and of its label.
 _MORE = {
+    "dual-clip": "+ dual clip",
     "R2": "+ R2",
     "R3": "+ R3",
     "rollout-old": "over rollout log-probs",

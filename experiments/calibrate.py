@@ -18,8 +18,8 @@ import torch
 from moe_rl.batch import RolloutBatch, response_positions
 from moe_rl.config import ConfigError, RunConfig
 from moe_rl.policy.forward import ForwardOptions, response_pass
+from moe_rl.policy.pass_noise import PassNoise
 from moe_rl.policy.policy import Policy
-from moe_rl.policy.router_noise import RouterNoise
 from moe_rl.rollout.cached import CachedEngine
 from moe_rl.rollout.request import Request
 from moe_rl.routing.statistics import churn, disagreement
@@ -113,7 +113,7 @@ def _rollout(config: RunConfig, policy: Policy, task: Task) -> RolloutBatch:
 def _measure(config: RunConfig, policy: Policy, batch: RolloutBatch, noise: float) -> Calibration:
     routes = []
     for purpose in ("first", "second"):
-        source = RouterNoise(
+        source = PassNoise(
             std=noise,
             seed=config.seed,
             step=0,

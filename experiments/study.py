@@ -41,7 +41,8 @@ def replay_for(base: RunConfig) -> RoutingReplay:
 
     Where engine and trainer differ, the record that both can share is the engine's: R3.
     """
-    return "R3" if base.router_noise or base.rollout_precision != "float32" else "R2"
+    differ = base.router_noise or base.hidden_noise or base.rollout_precision != "float32"
+    return "R3" if differ else "R2"
 
 
 def of_variants(base: RunConfig, variants: Variants, seeds: Iterable[int]) -> list[RunConfig]:

@@ -61,6 +61,7 @@ StudyName = Literal[
     "families",
     "cold_starts",
     "staleness",
+    "disagreement",
 ]
 
 _PARTS = ("model", "task", "cold_start")  # nested configs of a RunConfig
@@ -195,8 +196,11 @@ class RunConfig(Settings):
     vllm with bf16 computes in bfloat16 too."""
     router_noise: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Standard deviation of Gaussian noise added to router logits (logit units), 0 to 1000."""
+    hidden_noise: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Standard deviation of Gaussian noise added to the hidden states that predict response tokens,
+    0 to 1000: passes then disagree without any routing, in a dense model too."""
     router_noise_passes: RouterNoisePasses = "all"
-    """Passes that draw it: rollout (sampling), old (old log-probs), update, or all of them."""
+    """Passes that draw both noises: rollout (sampling), old (old log-probs), update, or all."""
     freeze_router: bool = False
     """Do not train router weights."""
 
@@ -297,11 +301,12 @@ class RunConfig(Settings):
                 f"old_passes={self.old_passes} with old_logprobs=rollout: no old log-probs are "
                 "computed; use old_logprobs=trainer, or old_passes=1"
             )
-        if self.engine == "vllm" and self.router_noise > 0:
-            yield (
-                f"engine=vllm with router_noise={self.router_noise}: noise goes into our own "
-                "routers, not into vLLM's; use router_noise=0, or engine=cached"
-            )
+        for name in ("router_noise", "hidden_noise"):
+            if self.engine == "vllm" and getattr(self, name) > 0:
+                yield (
+                    f"engine=vllm with {name}={getattr(self, name)}: noise goes into our own "
+                    f"model, not into vLLM's; use {name}=0, or engine=cached"
+                )
         # vLLM raises a smaller temperature to this one (_MAX_TEMP in its sampling_params.py).
         if self.engine == "vllm" and self.temperature < 0.01:
             yield (

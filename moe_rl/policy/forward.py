@@ -22,8 +22,8 @@ from torch import Tensor
 from moe_rl.batch import RolloutBatch, full_record, predictions
 from moe_rl.cpu import FastPath
 from moe_rl.kernels import TokenLogprobs, token_logprobs
+from moe_rl.policy.pass_noise import NoiseDraw, PassNoise
 from moe_rl.policy.policy import Policy
-from moe_rl.policy.router_noise import NoiseDraw, RouterNoise
 from moe_rl.routing import record_routing, replay_routing, router_noise
 
 Layout = Literal["one_pass", "cached", "whole"]
@@ -45,8 +45,8 @@ class ForwardOptions:
     """Return the router logits."""
     entropy: bool = False
     """Return the entropy of each predicted distribution."""
-    noise: RouterNoise | None = None
-    """Noise on the choice of experts."""
+    noise: PassNoise | None = None
+    """Noise on the choice of experts, or on the last hidden states."""
     value_head: Callable[[Tensor], Tensor] | None = None
     """Makes values [B, T] of hidden states [B, T, H]; None: return no values."""
     record_weights: bool = False
@@ -104,7 +104,8 @@ def response_pass(
     if batch.response_ids.shape[1] == 1 and read is _one_pass:
         read = _cached
     seen = read(policy, batch, options)
-    found = score_tokens(policy, seen.hidden, batch.response_ids, entropy=options.entropy)
+    hidden = options.noise.hidden_adder()(seen.hidden) if options.noise else seen.hidden
+    found = score_tokens(policy, hidden, batch.response_ids, entropy=options.entropy)
     return ForwardOutput(
         logprobs=found.logprobs,
         entropy=None if found.entropy is None else found.entropy.detach(),

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from moe_rl.batch import RolloutBatch, full_record, predictions
 from moe_rl.policy.forward import ForwardOptions
+from moe_rl.policy.pass_noise import PassNoise
 from moe_rl.policy.policy import Policy
-from moe_rl.policy.router_noise import RouterNoise
 from moe_rl.rollout.readers import read_whole, read_with_cache
 from moe_rl.rollout.request import Request
 from moe_rl.runtime.seeding import uniforms
@@ -52,7 +52,7 @@ def generate(
     prompts: Sequence[Prompt],
     draws: Tensor,
     *,
-    noise: RouterNoise | None = None,
+    noise: PassNoise | None = None,
     router_logits: bool = False,
     gate_weights: bool = False,
 ) -> RolloutBatch:
@@ -69,10 +69,11 @@ def generate(
     ends = torch.tensor(policy.end_ids, device=policy.device)
     finished = torch.zeros(sequences, dtype=torch.bool, device=policy.device)
     read = read_whole if policy.reads_whole else read_with_cache
+    disturb = noise.hidden_adder() if noise else lambda hidden: hidden
     with read(policy, prompt_ids, prompt_mask, group, options, noise) as reading:
         hidden = reading.hidden
         for step in range(budget):
-            token, logprob = sample_tokens(policy.logits(hidden), draws[:, step])
+            token, logprob = sample_tokens(policy.logits(disturb(hidden)), draws[:, step])
             masks.append(~finished)
             tokens.append(token.masked_fill(finished, policy.pad_id))
             logprobs.append(logprob)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from moe_rl.policy.forward import ForwardOptions, routing_contexts
+from moe_rl.policy.pass_noise import PassNoise
 from moe_rl.policy.policy import Policy
-from moe_rl.policy.router_noise import RouterNoise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ def read_with_cache(
     prompt_mask: Tensor,
     group: int,
     options: ForwardOptions,
-    noise: RouterNoise | None,
+    noise: PassNoise | None,
 ) -> Iterator[Reading]:
     """Prompts [P, Sp], once per group into a key-value cache; then each token alone."""
     draws = noise.for_prompts() if noise else None
@@ -70,7 +70,7 @@ def read_whole(
     prompt_mask: Tensor,
     group: int,
     options: ForwardOptions,
-    noise: RouterNoise | None,
+    noise: PassNoise | None,
 ) -> Iterator[Reading]:
     """All tokens so far, anew for each token: for models whose cache serves no group."""
     width = prompt_ids.shape[1]

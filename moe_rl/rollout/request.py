@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from moe_rl.batch import RolloutBatch
-from moe_rl.policy.router_noise import RouterNoise
+from moe_rl.policy.pass_noise import PassNoise
 from moe_rl.tasks.base import Prompt
 
 
@@ -27,8 +27,8 @@ class Request:
     """Responses G to each prompt."""
     max_tokens: int
     """Longest response, in tokens."""
-    noise: RouterNoise | None = None
-    """Router noise of this pass."""
+    noise: PassNoise | None = None
+    """Noise of this pass."""
     router_logits: bool = False
     """Return the router logits as well, if the engine has them."""
     gate_weights: bool = False

@@ -1,7 +1,7 @@
 """The forward passes of a rollout on this rank: of the old policy, and of each update.
 
 A rank holds some prompts of each update (see `runtime/share.py`); an update is cut into forward
-passes, and each pass replays, records and draws router noise as the config says.
+passes, and each pass replays, records and draws noise as the config says.
 """
 
 import math
@@ -13,8 +13,8 @@ import torch
 from moe_rl.batch import Experience, RolloutBatch
 from moe_rl.config import RunConfig
 from moe_rl.policy.forward import ForwardOptions, ForwardOutput, response_pass
+from moe_rl.policy.pass_noise import PassNoise
 from moe_rl.policy.policy import Policy
-from moe_rl.policy.router_noise import RouterNoise
 from moe_rl.runtime.share import Share
 from moe_rl.runtime.wrapped import Wrapped
 from moe_rl.training.replay_plan import ReplayPlan
@@ -127,21 +127,23 @@ class Passes:
 
     def noise(
         self, step: int, kind: NoisyPass, prompts: slice, number: int | None = None
-    ) -> RouterNoise | None:
-        """The router noise of one pass over some of this rank's prompts; None: it draws none.
+    ) -> PassNoise | None:
+        """The noise of one pass over some of this rank's prompts; None: it draws none.
 
         `number` tells passes of one kind within a rollout step apart.
         """
         config = self.config
-        if config.router_noise == 0.0 or config.router_noise_passes not in ("all", kind):
+        is_noisy = config.router_noise > 0 or config.hidden_noise > 0
+        if not is_noisy or config.router_noise_passes not in ("all", kind):
             return None
-        return RouterNoise(
-            std=self.config.router_noise,
-            seed=self.config.seed,
+        return PassNoise(
+            std=config.router_noise,
+            hidden_std=config.hidden_noise,
+            seed=config.seed,
             step=step,
             purpose=kind if number is None else f"{kind}{number}",
             prompts=self.share.prompts[prompts],
-            group_size=self.config.group_size,
+            group_size=config.group_size,
         )
 
     def update_pass(

@@ -14,9 +14,9 @@ from moe_rl.config import ConfigError, ModelConfig
 from moe_rl.policy import probe
 from moe_rl.policy.build import build_policy
 from moe_rl.policy.forward import ForwardOptions, choose_layout, response_pass
+from moe_rl.policy.pass_noise import PassNoise
 from moe_rl.policy.policy import Policy
 from moe_rl.policy.probe import check_logits, has_unused_parameters, must_read_whole
-from moe_rl.policy.router_noise import RouterNoise
 from moe_rl.policy.tokenizer import tokenizer_of
 from moe_rl.replay_check.families import build_family, causal_families, family_names
 from moe_rl.rollout.cached import generate
@@ -139,7 +139,7 @@ def test_whole_sequences_record_and_perturb_as_a_cache_does(tmp_path: Path) -> N
     whole = Policy(
         model=cached.model, tokenizer=cached.tokenizer, experts=cached.experts, reads_whole=True
     )
-    noise = RouterNoise(std=0.5, seed=1, step=0, purpose="rollout", prompts=range(4), group_size=2)
+    noise = PassNoise(std=0.5, seed=1, step=0, purpose="rollout", prompts=range(4), group_size=2)
     draws = torch.rand(8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     first, second = (
         generate(p, PROMPTS, draws, noise=noise, router_logits=True, gate_weights=True)

@@ -7,8 +7,8 @@ from small_policy import ALPHABET, PROMPTS, rollout
 from moe_rl.batch import response_positions
 from moe_rl.policy.build import build_policy
 from moe_rl.policy.forward import ForwardOptions, Layout, choose_layout, response_pass
+from moe_rl.policy.pass_noise import PassNoise
 from moe_rl.policy.policy import Policy
-from moe_rl.policy.router_noise import RouterNoise
 from moe_rl.presets import preset
 
 LAYOUTS: list[Layout] = ["one_pass", "cached"]
@@ -97,7 +97,7 @@ def test_layouts_replay_the_same_choices_and_see_the_same_live_ones(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_see_the_same_noise(policy: Policy, layout: Layout) -> None:
     batch = rollout(policy, PROMPTS[:2])
-    source = RouterNoise(std=2.0, seed=1, step=0, purpose="old", prompts=range(2), group_size=3)
+    source = PassNoise(std=2.0, seed=1, step=0, purpose="old", prompts=range(2), group_size=3)
     with torch.no_grad():
         quiet = response_pass(policy, batch, ForwardOptions()).logprobs
         noisy, whole = (

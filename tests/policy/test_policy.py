@@ -10,10 +10,10 @@ from small_policy import ALPHABET, PROMPTS, rollout
 from moe_rl.config import ConfigError, ModelConfig
 from moe_rl.policy.build import build_policy
 from moe_rl.policy.forward import ForwardOptions, response_pass
+from moe_rl.policy.pass_noise import PassNoise
 from moe_rl.policy.policy import Policy
-from moe_rl.policy.router_noise import RouterNoise
 from moe_rl.policy.tokenizer import tokenizer_of
-from moe_rl.rollout.cached import sample_tokens
+from moe_rl.rollout.cached import generate, sample_tokens
 
 
 def test_the_last_sampled_token_has_no_route(policy: Policy) -> None:
@@ -54,7 +54,7 @@ def test_a_uniform_that_rounds_to_one_never_reaches_an_impossible_token() -> Non
 
 def test_noise_is_a_function_of_its_address_alone() -> None:
     def noise(prompts: range, step: int = 0, purpose: str = "old") -> torch.Tensor:
-        source = RouterNoise(
+        source = PassNoise(
             std=0.5, seed=1, step=step, purpose=purpose, prompts=prompts, group_size=2
         )
         rows = len(prompts) * 2
@@ -68,7 +68,7 @@ def test_noise_is_a_function_of_its_address_alone() -> None:
 
 
 def test_noise_read_token_by_token_is_noise_read_at_once() -> None:
-    source = RouterNoise(std=1.0, seed=1, step=0, purpose="rollout", prompts=range(2), group_size=2)
+    source = PassNoise(std=1.0, seed=1, step=0, purpose="rollout", prompts=range(2), group_size=2)
     at_once = source.for_responses()(0, torch.zeros(4 * 3, 5)).view(4, 3, 5)
     draw = source.for_responses()
     by_token = torch.stack([draw(0, torch.zeros(4, 5)) for _ in range(3)], dim=1)
@@ -76,6 +76,20 @@ def test_noise_read_token_by_token_is_noise_read_at_once() -> None:
     sequence = source.for_sequences(prompt_length=2)(0, torch.zeros(4 * 5, 5)).view(4, 5, 5)
     assert torch.equal(sequence[:, 2:], at_once)
     assert torch.equal(sequence[0, :2], sequence[1, :2])  # one prompt, one noise
+
+
+def test_hidden_noise_is_the_same_while_sampling_and_while_scoring(policy: Policy) -> None:
+    noise = PassNoise(
+        std=0.0, hidden_std=0.5, seed=1, step=0, purpose="one", prompts=range(2), group_size=3
+    )
+    draws = torch.rand(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batch = generate(policy, PROMPTS[:2], draws, noise=noise)
+    with torch.no_grad():
+        scored = response_pass(policy, batch, ForwardOptions(noise=noise)).logprobs
+        clean = response_pass(policy, batch, ForwardOptions()).logprobs
+    mask = batch.response_mask
+    torch.testing.assert_close(scored[mask], batch.rollout_logprobs[mask], atol=1e-4, rtol=0)
+    assert (clean - scored)[mask].abs().max() > 1e-2, "the noise must matter"
 
 
 def test_a_checkpoint_folder_loads_as_it_was_saved(policy: Policy, tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -237,12 +237,13 @@ def test_old_log_probs_straight_from_the_engine_make_the_same_first_update(
     assert engine["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["router_noise", "hidden_noise"])
 @pytest.mark.parametrize("noisy", ["rollout", "old", "update", "all"])
 def test_noise_is_drawn_in_the_pass_that_is_named_and_in_no_other(
-    noisy: str, tmp_path: Path, cold: Path
+    noisy: str, kind: str, tmp_path: Path, cold: Path
 ) -> None:
     """A run without noise makes each of the other passes over the same batch bit for bit."""
-    config = tiny(router_noise=0.5, router_noise_passes=noisy)
+    config = tiny(**{kind: 0.5}, router_noise_passes=noisy)
     trainer = trainer_of(config, tmp_path / "noisy", cold)
     clean = trainer_of(tiny(), tmp_path / "clean", cold)
     experience, _ = trainer.experience(0)
@@ -256,6 +257,16 @@ def test_noise_is_drawn_in_the_pass_that_is_named_and_in_no_other(
         for each in (trainer, clean)
     )
     assert torch.equal(torch.cat(ours), torch.cat(theirs)) == (noisy not in ("update", "all"))
+
+
+@pytest.mark.parametrize("num_experts", [8, 2])
+def test_hidden_noise_lets_passes_disagree_and_routes_agree(
+    num_experts: int, tmp_path: Path, cold: Path
+) -> None:
+    config = tiny(steps=1, hidden_noise=0.5, num_experts=num_experts)
+    (step,), (first, *_), _ = run(config, tmp_path / "run", cold)
+    assert step["mismatch/kl_k3"] > 1e-3 and first["ratio/token_log_var"] > 1e-3
+    assert step["mismatch/churn"] == 0.0 and first["routing/churn"] == 0.0
 
 
 def test_several_old_passes_give_the_mean_of_their_probabilities(
