@@ -21,8 +21,9 @@ TWIST_ARMS = ("grpo", "grpo+dual-clip", "grpo+rollout-old")
 def survival(updates: pd.DataFrame, measures: pd.DataFrame) -> Figure:
     """P(w > t) against t, log-log, for both denominators, beside the bound 1/t.
 
-    Means over the updates before a run's collapse. Left: the ratio of the loss; right: the same
-    numerator over the rollout engine's log-probs. The lowest tick stands for 0.
+    Means over the updates before the first collapse of a main arm on the same seed. Left: the ratio
+    of the loss; right: the same numerator over the rollout engine's log-probs. The lowest tick
+    stands for 0.
     """
     rows = before_collapse(updates, measures)
     arms = style.arms_in(updates)
