@@ -88,9 +88,10 @@ TWIST_FIGURE = FigureSpec(
     caption="GRPO as in the paper, with its unbounded branch bounded (dual clip), and with the "
     "sampling engine's log-probs in the ratio's denominator. Left: reward. Middle: share of tokens "
     "whose ratio exceeds t, before the first collapse of a main arm on the same seed; the lowest "
-    "tick stands for 0, and in the shaded region lies no ratio over the policy that sampled, unless "
-    "it learnt from these very tokens. Right: share of the gradient's mass, the sum of |dL/dlogprob| over tokens, in the "
-    f"branch that the paper's surrogate leaves unbounded. {SEEDS}",
+    "tick stands for 0, and in the shaded region lies no ratio over the policy that sampled, "
+    "unless it learnt from these very tokens. Right: share of the gradient's mass, the sum of "
+    "|dL/dlogprob| over tokens, in the branch that the paper's surrogate leaves unbounded. "
+    f"{SEEDS}",
     draw=lambda study, measures: tails.twist(study.steps, study.updates, measures),
     needs=("reward", "ratio/survival_10", branches.UNBOUNDED),
     every_arm=True,
