@@ -9,6 +9,8 @@
 # PYTHON       interpreter that makes the environment          (python3)
 # VENV         where the environment is                        (.venv)
 # JOBS         processes that share the test suite            (as many as cores)
+# RUN          study folder of `make report`
+# RESULTS      folder of `make gpu-check`'s JSON files         (results/gpu)
 # TORCH_INDEX  one more package index, for a build of PyTorch without CUDA (a tenth of the
 #              download): TORCH_INDEX=https://download.pytorch.org/whl/cpu
 

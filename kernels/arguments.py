@@ -39,7 +39,7 @@ class HeadInputs(NamedTuple):
 
 
 def check_arguments(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    """Raise ValueError on what shapes, dtypes and devices tell is wrong."""
+    """Raise ValueError if a shape, dtype or device does not fit, or the weight is a shard."""
     sharded = tuple(getattr(weight, "ds_shape", weight.shape)) != tuple(weight.shape)
     if sharded or hasattr(weight, "full_tensor"):
         raise ValueError(
@@ -125,7 +125,7 @@ def checked_positive(name: str, number: float) -> float:
 
 
 def dense_like(tensor: Tensor) -> Tensor:
-    """An empty tensor row by row, however `tensor` lies: what compiled graphs are told of."""
+    """An uninitialised contiguous tensor like `tensor`: the strides promised to torch.compile."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 

@@ -49,7 +49,7 @@ def choose_backend(
         )
     if kind != "cuda":
         if few:
-            return Choice("chunked", "autocast leaves its gradients alone")
+            return Choice("chunked", "under torch.autocast it keeps its backward pass in float32")
         return Choice("chunked", f"on {kind}, vocabulary chunks bound the memory")
     obstacle = triton_obstacle(kind, dtype)
     if obstacle:

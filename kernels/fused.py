@@ -88,7 +88,8 @@ def _backward(
             inputs,
             wanted=(wanted[0], wanted[1], wanted[2]),
         )
-    return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore[return-value]
+    to_hidden, to_weight, to_bias = (hidden.new_empty(0) if g is None else g for g in grads)
+    return to_hidden, to_weight, to_bias
 
 
 @_backward.register_fake

@@ -35,11 +35,6 @@ class FinalLogits:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden: Tensor, head: nn.Linear) -> Tensor:
-        """The logits themselves, in float32: for the comparison."""
-        bias = None if head.bias is None else head.bias.float()
-        return self.of_product(F.linear(hidden.float(), head.weight.float(), bias))
-
     def of_product(self, product: Tensor) -> Tensor:
         """The logits, of what the head gives."""
         logits = product if self.scale == 1 else product * self.scale
@@ -199,8 +194,10 @@ def _tried_logits(model: Any) -> FinalLogits:
     # The model's own logits are rounded to its dtype, once in the product and once by cap or scale.
     tolerance = 8 * torch.finfo(head.weight.dtype).eps * own.abs().max().item()
     readings = list(_readings(model))
+    bias = None if head.bias is None else head.bias.float()
+    product = F.linear(hidden.float(), head.weight.float(), bias)
     for reading in readings if own.any() else ():  # zeros would fit any scale or cap
-        ours = reading.logits(hidden, head)
+        ours = reading.of_product(product)
         if ours.shape == own.shape and bool(((ours - own).abs() <= tolerance).all()):
             return reading
     raise ValueError(

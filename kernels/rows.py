@@ -97,7 +97,7 @@ class Slopes:
     target: Tensor
 
     def where(self, keep: Tensor) -> "Slopes":
-        """Those of the tokens that do not count: p = exp(s - inf) and its factors are 0."""
+        """A copy without gradients of ignored tokens: lse = inf makes p = exp(s - lse) 0."""
         return Slopes(
             lse=self.lse.where(keep, torch.inf),
             base=self.base.where(keep, 0),

@@ -28,7 +28,10 @@ def triton_forward(inputs: HeadInputs, *, entropy: bool) -> tuple[Tensor, Tensor
     sums = _merged_sums(inputs, entropy=entropy)
     logprobs, spread, lse = outputs_of(exact, *sums)
     shown = logprobs.float(), logprobs[:0].float() if spread is None else spread.float(), lse
-    return shown if keep is None else tuple(out.where(keep[: len(out)], 0) for out in shown)  # type: ignore[return-value]
+    if keep is None:
+        return shown
+    logprobs, spread, lse = (out.where(keep[: len(out)], 0) for out in shown)
+    return logprobs, spread, lse
 
 
 def without_ignored(inputs: HeadInputs) -> tuple[HeadInputs, Tensor | None]:
@@ -130,7 +133,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             WIDTH,
         )
         top = tl.maximum(peak, tl.max(s, axis=1))
-        shifted = tl.maximum(s - top[:, None], floor)
+        # A NaN must stay one, and Triton's maximum drops it unless told.
+        shifted = tl.maximum(s - top[:, None], floor, propagate_nan=tl.PropagateNan.ALL)
         # The target joins later, by its exact score.
         weights = tl.where(cols[None, :] == target[:, None], 0.0, tl.exp(shifted))
         was = peak - top

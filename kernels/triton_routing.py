@@ -58,8 +58,8 @@ def _routing_kernel(  # type: ignore[no-untyped-def]
     broken = tl.max(((x != x) & real).to(tl.int32), axis=1) > 0
     x = tl.where(real, x, float("-inf"))
     top = tl.max(x, axis=1)
-    # An expert that cannot be chosen has -inf, and 0 * -inf would be NaN.
-    shifted = tl.maximum(x - top[:, None], -1e4)
+    # An expert that cannot be chosen has -inf, and 0 * -inf would be NaN; a NaN must stay one.
+    shifted = tl.maximum(x - top[:, None], -1e4, propagate_nan=tl.PropagateNan.ALL)
     r = tl.where(real, tl.exp(shifted), 0.0)
     total = tl.sum(r, axis=1)
     tl.store(entropy + rows, tl.log(total) - tl.sum(r * shifted, axis=1) / total, mask=inside)
@@ -79,6 +79,7 @@ def _routing_kernel(  # type: ignore[no-untyped-def]
         left = tl.where(here, float("-inf"), left)
         tl.store(live + rows * K + k, best.to(tl.int16), mask=inside)
         mine = tl.load(ids + rows * K + k, mask=inside, other=-1)
+        listed = tl.where(experts == mine[:, None], 1, listed)
         used = tl.where(recorded, mine, best.to(tl.int32))
         weight = tl.sum(tl.where(experts == used[:, None], r, 0.0), axis=1) / total
         tl.store(weights + rows * K + k, weight, mask=inside)
@@ -88,8 +89,5 @@ def _routing_kernel(  # type: ignore[no-untyped-def]
         following = experts == tl.argmax(left, axis=1)[:, None]
         gap = last - tl.max(tl.where(following, x, float("-inf")), axis=1)
     tl.store(margin + rows, tl.where(broken, float("nan"), gap), mask=inside)
-    for k in tl.static_range(K):
-        mine = tl.load(ids + rows * K + k, mask=inside, other=-1)
-        listed = tl.where(experts == mine[:, None], 1, listed)
     share = (K - tl.sum(chosen * listed, axis=1)).to(tl.float32) / K
     tl.store(churn + rows, tl.where(recorded, share, float("nan")), mask=inside)

@@ -1,1 +1,1 @@
-"""Benchmarks against peers, each one command."""
+"""`moe-rl bench` (training, logprobs, routing, ranks), and two endurance tests: soak, lost_node."""

@@ -33,7 +33,8 @@ def contestants(device: torch.device) -> tuple[dict[str, Contestant], dict[str, 
             contestant = make()
             _try(contestant, device)
         except ImportError as error:
-            absent[name] = f"not installed ({error.name}): pip install 'moe-rl[bench]'"
+            how = "make peers" if name == "verl" else "pip install 'moe-rl[bench]'"
+            absent[name] = f"not installed ({error.name}): {how}"
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             absent[name] = (str(error).strip() or repr(error)).splitlines()[0]
         else:

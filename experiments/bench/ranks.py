@@ -26,6 +26,7 @@ from moe_rl.experiments.bench.result import check_counts, in_turn, table, write_
 from moe_rl.experiments.executors.job import train_words
 from moe_rl.presets import preset
 from moe_rl.run_folder.log import write_config
+from moe_rl.runtime.cores import cores
 from moe_rl.runtime.process import cpu_name
 from moe_rl.training.cold_start import prepare_cold_starts
 
@@ -65,7 +66,7 @@ def bench_ranks(*, repeats: int, out: Path | None) -> int:
         ConfigError: fewer than one repetition, or fewer than two cores.
     """
     check_counts(repeats=repeats)
-    if os.cpu_count() == 1:
+    if cores() == 1:
         raise ConfigError("bench ranks: one core here; two processes need two")
     # A learning rate that hardly moves the policy: responses keep their length.
     config = preset("mild-stale").replace(steps=_STEPS, learning_rate=1e-6, device="cpu")

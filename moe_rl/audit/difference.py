@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_rl.metrics.ratios import mismatch_statistics
 from moe_rl.replay_check.compare import position_bins
-from moe_rl.routing.statistics import churn, per_layer, router_disagreement, token_disagreement
+from moe_rl.routing.statistics import churn, disagreement, per_layer, router_disagreement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +96,12 @@ def compare_readings(
     for reading in (reference, other, *(same_routes or ())):
         finite &= reading.logprobs.isfinite()
     moved = churn(reference.routes, other.routes, finite)
-    routers, tokens = router_disagreement(moved), token_disagreement(moved)
+    routers = router_disagreement(moved)
     counted = int(mask.sum())
     return Difference(
         tokens=counted,
         not_finite=1 - int(finite.sum()) / max(counted, 1),
-        churn=float(moved.nanmean()),
-        router_disagreement=float(routers.nanmean()),
-        token_disagreement=float(tokens.nanmean()),
+        **disagreement(moved),
         live=_distance(reference, other, finite, group_size),
         replayed=None if same_routes is None else _distance(*same_routes, finite, group_size),
         routers_by_layer=per_layer(routers).tolist(),

@@ -29,6 +29,8 @@ def verdict(name: str, kind: Kind, found: Difference) -> str:
     start = f"{routers} of routers differ, {measured}"
     if kind == "trace":
         words = f"{routers} of routers differ, which alone moves this model by {measured}"
+    elif math.isnan(error) and found.live.largest > 0:
+        words = f"not settled: {start}, and one prompt has no standard error; give more prompts"
     elif abs(kl - DENSE_KL) <= SURE * error:
         words = (
             f"not settled: {start}, too near to the {DENSE_KL:.2g} that a dense model has between "

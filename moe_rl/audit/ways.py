@@ -1,6 +1,6 @@
 """Ways to read the same tokens with the same weights, which in exact arithmetic agree.
 
-    again      the reference's own pass once more: what is left is no determinism
+    again      the reference's own pass once more: any difference is nondeterminism
     shape      padding on either side, a sequence alone, a key-value cache, our fused CPU layers
     experts    the backends of transformers' ExpertsInterface that run here
     numerics   weights and arithmetic of another type, or weights rounded to 8 or 4 bits
@@ -19,12 +19,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_rl.batch import RolloutBatch
 from moe_rl.config import AuditPrecision, ConfigError, ModelConfig
 from moe_rl.cpu import FastPath
-from moe_rl.experts import choose_experts
+from moe_rl.experts import choose_experts, valid_experts
 from moe_rl.policy.build import build_policy
 from moe_rl.policy.forward import ForwardOptions, ForwardOutput, Layout, response_pass, score_tokens
 from moe_rl.policy.policy import Policy
@@ -182,8 +181,8 @@ def _experts(policy: Policy, read: Read) -> Iterator[Way | Missing]:
         yield Missing("other experts backends", "the model computes its experts by its own code")
         return
     try:
-        for name in ["eager", *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys())]:
-            if name == policy.experts:
+        for name in valid_experts():
+            if name in ("auto", policy.experts):
                 continue
             try:
                 choose_experts(policy.device, name)

@@ -21,7 +21,7 @@ from moe_rl.config import (
 if TYPE_CHECKING:
     from moe_rl.tasks import Prompt
 
-BUILT_IN = ("running_sum", "countdown")
+BUILT_IN: tuple[Literal["running_sum", "countdown"], ...] = ("running_sum", "countdown")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Audit(TraceLayout, Command):
     num_prompts: int = 32
     """Prompts to answer, the first ones of a file (>= 1)."""
     group_size: int = 4
-    """Responses sampled to each (>= 1)."""
+    """Responses sampled for each prompt (>= 1)."""
     max_tokens: int = 64
     """Longest response (tokens, >= 1)."""
     temperature: float = 1.0
@@ -66,7 +66,7 @@ class Audit(TraceLayout, Command):
     engine: EngineName | None = None
     """An engine to compare, on responses that it samples itself."""
     engine_precision: RolloutPrecision = "float32"
-    """What it computes with; bf16 for vLLM's usual numbers."""
+    """Precision of --engine; bf16 is what vLLM usually runs in."""
     trace: Path | None = None
     """A recorded trace with token ids and routes of this model, to compare."""
     out: Path = Path("runs/audit")
@@ -141,21 +141,20 @@ class Audit(TraceLayout, Command):
         """The first prompts of the file, or as many of a built-in task."""
         import numpy as np
 
-        from moe_rl.tasks import make_task
+        from moe_rl.tasks import task_of
         from moe_rl.tasks.dataset import read_prompts
 
-        if self.prompts in BUILT_IN:
-            task = make_task(self.prompts)
-            rng = np.random.default_rng(self.seed)
-            return [problem.prompt for problem in task.prompts(rng, self.num_prompts)]
-        return read_prompts(
-            TaskConfig(
-                task="dataset",
-                dataset=self.prompts,
-                prompt_column=self.prompt_column,
-                dataset_config=self.dataset_config,
-                dataset_split=self.dataset_split,
-                instruction=self.instruction,
-                chat=self.chat,
-            )
-        )[: self.num_prompts]
+        built_in = next((name for name in BUILT_IN if name == self.prompts), None)
+        task = TaskConfig(
+            task=built_in or "dataset",
+            dataset=None if built_in else self.prompts,
+            prompt_column=self.prompt_column,
+            dataset_config=self.dataset_config,
+            dataset_split=self.dataset_split,
+            instruction=self.instruction,
+            chat=self.chat,
+        )
+        if built_in is None:
+            return read_prompts(task)[: self.num_prompts]
+        rng = np.random.default_rng(self.seed)
+        return [problem.prompt for problem in task_of(task).prompts(rng, self.num_prompts)]

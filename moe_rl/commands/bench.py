@@ -27,7 +27,7 @@ class Bench(Command):
     shapes: tuple[str, ...] = ()
     """For logprobs: N,H,V of each problem. Default: CPU or GPU shapes of docs/kernels.md."""
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ()
-    """For logprobs. Default: float32 and bfloat16; bfloat16 alone on a GPU."""
+    """For logprobs: dtypes of the inputs. Default: float32 and bfloat16; on a GPU bfloat16."""
     threads: int | None = None
     """For logprobs: torch threads on a CPU (>= 1). Default: the number of cores."""
 
@@ -36,8 +36,6 @@ class Bench(Command):
         if self.what == "logprobs":
             from moe_rl.experiments.bench.logprobs import bench_logprobs
 
-            if self.out is not None and self.out.suffix != ".json":
-                raise ConfigError(f"out={str(self.out)!r}: give a name that ends in .json")
             code = bench_logprobs(
                 repeats=self.repeats,
                 shapes=self.shapes,

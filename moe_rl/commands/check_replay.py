@@ -141,10 +141,11 @@ def _refusals() -> dict[str, str]:
 
     refusals = dict.fromkeys(REFUSED_FAMILIES, "")
     for name in REFUSED_FAMILIES:
+        model = build_family(name)
         try:
-            find_routers(build_family(name))
+            find_routers(model)
         except ValueError as error:
-            refusals[name] = f"refused: {str(error).partition('replayed: ')[2]}"
+            refusals[name] = f"refused: {error}"
     return refusals | {name: f"refused: {reason}" for name, reason in REFUSED_UNBUILT.items()}
 
 

@@ -1,12 +1,12 @@
 """`moe-rl doctor`: versions, devices, and every backend choice with its reason."""
 
 import importlib.metadata
-import os
 import platform
 from dataclasses import dataclass
 
 from moe_rl import __version__
 from moe_rl.commands.options import Command
+from moe_rl.runtime.cores import cores
 
 _PACKAGES = ("torch", "transformers", "triton", "numpy", "pandas", "matplotlib")
 _OPTIONAL = (
@@ -44,7 +44,7 @@ class Doctor(Command):
             ("python", f"{platform.python_version()} on {platform.platform()}"),
             *((name, _version(name)) for name in _PACKAGES),
             *((f"{name} (optional)", _version(name)) for name in _OPTIONAL),
-            ("cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"),
+            ("cpu", f"{cores()} cores, {torch.backends.cpu.get_cpu_capability()}"),
             ("cuda", f"{', '.join(gpus)}, CUDA {torch.version.cuda}" if cuda else "not available"),
             ("device auto", f"{device.type}: {'CUDA' if cuda else 'no CUDA device'} is available"),
             ("experts auto", ": ".join(choose_experts(device, "auto"))),

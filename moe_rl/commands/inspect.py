@@ -25,7 +25,8 @@ class Inspect(Command):
     num_experts: int | None = None
     """Number of experts E; every id must be below it."""
     names: Dialect | None = None
-    """Names under which the metrics are printed and shown. Default: ours."""
+    """Print the metrics too, under the names of this trainer. Default: they stand on the page
+    alone, under ours."""
     out: Path = Path("runs/inspect")
     """Folder for inspection.json, index.html and figures."""
 

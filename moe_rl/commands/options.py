@@ -56,7 +56,7 @@ class StudyOptions:
     executor: ExecutorName = "local"
     """Where runs are executed: this machine, a Ray cluster, or Slurm through submitit."""
     address: str | None = None
-    """Of a Ray cluster; auto: the one of this machine. Default: one that is started here."""
+    """Address of the Ray cluster; auto: the one that runs here. Default: start one here."""
     slurm: dict[str, str] = dataclasses.field(default_factory=dict)
     """Options of submitit, as in `--slurm slurm_partition cpu timeout_min 60`."""
     cold_start_cache: Path = COLD_STARTS

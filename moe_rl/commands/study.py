@@ -18,7 +18,7 @@ class Study(StudyOptions, Command):
     interrupted: ClassVar[str] = INTERRUPTED
 
     name: Annotated[StudyName, tyro.conf.Positional]
-    """Which one; the head of experiments/studies/NAME.py says what it asks and how it is judged."""
+    """Study to run; the head of experiments/studies/NAME.py has its question and its tests."""
     out: Path | None = None
     """Study folder. Default: runs/NAME."""
 

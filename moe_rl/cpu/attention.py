@@ -10,7 +10,7 @@ from moe_rl.cpu.group_attention import Segment, attend, segments_of, spread_rows
 from moe_rl.cpu.group_cache import GroupCache, GroupCacheLayer
 from moe_rl.cpu.heads import HeadShape, Part, lay_out, project
 from moe_rl.cpu.one_pass import OnePass
-from moe_rl.cpu.parts import cached_part, sequence_part
+from moe_rl.cpu.parts import PositionEmbeddings, cached_part, sequence_part
 from moe_rl.cpu.rms_norm import EXACT_DTYPES, inverse_rms
 from moe_rl.kernels.product import product, product_plus
 
@@ -19,15 +19,13 @@ _LONGEST_WITHOUT_CACHE = 512
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-Positions = tuple[Tensor, Tensor]
-
 
 class Call(NamedTuple):
     """The tensors of one call of an attention module, or of the first half of a layer."""
 
     hidden: Tensor
     """`[B, T, H]`."""
-    positions: Positions
+    positions: PositionEmbeddings
     """cos and sin `[1 or B, T, D]`."""
     mask: Tensor | None
     cache: Any
@@ -37,7 +35,7 @@ class Call(NamedTuple):
 def attention_forward(
     self: Any,
     hidden_states: Tensor,
-    position_embeddings: Positions,
+    position_embeddings: PositionEmbeddings,
     attention_mask: Tensor | None,
     past_key_values: Any = None,
     one_pass: OnePass | None = None,
@@ -91,7 +89,7 @@ def runs(module: Any, forward: Any) -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether anybody would notice that a module is not called."""
+    """Whether a module has hooks, which do not run where its weights are used without a call."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from moe_rl.cpu.attention import (
     Call,
-    Positions,
     attention_forward,
     hooked,
     plain_weights,
@@ -25,6 +24,7 @@ from moe_rl.cpu.attention import (
 )
 from moe_rl.cpu.attention_block import BlockWeights
 from moe_rl.cpu.one_pass import OnePass
+from moe_rl.cpu.parts import PositionEmbeddings
 from moe_rl.cpu.rms_norm import rms_norm, rms_norm_forward
 
 
@@ -35,7 +35,7 @@ def decoder_layer_forward(
     position_ids: Tensor | None = None,
     past_key_values: Any = None,
     use_cache: bool | None = False,
-    position_embeddings: Positions | None = None,
+    position_embeddings: PositionEmbeddings | None = None,
     one_pass: OnePass | None = None,
     **kwargs: Any,
 ) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_rl.cpu.heads import Part
-from moe_rl.cpu.parts import PositionEmbeddings, causal
+from moe_rl.cpu.parts import PositionEmbeddings, causal, turns_of
 
 
 @dataclass(kw_only=True)
@@ -47,14 +47,11 @@ class OnePass:
         """The two parts; computed by the first layer of a forward, shared by the others."""
         if self._shared is not None and self._shared[0] is positions[0]:
             return self._shared[1]
-        cos, sin = positions
-        half = cos.shape[-1] // 2
-        turns = torch.complex(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+        turns = turns_of(positions, ())
+        half = turns.shape[-1]
         first, rest = turns[: self.prompt_rows], turns[self.prompt_rows :]
-        own, prompt_mask = (
-            causal(self.prompt_length, self.prompt_length, self.prompt_length, hidden),
-            None,
-        )
+        own = causal(self.prompt_length, self.prompt_length, self.prompt_length, hidden)
+        prompt_mask: Tensor | None = None
         if self.prompt_mask is None:
             first, rest = first[: self.prompt_length], rest[: self.length]
         else:
@@ -81,5 +78,5 @@ class OnePass:
                 prompt_mask=prompt_mask,
             ),
         )
-        self._shared = (cos, parts)
+        self._shared = (positions[0], parts)
         return parts

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from moe_rl.experts.megablocks_package import interpreted, load
+from moe_rl.experts.megablocks_package import load
+from moe_rl.kernels.choose import interpreting
 
 GROUPED = "megablocks"
 SPARSE = "megablocks_sparse"
@@ -193,7 +194,7 @@ def _require_in_bounds(
             f"are {elements} elements, beyond the {MOST_ELEMENTS} that Megablocks' kernels can "
             "address. Split the batch."
         )
-    if interpreted() and hidden_states.dtype == torch.bfloat16:
+    if interpreting() and hidden_states.dtype == torch.bfloat16:
         raise ValueError(
             "hidden_states: Triton's interpreter multiplies bfloat16 as raw integers, silently. "
             "Use dtype float32 under TRITON_INTERPRET=1."

@@ -9,7 +9,6 @@ with `--no-deps`. Its layers refuse current Triton, so only `megablocks.ops` and
 import functools
 import importlib.metadata
 import importlib.util
-import os
 import warnings
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_rl.experts import megablocks_ops
+from moe_rl.kernels.choose import interpreting
 
 # Their autotuners time each variant on a GPU, of which the interpreter has none.
 AUTOTUNED = ("_padded_copy", "_padded_copy_wgrad", "_binned_copy", "_binned_copy_wgrad")
@@ -31,17 +31,12 @@ class Package(NamedTuple):
     """stk, with stk.ops.sdd and stk.ops.dsd."""
 
 
-def interpreted() -> bool:
-    """Whether Triton kernels run in the interpreter: TRITON_INTERPRET=1 in the environment."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-
-
 def problem(device: torch.device | str) -> str | None:
     """Why Megablocks experts cannot run on `device`, with the way out; None if they can."""
     for package in ("triton", "stk", "megablocks"):
         if importlib.util.find_spec(package) is None:
             return f"the package {package} is not installed; run `make megablocks`"
-    if torch.device(device).type == "cpu" and not interpreted():
+    if torch.device(device).type == "cpu" and not interpreting():
         return (
             "on a CPU its Triton kernels run in the interpreter only (slow): start with "
             "TRITON_INTERPRET=1 in the environment, or use grouped_mm"
@@ -61,7 +56,7 @@ def describe(device: torch.device) -> str:
     why_not = problem(device)
     if why_not is not None:
         return f"cannot run on {device.type}: {why_not}"
-    how = ", Triton interpreter" if interpreted() else ""
+    how = ", Triton interpreter" if interpreting() else ""
     return f"{importlib.metadata.version('megablocks')} with the {extension()}{how}"
 
 
@@ -82,7 +77,7 @@ def load() -> Package:
         stk = importlib.import_module("stk")
         importlib.import_module("stk.ops")
         kernels: Any = importlib.import_module("megablocks.backend.kernels")
-    if interpreted():
+    if interpreting():
         for name in AUTOTUNED:
             kernel = getattr(kernels, name)
             kernel.configs = kernel.configs[-1:]

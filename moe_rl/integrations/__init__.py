@@ -9,6 +9,7 @@ loss_metrics.py   the metrics of an update that need no routes
 trl.py            RoutingReplayMixin, for TRL's GRPOTrainer
 trl_metrics.py    its metrics, over micro-batches and processes
 trl_support.py    what it refuses, and the versions that it was tested with
+trl_warning.py    a callback that warns of a coming collapse
 engine_routes.py  routes that a rollout engine returns, laid out as a padded batch
 
 Nothing else in moe_rl imports this package. trl.py needs TRL, the extra `trl`.

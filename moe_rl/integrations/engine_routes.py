@@ -53,7 +53,8 @@ def join_prompts(routes: Sequence[Any], prompts: Sequence[Any] | None) -> list[n
 def as_array(value: Any, index: int) -> np.ndarray:
     """Ids of sequence `index` in any form of moe_rl/traces/encodings.py that says its shape.
 
-    Flat bytes (SGLang) do not: pass `from_sglang(...)` of that module of them.
+    Flat bytes (SGLang) carry no shape: decode them with its `decode_routes(value, num_layers=...,
+    top_k=...)` first.
 
     Raises:
         ValueError: None, or a value that cannot be decoded.

@@ -41,7 +41,7 @@ def loss_metrics(
     # A loss that draws, as verl's clip_cov, must not move the trainer's random state.
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         leaf = new.clone().requires_grad_()
-        # Where no token has a gradient, as where all advantages are 0, it is 0 and not missing.
+        # Keeps the leaf in the graph of a loss that does not depend on it: all advantages 0.
         value = loss(leaf) + 0.0 * leaf.sum()
         gradient = torch.autograd.grad(value, leaf)[0]
     unknown = torch.zeros_like(mask)

@@ -21,7 +21,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from moe_rl.config import ConfigError
 from moe_rl.metrics.ratios import mismatch_statistics, ratio_statistics, ratio_tail
-from moe_rl.recorded import RecordedBatch, inspect_batch, response_rows, write_batch
+from moe_rl.recorded import (
+    RecordedBatch,
+    inspect_batch,
+    response_rows,
+    versions_between,
+    write_batch,
+)
 
 PREFIX = "moe_rl/"
 RECORD = "MOE_RL_RECORD"
@@ -146,12 +152,8 @@ def batch_of(samples: Sequence[Any]) -> RecordedBatch | None:
     if all(versions):
         known = sorted({v for own in versions for v in own}, key=_in_order)
         numbers = {name: n for n, name in enumerate(known)}
-        rows = [
-            # Which tokens are whose is not recorded: the first is the oldest, the rest the newest.
-            torch.tensor([numbers[own[0]]] + [numbers[own[-1]]] * (s.response_length - 1))
-            for own, s in zip(versions, samples, strict=True)
-        ]
-        fields["versions"] = _pad(rows)
+        ends = [(numbers[own[0]], numbers[own[-1]]) for own in versions]
+        fields["versions"] = versions_between(ends, mask)
     return RecordedBatch(source="slime", mask=mask, **fields)
 
 

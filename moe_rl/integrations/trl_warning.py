@@ -17,9 +17,9 @@ from transformers import TrainerCallback
 
 from moe_rl.analysis.warning.judge import read_signals, warning_words
 from moe_rl.analysis.warning.thresholds import COMMITTED, read_thresholds
+from moe_rl.metrics.names import ours_of
 
-OUR_NAMES = {"clip_ratio/region_mean": "clip_ratio/region"}
-"""TRL's names of quantities that we name otherwise."""
+_OURS = ours_of("trl")
 
 
 class WarnOfCollapse(TrainerCallback):
@@ -52,7 +52,7 @@ class WarnOfCollapse(TrainerCallback):
             return
         micro_steps = args.steps_per_generation * args.num_iterations
         updates = max(1, micro_steps // args.gradient_accumulation_steps)  # a rollout
-        line = {OUR_NAMES.get(name, name): value for name, value in logs.items()}
+        line = {_OURS.get(name, name): value for name, value in logs.items()}
         self._lines.append(line | {"step": (state.global_step - 1) // updates})
         lines = pd.DataFrame(self._lines)
         ended = lines[lines["step"] < state.global_step // updates]

@@ -5,7 +5,7 @@
 The pass that recomputes old log-probs returns its routes beside them, and verl keeps them beside
 the batch, as it does with R2's of its Megatron engine; each update is held against them. Logged as
 `actor/moe_rl/NAME`, each the mean over micro-batches: churn, router and token disagreement, and
-how far routers were from another choice. The trainer of `verl_trainer` finds the routes there, and
+router margins. The trainer of `verl_trainer` finds the routes there, and
 compares them with those of the rollout engine. Nothing is replayed, and no number of verl changes.
 
 Not measured: critics; sequence parallelism (Ulysses), where a process sees a part of each sequence;

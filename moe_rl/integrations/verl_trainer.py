@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import transfer_queue
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -26,7 +25,13 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from moe_rl.config import ConfigError
-from moe_rl.recorded import RecordedBatch, inspect_batch, response_rows, write_batch
+from moe_rl.recorded import (
+    RecordedBatch,
+    inspect_batch,
+    response_rows,
+    versions_between,
+    write_batch,
+)
 from moe_rl.recorded.findings import findings
 
 PREFIX = "moe_rl/"
@@ -121,11 +126,7 @@ def batch_of(
     mask = pad_sequence(masks, batch_first=True)
     if all("min_global_steps" in tag for tag in tags):
         ends = [(int(tag["min_global_steps"]), int(tag["max_global_steps"])) for tag in tags]
-        # Which tokens are whose is not recorded: the first is the oldest's, the rest the newest's.
-        columns["versions"] = torch.tensor([last for _, last in ends])[:, None].repeat(
-            1, mask.shape[1]
-        )
-        columns["versions"][:, 0] = torch.tensor([first for first, _ in ends])
+        columns["versions"] = versions_between(ends, mask)
     return RecordedBatch(source="verl", mask=mask, notes=notes, **columns)
 
 

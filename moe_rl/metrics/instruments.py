@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe_rl.batch import Experience, RolloutBatch, response_positions
 from moe_rl.kernels import routing_statistics
+from moe_rl.kernels.routing_stats import choose_routing_backend
 from moe_rl.metrics.branches import branch_shares
 from moe_rl.metrics.ratios import (
     clip_shares,
@@ -208,7 +209,7 @@ def router_statistics(logits: Tensor, routes: Tensor, mask: Tensor) -> dict[str,
     On a GPU one kernel reads the logits `[B, T, L, E]` once for all three; a CPU is faster with one
     operator after the other. `routing/statistics.py` defines them.
     """
-    if not _one_pass(logits):
+    if choose_routing_backend("auto", logits.device).name == "reference":
         return {
             "margin": statistics.margin(logits, routes.shape[-1], mask),
             "confidence": statistics.confidence(logits, routes, mask),
@@ -222,11 +223,6 @@ def router_statistics(logits: Tensor, routes: Tensor, mask: Tensor) -> dict[str,
         "confidence": found.replay_weights.sum(dim=-1).masked_fill(no_record, torch.nan),
         "entropy": found.entropy.masked_fill(outside, torch.nan),
     }
-
-
-def _one_pass(logits: Tensor) -> bool:
-    """Whether one kernel reads the router logits for all statistics."""
-    return logits.is_cuda
 
 
 def _disagreement(prefix: str, churn: Tensor) -> dict[str, Any]:

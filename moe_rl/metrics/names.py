@@ -42,6 +42,11 @@ NAMES: dict[str, dict[Dialect, str]] = {
 """Our name -> dialect -> theirs."""
 
 
+def ours_of(dialect: Dialect) -> dict[str, str]:
+    """Their name of each metric that they log -> ours."""
+    return {names[dialect]: ours for ours, names in NAMES.items() if dialect in names}
+
+
 def rename(metrics: Mapping[str, float], dialect: Dialect) -> dict[str, float]:
     """The metrics under a dialect's names; those that it has no name for keep ours.
 

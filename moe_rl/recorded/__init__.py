@@ -5,9 +5,15 @@ batch.py       what a batch holds, whatever its source
 readers.py     files of ours, verl, prime-rl, NeMo-RL, vLLM
 inspection.py  the numbers
 findings.py    what stands out
+trl_log.py     metrics of TRL's trainer_state.json
 """
 
-from moe_rl.recorded.batch import RecordedBatch, response_rows, write_batch
+from moe_rl.recorded.batch import (
+    RecordedBatch,
+    response_rows,
+    versions_between,
+    write_batch,
+)
 from moe_rl.recorded.inspection import Inspection, inspect_batch
 from moe_rl.recorded.readers import read_batch
 
@@ -17,5 +23,6 @@ __all__ = [
     "inspect_batch",
     "read_batch",
     "response_rows",
+    "versions_between",
     "write_batch",
 ]

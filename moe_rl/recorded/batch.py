@@ -5,7 +5,7 @@ mask of position t belong to the token at t; routes are those at the position wh
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,12 +86,12 @@ class RecordedBatch:
                     f"{name}: shape {list(value.shape)}, expected [B, T, L, K] with B, T = "
                     f"{list(self.mask.shape)}"
                 )
-        both = self.routes, self.trainer_routes
-        if None not in both and both[0].shape != both[1].shape:  # type: ignore[union-attr]
-            raise ConfigError(
-                f"trainer_routes: shape {list(both[1].shape)}, routes have "  # type: ignore[union-attr]
-                f"{list(both[0].shape)}; record both of one model"  # type: ignore[union-attr]
-            )
+        if self.routes is not None and self.trainer_routes is not None:
+            ours, theirs = list(self.routes.shape), list(self.trainer_routes.shape)
+            if ours != theirs:
+                raise ConfigError(
+                    f"trainer_routes: shape {theirs}, routes have {ours}; record both of one model"
+                )
         if all(getattr(self, name) is None for name in (*LOGPROBS, "routes")):
             raise ConfigError(
                 "the batch holds neither log-probs nor routes; record rollout_logprobs, "
@@ -118,6 +118,16 @@ def where_predicted(routes: Tensor) -> Tensor:
     """Routes [B, S, L, K] where each token is read, moved to where it is predicted: one later."""
     first = torch.full_like(routes[:, :1], NO_RECORD)
     return torch.cat([first, routes[:, :-1]], dim=1)
+
+
+def versions_between(ends: Sequence[tuple[int, int]], mask: Tensor) -> Tensor:
+    """int64 [B, T] where only the first and the last weights of a sequence are known.
+
+    Which tokens are whose is not recorded: the first token gets the first, all others the last.
+    """
+    versions = torch.tensor([last for _, last in ends])[:, None].repeat(1, mask.shape[1])
+    versions[:, 0] = torch.tensor([first for first, _ in ends])
+    return versions
 
 
 def without_fills(routes: Tensor) -> Tensor:

@@ -174,17 +174,17 @@ def _from_rows(lines: Iterable[Any]) -> RecordedBatch:
             raise ConfigError(f"row {number}: fields of unequal lengths {lengths}")
         for field, values in own.items():
             columns.setdefault(field, []).append(values)
-    partly = [field for field, values in columns.items() if len(values) < len(rows)]
+    left_out = {f: "not in every row" for f, values in columns.items() if len(values) < len(rows)}
     # Without a loss that has advantages, prime-rl writes nulls alone.
-    if all(values.isnan().all() for values in columns.get("advantages", [torch.zeros(1)])):
-        partly.append("advantages")
-    notes = tuple(f"{field}: not in every row, left out" for field in partly)
+    if "advantages" in columns and all(values.isnan().all() for values in columns["advantages"]):
+        left_out["advantages"] = "null at every token"
+    notes = tuple(f"{field}: {why}, left out" for field, why in left_out.items())
     whole = {
         field: torch.nn.utils.rnn.pad_sequence(
             values, batch_first=True, padding_value=-1 if values[0].ndim == 3 else 0
         )
         for field, values in columns.items()
-        if field not in partly
+        if field not in left_out
     }
     mask = whole["mask"] > 0
     for name in ("sample_mask", "sample_loss_mask"):  # NeMo-RL's: sequences that do not count

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from moe_rl.config import ConfigError
-from moe_rl.metrics.names import NAMES
+from moe_rl.metrics.names import ours_of
 from moe_rl.recorded.inspection import Inspection
 
 STATE = "trainer_state.json"
 LAST = 10
 """Log lines whose mean stands for where the run is now."""
-_OURS = ("routing/", "ratio/", "branch/", "rollout_ratio/", "mismatch/", "replay/", "clip_ratio/")
-_BY_TRL = {names["trl"]: ours for ours, names in NAMES.items() if "trl" in names}
+_OURS = (
+    *("routing/", "ratio/", "branch/", "rollout_ratio/"),
+    *("mismatch/", "replay/", "clip_ratio/", "kl_k3"),
+)
+_BY_TRL = ours_of("trl")
 
 
 def find_state(path: Path) -> Path | None:

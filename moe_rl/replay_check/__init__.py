@@ -6,6 +6,7 @@ check_routing.py, check_training.py   the laws themselves
 check_subject.py   the model under test, and what laws compare
 experts_watch.py   what the experts really got, seen without the taps under test
 check_trace.py     what is wrong with a recorded trace
+compare.py         how two recorded routings differ: `moe-rl churn`
 families.py        every family of transformers that has a router: a small model, its gate weights
 """
 

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from moe_rl.replay_check.check_trace import Record, check_trace, fillers
 from moe_rl.routing.routed_experts import NO_RECORD
-from moe_rl.routing.statistics import churn, per_layer, router_disagreement, token_disagreement
+from moe_rl.routing.statistics import (
+    churn,
+    disagreement,
+    per_layer,
+    router_disagreement,
+    token_disagreement,
+)
 
 MOST_BINS = 16
 
@@ -49,9 +55,7 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
     ]
     return Comparison(
         tokens=counted,
-        churn=float(share.nanmean()),
-        router_disagreement=float(routers.nanmean()),
-        token_disagreement=float(tokens.nanmean()),
+        **disagreement(share),
         by_layer=np.stack([per_layer(share).numpy(), per_layer(routers).numpy()], axis=1),
         bins=bins,
         by_position=np.array(rows),

@@ -34,7 +34,7 @@ class Listed(NamedTuple):
     """None: no completion is known to be right."""
 
 
-_EXAMPLES = 64  # of a task that draws its problems: each differs from the others by little
+_EXAMPLES = 64  # problems that a task without a list shows when a tokenizer is checked
 
 
 class Task(ABC):

@@ -65,7 +65,7 @@ def math_verify(response: str, answer: str) -> bool:
 
 @lru_cache(maxsize=2**16)
 def accepts_itself(judge: str, answer: str) -> bool:
-    """Whether a judge takes an answer for right: where not, no response could be."""
+    """Whether a judge takes an answer for right; if it does not, no response can be right."""
     return JUDGES[judge](_boxed(answer) if judge == "math_verify" else answer, answer)
 
 

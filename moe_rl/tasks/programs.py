@@ -12,6 +12,7 @@ other process.
 import base64
 import contextlib
 import json
+import math
 import os
 import pickletools
 import re
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_rl.runtime.choice import Choice
+from moe_rl.runtime.cores import cores
 from moe_rl.runtime.strict import ConfigError
 from moe_rl.tasks.sandbox import landlock_version
 
@@ -89,11 +91,13 @@ def read_cases(row: Mapping[str, Any], column: str | None, where: str) -> list[C
         ConfigError: there are no tests, or they have another form.
     """
     names = [column] if column else _CASES
-    function = None
-    cases = []
+    name, cases = "metadata", []
     try:
-        if row.get("metadata"):
-            function = _decode(row["metadata"]).get("func_name")
+        # Other datasets have a column of this name too, of anything.
+        metadata = row.get("metadata")
+        if isinstance(metadata, str) and metadata.lstrip().startswith("{"):
+            metadata = json.loads(metadata)
+        function = metadata.get("func_name") if isinstance(metadata, dict) else None
         for name in names:
             found = _decode(row[name]) if row.get(name) else []
             if isinstance(found, dict):
@@ -166,7 +170,7 @@ def pass_all(
         megabytes: address space of a program (MiB).
     """
     passes = partial(_passes, seconds=seconds, megabytes=megabytes)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         return [float(right) for right in pool.map(passes, responses, tests)]
 
 
@@ -221,7 +225,7 @@ def run_program(program: str, case: Case, *, seconds: float, megabytes: int) -> 
         (Path(folder) / "program.py").write_text(program, "utf-8", "surrogatepass")
         given.write(case.input.encode())
         given.seek(0)
-        command = [sys.executable, "-I", str(_SANDBOX), str(max(1, round(seconds))), str(megabytes)]
+        command = [sys.executable, "-I", str(_SANDBOX), str(math.ceil(seconds)), str(megabytes)]
         child = subprocess.Popen(
             [*_prefix(), *command],
             cwd=folder,

@@ -48,7 +48,8 @@ def read_rows(source: str, *, option: str, config: str | None, split: str) -> Ro
     """
     name, path = f"{option}={source!r}", Path(source)
     if source.startswith(REASONING_GYM):
-        return _numbered(source, [dict(row) for row in make_gym(source, config, split)])
+        gym = make_gym(source, config, split, option=option)
+        return _numbered(source, [dict(row) for row in gym])
     if path.exists() or not HUB_ID.fullmatch(source):
         return _read_file(path, name)
     datasets = import_extra("datasets", extra="data", option=name)
@@ -58,13 +59,13 @@ def read_rows(source: str, *, option: str, config: str | None, split: str) -> Ro
     return _numbered(source, [dict(row) for row in table])
 
 
-def make_gym(source: str, config: str | None, split: str) -> Any:
+def make_gym(source: str, config: str | None, split: str, *, option: str = "dataset") -> Any:
     """A procedural dataset of reasoning-gym, equal for equal arguments.
 
     Raises:
         ConfigError: the package is missing, or it has no such dataset or setting.
     """
-    name = f"dataset={source!r}"
+    name = f"{option}={source!r}"
     gym = import_extra("reasoning_gym", extra="reasoning-gym", option=name)
     with _one_line(name):
         settings = {"seed": 0 if split == "train" else _HELD_OUT_SEED} | json.loads(config or "{}")

@@ -53,7 +53,7 @@ class TaskConfig(Settings):
     that of the answer. math_verify: an equal expression (pip install 'moe-rl[math]'). code: its
     program passes the tests. Default: exact, or what reasoning-gym says."""
     program_seconds: PositiveFloat | None = None
-    """For judge=code: CPU time of one test (seconds, > 0). Default: 6."""
+    """For judge=code: CPU time of one test (seconds, > 0), rounded up. Default: 6."""
     program_memory: Count | None = None
     """For judge=code: address space of a program (MiB, >= 1). Default: 1024."""
     reward: str | None = None

@@ -72,20 +72,6 @@ def decode_routes(
     return _shifted(ids, start), source
 
 
-def from_sglang(encoded: str, *, num_layers: int, top_k: int, dtype: str = "int32") -> np.ndarray:
-    """Routes `[S-1, num_layers, K]` of one SGLang response.
-
-    Args:
-        encoded: `meta_info["routed_experts"]`, base64 of flat ids.
-        num_layers: all decoder layers of the model, dense ones included.
-        dtype: `meta_info["routed_experts_dtype"]` where the server declares it.
-
-    Raises:
-        ValueError: not base64, not a whole number of tokens, or an unknown type.
-    """
-    return _from_flat(base64.b64decode(encoded, validate=True), num_layers, top_k, dtype)
-
-
 def _from_flat(
     raw: bytes, num_layers: int | None, top_k: int | None, dtype: str | None
 ) -> np.ndarray:

@@ -13,7 +13,6 @@ One reader a layout, chosen by the suffix, and for JSONL by what its lines hold.
 unpickled.
 """
 
-import importlib
 import io
 import json
 import math
@@ -32,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_rl.routing.routed_experts import NO_RECORD
+from moe_rl.runtime.extras import import_extra
 from moe_rl.traces.foreign import KEY, from_vllm, stack_rows
 from moe_rl.traces.megatron import MEGATRON_FILES, read_megatron
 from moe_rl.traces.responses import Responses, read_responses
@@ -224,10 +224,7 @@ def read_lines(path: Path) -> Iterator[Any]:
 
 def _rows(path: Path) -> Sequence[Any]:
     """The rows of a parquet file."""
-    try:
-        parquet: Any = importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ValueError("a parquet file is read by pyarrow; pip install pyarrow") from error
+    parquet: Any = import_extra("pyarrow.parquet", extra="data", option="a .parquet trace")
     content = io.BytesIO(path.read_bytes())
     try:
         rows: list[Any] = parquet.read_table(content).to_pylist()

@@ -113,11 +113,9 @@ def fit_to_model(
     return torch.cat([routed_experts, last], dim=1)
 
 
-def record_for_model(
-    rows: Sequence[np.ndarray], model: nn.Module, *, num_tokens: int | None = None
-) -> Tensor:
+def record_for_model(rows: Sequence[np.ndarray], model: nn.Module) -> Tensor:
     """Routes of B sequences as a checked record for `model`; see `stack_rows`, `fit_to_model`."""
-    record = fit_to_model(stack_rows(rows), model, num_tokens=num_tokens)
+    record = fit_to_model(stack_rows(rows), model)
     taps = find_routers(model)
     check_routed_experts(
         record, num_layers=len(taps), num_experts=taps[0].num_experts, top_k=taps[0].top_k

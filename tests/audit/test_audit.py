@@ -177,6 +177,8 @@ def test_verdicts_name_the_case() -> None:
     assert "replay needed" in verdict(
         "fp16", "numerics", replace(near, live=replace(near.live, kl_k3_error=0.2 * DENSE_KL))
     )
+    alone = replace(near, live=replace(near.live, kl_k3_error=math.nan))
+    assert "not settled: 1.0% of routers" in verdict("fp16", "numerics", alone)
     shapes = [("experts eager", difference(2e-3, 2e-4, 0.04)), ("b", difference(1e-5, None, 0.0))]
     said = shape_verdict(shapes, "Experts backends")
     assert "more than the 0.00064" in said and "replay removes 90% of it" in said

@@ -11,6 +11,7 @@ from problems import DEVICE
 from moe_rl.kernels import routing_statistics
 from moe_rl.metrics import instruments
 from moe_rl.routing import statistics
+from moe_rl.runtime.choice import Choice
 
 BACKENDS = ("reference", "triton")
 
@@ -126,12 +127,15 @@ def test_an_id_beyond_the_experts_is_refused(backend: str, expert: int) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_row_with_a_nan_has_no_margin_and_spoils_no_other(backend: str) -> None:
+def test_a_row_with_a_nan_has_no_numbers_and_spoils_no_other(backend: str) -> None:
     logits, record = routing(4, 9, 2)
-    expected = routing_statistics(logits, record, backend=backend).margin
+    clean = routing_statistics(logits, record, backend=backend)
     logits[1, 5] = torch.nan
-    margin = routing_statistics(logits, record, backend=backend).margin
-    assert margin[1].isnan() and torch.equal(margin[[0, 2, 3]], expected[[0, 2, 3]])
+    found = routing_statistics(logits, record, backend=backend)
+    for name in ("margin", "entropy", "replay_weights"):
+        value, expected = getattr(found, name), getattr(clean, name)
+        assert value[1].isnan().all(), name
+        assert torch.equal(value[[0, 2, 3]], expected[[0, 2, 3]]), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -152,7 +156,8 @@ def test_the_instruments_report_the_same_with_the_kernel(monkeypatch: pytest.Mon
     record[1, 0, 2] = -1
     mask = torch.tensor([[True, True, False], [True, False, True]], device=DEVICE)
     one_by_one = instruments.router_statistics(logits.cpu(), record.cpu(), mask.cpu())
-    monkeypatch.setattr(instruments, "_one_pass", lambda logits: True)
+    chosen = Choice("triton", "made to, for the test")
+    monkeypatch.setattr(instruments, "choose_routing_backend", lambda *of: chosen)
     for backend in BACKENDS:
         statistic = partial(routing_statistics, backend=backend)
         monkeypatch.setattr(instruments, "routing_statistics", statistic)

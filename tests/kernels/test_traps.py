@@ -390,3 +390,13 @@ def test_bias_and_temperature_may_have_any_layout(backend: str, layout: str) -> 
     expected = token_logprobs(p.hidden, p.weight, p.targets, backend="reference", **settings)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_word_of_the_head_makes_every_log_prob_nan(backend: str) -> None:
+    """On a GPU Triton's maximum drops NaN; its interpreter does not, and cannot show it."""
+    p = problem(40, 32, 300)
+    p.targets[:] = 3
+    p.weight[200] = torch.nan
+    found = solve(p, backend)
+    assert found["logprobs"].isnan().all() and found["entropy"].isnan().all()

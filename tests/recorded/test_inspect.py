@@ -267,6 +267,9 @@ def test_advantages_that_are_null_everywhere_are_absent(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, exported)))
     found = inspect_batch(read_batch(path))
     assert "advantages" not in found.holds and found.not_finite == {}
+    assert [note for note in found.notes if "advantages" in note] == [
+        "advantages: null at every token, left out"
+    ]
 
 
 @pytest.mark.parametrize("name", ["sample_mask", "sample_loss_mask"])
@@ -462,7 +465,13 @@ def test_the_command_writes_the_page_and_its_exit_code_says_what_it_found(
 def test_trl_s_log_is_read_by_our_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [
         {"step": n, "reward": n / 20, "clip_ratio/region_mean": 0.1, "branch/negative_above": 0.3}
-        | {"branch/largest_token": 0.2, "replay/coverage": 0.75, "epoch": 0.1, "some/other": 1.0}
+        | {
+            "branch/largest_token": 0.2,
+            "replay/coverage": 0.75,
+            "kl_k3": 2e-3,
+            "epoch": 0.1,
+            "some/other": 1.0,
+        }
         for n in range(1, 21)
     ]
     for step, history in ((5, lines[:5]), (20, [*lines, {"step": 20, "train_runtime": 9.0}])):
@@ -476,6 +485,7 @@ def test_trl_s_log_is_read_by_our_names(tmp_path: Path, capsys: pytest.CaptureFi
     found = json.loads((page / "inspection.json").read_text())
     assert found["metrics"]["reward"] == pytest.approx(sum(range(11, 21)) / 200)
     assert found["metrics"]["clip_ratio/region"] == pytest.approx(0.1)
+    assert found["metrics"]["kl_k3"] == pytest.approx(2e-3)
     assert "some/other" not in found["metrics"] and len(found["history"]["reward"]) == 20
     assert (page / "figures" / "history.png").is_file()
 

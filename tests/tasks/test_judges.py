@@ -229,6 +229,14 @@ def test_a_functional_test_names_its_function() -> None:
         read_cases(row, None, "here")
 
 
+@pytest.mark.parametrize("metadata", ["LeetCode 2023", ["a"], '{"difficulty": 1}', None])
+def test_metadata_of_other_datasets_are_passed_over(metadata: object) -> None:
+    row = {"test_cases": [{"input": "1", "output": "2"}], "metadata": metadata}
+    assert read_cases(row, None, "here") == [Case("1", "2")]
+    with pytest.raises(ConfigError, match="here: metadata: no tests"):
+        read_cases(row | {"metadata": "{"}, None, "here")
+
+
 def test_tests_may_be_lists_of_inputs_and_outputs() -> None:
     tests = {"inputs": ["1", "2"], "outputs": ["a", "b"]}
     for value in (tests, json.dumps(tests)):

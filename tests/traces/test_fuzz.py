@@ -137,6 +137,6 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     inside = base64.b64encode((tmp_path / "o.npy").read_bytes()).decode()
     (tmp_path / "o.json").write_text(json.dumps({"routed_experts": inside}))
     for name in ("o.npy", "o.npz", "o.json"):
-        with pytest.raises(ValueError, match=r"o\..*allow_pickle=False"):
+        with pytest.raises(ValueError, match=r"o\..*no arrays of numbers"):
             read_trace(tmp_path / name)
     assert not (tmp_path / "ran").exists()
