@@ -166,9 +166,8 @@ def fillers(record: Record) -> Tensor:
     if record.choices == 0 or top_k == 1:
         return torch.zeros_like(filled)
     told = layers * (record.choices + math.lgamma(top_k + 1))
-    # One token, wherever it stands, is one trial.
-    places = filled.flatten().nonzero() if record.tokens is None else record.tokens[filled].unique()
-    if len(places) < MIN_TOKENS:
+    # One token, wherever it stands, is one trial; unknown tokens may all be one.
+    if record.tokens is None or len(record.tokens[filled].unique()) < MIN_TOKENS:
         told -= math.log(filled.numel())
     return filled if told >= CHANCE else torch.zeros_like(filled)
 

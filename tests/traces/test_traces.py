@@ -293,6 +293,14 @@ def test_a_good_record_has_no_findings() -> None:
     assert broken(routes(), None) == {}
 
 
+def test_a_few_tokens_of_a_small_model_may_choose_the_first_experts() -> None:
+    """Of 256 unknown tokens, which may all be one, 4 choose 0 and 1 in both layers."""
+    draw = np.random.default_rng(0)
+    ids = draw.permuted(np.broadcast_to(np.arange(8), (32, 8, 2, 8)), axis=-1)[..., :2]
+    ids[2, [1, 3, 5, 7]] = range(2)
+    assert broken(ids, 8) == {}
+
+
 def edit(change) -> np.ndarray:
     ids = routes()
     change(ids)
