@@ -50,7 +50,11 @@ def mild_stale() -> RunConfig:
 
 
 def stale() -> RunConfig:
-    """32 updates on one rollout: ratios and routing drift because the weights move. No noise."""
+    """32 updates on one rollout, of one prompt each. No noise.
+
+    What breaks runs here is that updates are small, more than that data are old: the study
+    `staleness`.
+    """
     return mild_stale().replace(setting="stale", updates_per_rollout=32)
 
 

@@ -1,6 +1,7 @@
 """Every arm of a study side by side, in every setting: reward over time and final reward."""
 
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,10 @@ def reward_side_by_side(steps: pd.DataFrame, settings: list[str]) -> Figure:
     """
     arms = style.lead_arms(style.arms_in(steps), most=len(style.LEAD_ARMS))
     count = len(arms) * len(settings)
-    figure, panels = style.grid(count, columns=len(arms), height=1.35)
+    # Settings of more or fewer steps: an axis of its own for each row.
+    lengths = steps.groupby("setting")["step"].max()
+    sharex: bool | Literal["row"] = True if lengths.nunique() == 1 else "row"
+    figure, panels = style.grid(count, columns=len(arms), height=1.35, sharex=sharex)
     for row, setting in enumerate(settings):
         own = steps[steps["setting"] == setting]
         for axes, arm in zip(panels[row * len(arms) :], arms, strict=False):

@@ -8,7 +8,7 @@ inches.
 """
 
 import textwrap
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.style as mpl_style
 import numpy as np
@@ -120,7 +120,7 @@ def grid(
     *,
     columns: int,
     height: float,
-    sharex: bool = True,
+    sharex: bool | Literal["row"] = True,
     sharey: bool = True,
 ) -> tuple[Figure, list[Axes]]:
     """A wide figure of `panels` axes, at most `columns` a row, `height` inches a row.

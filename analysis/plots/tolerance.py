@@ -87,4 +87,5 @@ def _marks(axes: Axes, marks: tuple[tuple[float, str], ...]) -> None:
             fontsize=6,
             color=style.MUTED,
             va="top",
+            bbox={"facecolor": style.PAPER, "edgecolor": "none", "pad": 0.5},
         )
