@@ -22,7 +22,7 @@ from moe_rl.presets import PRESETS, preset
         ({"num_experts": 2**15}, "num_experts=32768: must be less than or equal to 32767"),
         ({"hidden_size": 32}, "hidden_size=32 with num_attention_heads=3"),
         ({"group_size": 1}, "group_size=1: must be greater than or equal to 2"),
-        ({"updates_per_rollout": 5}, "updates_per_rollout=5.*divisor"),
+        ({"updates_per_rollout": 5}, "updates_per_rollout=5.*divide"),
         ({"prompts_per_forward": 3}, "prompts_per_forward=3: does not divide"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan: must be a finite number"),

@@ -112,7 +112,7 @@ def read_trace(
 def what_is_wrong(error: Exception) -> str:
     """One of `BAD_FILE` in words, and what to do where its own words say less or advise pickle."""
     said = str(error)
-    if "allow_pickle" in said:
+    if "pickled (object) data" in said or "Object arrays" in said:
         return "no arrays of numbers, or no numpy file; write them with numpy.savez"
     if isinstance(error, json.JSONDecodeError):
         hint = "; name a file of one response a line .jsonl" if "Extra data" in said else ""
