@@ -190,6 +190,13 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return row, config
 
 
+def is_dense(frame: pd.DataFrame) -> bool:
+    """Whether all rows come from models whose experts are all always on; False where none says."""
+    if frame.empty or not {"num_experts", "experts_per_token"} <= set(frame):
+        return False
+    return bool((frame["num_experts"] == frame["experts_per_token"]).all())
+
+
 def _metrics_frame(
     file: Path, unique: list[str], row: dict[str, Any], notes: list[str]
 ) -> pd.DataFrame:

@@ -5,9 +5,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moe_rl.analysis.data.load import is_dense
 from moe_rl.analysis.data.stats import bootstrap_interval
 from moe_rl.analysis.plots import style
-from moe_rl.analysis.plots.routing import is_dense
 from moe_rl.analysis.verdicts.attribution import ROUTING, WEIGHT, sampled_updates, shares_by_run
 from moe_rl.experiments.arms import arm_label
 

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from moe_rl.analysis.data.load import is_dense
 from moe_rl.analysis.data.measures import last_updates
 from moe_rl.analysis.plots import style
 from moe_rl.experiments.arms import arm_label
@@ -14,13 +15,6 @@ from moe_rl.experiments.arms import arm_label
 PER_LAYER = "routing/churn_per_layer"
 PER_POSITION = "routing/churn_per_position"
 DENSE_TEXT = "0 by construction:\nevery expert is\nalways on"
-
-
-def is_dense(frame: pd.DataFrame) -> bool:
-    """Whether all rows come from models whose experts are all always on."""
-    if not style.has(frame, "num_experts", "experts_per_token"):
-        return False
-    return bool((frame["num_experts"] == frame["experts_per_token"]).all())
 
 
 @style.styled

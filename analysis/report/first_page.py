@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from moe_rl.analysis.data.load import is_dense
 from moe_rl.analysis.data.stats import iqm, separation
 from moe_rl.analysis.plots.tails import TWIST_ARMS
 from moe_rl.analysis.report.page import bounds, number, share
@@ -74,15 +75,15 @@ def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
         return ""
     noise, updates = (grpo[name].iloc[0] for name in ("router_noise", "updates_per_rollout"))
     experts = grpo["num_experts"].iloc[0]
-    is_dense = experts == grpo["experts_per_token"].iloc[0]
+    dense = is_dense(grpo)
     disease = f"passes that route differently, noise {noise:g}" if noise else "no router noise"
     if (precision := grpo["rollout_precision"].iloc[0]) not in ("float32", None):
         disease = f"rollouts with {precision} weights"
-    model = "a dense model, " if is_dense else ""
+    model = "a dense model, " if dense else ""
     start = f"In {setting} ({model}{disease}, {updates:g} updates a rollout)"
     if not rules.fails(runs, "grpo"):
         return f"{start} GRPO ended at {_final(grpo)}, near its peak: nothing to cure."
-    name = "mild-dense" if is_dense else "mild-stale"
+    name = "mild-dense" if dense else "mild-stale"
     mild = done[(done["setting"] == name) & (name != setting)]
     others = (runs["arm"] != "grpo") & ~runs["arm"].str.startswith(rules.RESTARTS)
     alike = runs[(runs["num_experts"] == experts) & others]

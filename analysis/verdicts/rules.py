@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from moe_rl.analysis.data.load import is_dense
 from moe_rl.analysis.data.stats import student_interval
 from moe_rl.analysis.verdicts.verdicts import (
     INCONCLUSIVE,
@@ -46,8 +47,7 @@ def grpo_collapses(runs: pd.DataFrame) -> Judgement:
     judged for a dense model, which the claim is not about.
     """
     finding = _collapse_share(runs, "grpo", majority=True)
-    grpo = _arm(runs, "grpo")
-    if len(grpo) and (grpo["num_experts"] == grpo["experts_per_token"]).all():
+    if is_dense(_arm(runs, "grpo")):
         return replace(finding, verdict=INCONCLUSIVE, reason="not judged: the model is dense")
     return finding
 

@@ -10,7 +10,7 @@ are left out: theirs is no forecast. Pairs are formed within a setting (`auc`), 
 setting and an arm (`within_arm`): a signal that only recognises the arm has 0.5 there, however
 well it does among arms. Only settings with 3 collapses and 3 survivors count. The setting is the
 unit: the seeds of an arm resemble each other, and the next user has a setting of his own. So AUCs
-and rates are means over settings, each counting once, with Student's interval.
+are means over settings, each counting once, with Student's interval.
 
 Alarms: one sounds at the first of n steps whose value passes a threshold, the smallest with at most
 10% false alarms over all settings but one, and is tried on that one. A collapse is caught if the
@@ -31,7 +31,7 @@ from moe_rl.analysis.data.collapse import outcome
 from moe_rl.analysis.data.load import KEYS, StudyRuns
 from moe_rl.analysis.data.stats import Interval, student_interval
 from moe_rl.analysis.warning.signals import SIGNALS, STATED, Signal, signal_table
-from moe_rl.config import flat_settings
+from moe_rl.config import RunConfig, flat_settings
 
 HORIZONS = (3, 5, 8, 10)
 FALSE_ALARMS = 0.1
@@ -40,8 +40,8 @@ FEWEST_SETTINGS = 5  # to judge by: the interval of fewer is too wide to say any
 # What makes two settings one, whatever studies call them. A dense model is another setting.
 TERMS = (
     "family", "num_layers", "num_experts", "digits", "digits_per_token", "learning_rate", "steps",
-    "prompts_per_rollout", "updates_per_rollout", "router_noise", "router_noise_passes", "engine",
-    "rollout_precision",
+    "prompts_per_rollout", "updates_per_rollout", "router_noise", "hidden_noise",
+    "router_noise_passes", "engine", "rollout_precision",
 )  # fmt: skip
 
 Floats = NDArray[np.float64]
@@ -130,6 +130,7 @@ def watched_runs(studies: Iterable[StudyRuns]) -> list[WatchedRun]:
     """
     found: dict[tuple[float, ...], WatchedRun] = {}
     names: dict[tuple[Any, ...], str] = {}
+    defaults = flat_settings(RunConfig().to_dict())
     for study in studies:
         steps, updates = (dict(tuple(f.groupby(KEYS))) for f in (study.steps, study.updates))
         for run in study.runs[study.runs["complete"]].to_dict("records"):
@@ -140,7 +141,8 @@ def watched_runs(studies: Iterable[StudyRuns]) -> list[WatchedRun]:
             training = tuple(own["reward"].astype(float))
             if training in found:
                 continue
-            settings = flat_settings(study.configs[key])
+            # Runs of an earlier version lack the options that have come since.
+            settings = defaults | flat_settings(study.configs[key])
             setting = names.setdefault(tuple(map(settings.get, TERMS)), run["setting"])
             found[training] = WatchedRun(
                 setting=setting,

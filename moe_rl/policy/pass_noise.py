@@ -49,13 +49,15 @@ class PassNoise:
 
     def hidden_adder(self) -> Callable[[Tensor], Tensor]:
         """Adds noise to hidden states [B, H] or [B, T, H]; successive calls are of later tokens."""
+        if not self.hidden_std:
+            return lambda hidden: hidden
         draw = self._draw("hidden_noise", self.hidden_std, self.group_size)
 
         def add(hidden: Tensor) -> Tensor:
             noise = draw(0, hidden.reshape(-1, hidden.shape[-1]))
             return hidden + noise.view(hidden.shape).to(hidden.dtype)
 
-        return add if self.hidden_std else lambda hidden: hidden
+        return add
 
     def for_sequences(self, prompt_length: int) -> NoiseDraw | None:
         """Draws for whole sequences: the values of `for_prompts` and `for_responses`, joined."""

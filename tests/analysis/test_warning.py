@@ -221,6 +221,17 @@ def test_a_training_that_two_studies_share_counts_once(tmp_path: Path) -> None:
     assert sorted(found) == sorted([*ours, ("staleness", "grpo", 9)])
 
 
+def test_a_setting_is_what_decides_its_runs_whatever_it_is_called(tmp_path: Path) -> None:
+    """Hidden noise makes another setting; a default that an older config lacks does not."""
+    for seed, (setting, config) in enumerate(
+        [("a", {}), ("b", {"hidden_noise": 0.0}), ("c", {"hidden_noise": 1.2})]
+    ):
+        profile = PROFILES["grpo"]
+        write_run(tmp_path, setting, "grpo", seed, profile, steps=12, updates=1, config=config)
+    found = {run.seed: run.setting for run in watched_runs([load_study(tmp_path)])}
+    assert found == {0: "a", 1: "a", 2: "c"}
+
+
 def thresholds_for(runs: list[WatchedRun]) -> Thresholds:
     return make_thresholds(runs, ["made up"], 5, auc_table(runs), leave_one_out(runs))
 

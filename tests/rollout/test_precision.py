@@ -27,7 +27,7 @@ from moe_rl.rollout.engine import make_engine
 from moe_rl.rollout.precision import find_weights, round_weight, rounded_weights
 from moe_rl.rollout.request import Request
 from moe_rl.run_folder.log import NoLog
-from moe_rl.tasks import make_task
+from moe_rl.tasks import task_of
 from moe_rl.training.run import train
 from moe_rl.training.trainer import Trainer
 
@@ -289,7 +289,7 @@ def test_engine_and_trainer_differ_the_more_the_coarser_the_weights(policy: Poli
 
 def trainer(cold: Path, **changes: Any) -> Trainer:
     config = tiny(**changes)
-    task = make_task(config.task.task, **config.task.options())
+    task = task_of(config.task)
     policy = widen(build_policy(config.model, task.alphabet, seed=3))
     return Trainer(config, policy, task, NoLog(cold))
 

@@ -20,7 +20,7 @@ from moe_rl.runtime.process import prepare_process
 from moe_rl.runtime.ranks import Ranks, join
 from moe_rl.runtime.stopping import PeerFailed
 from moe_rl.runtime.wrapped import whole_tensor
-from moe_rl.tasks import make_task
+from moe_rl.tasks import task_of
 from moe_rl.training.cold_start import starting_policy
 from moe_rl.training.learner import Learner
 from moe_rl.training.run import train
@@ -95,7 +95,7 @@ def all_gradients(ranks: Ranks, folder: Path, parallelism: Any) -> None:
     prepare_process(1)
     for name, changes in VARIANTS.items():
         config = tiny(**changes)
-        task = make_task(config.task.task, **config.task.options())
+        task = task_of(config.task)
         policy = starting_policy(
             config, task, folder / "cold", ranks=ranks, sharded=parallelism == "fsdp"
         )
@@ -118,7 +118,7 @@ def families(ranks: Ranks, folder: Path) -> None:
                 build_family(family, max_position_embeddings=64).save_pretrained(folder / family)
                 tokenizer_of("0123456789=").save_pretrained(folder / family)
         config = tiny(checkpoint=str(folder / family), dtype=dtype, sft_steps=0)
-        task = make_task(config.task.task, **config.task.options())
+        task = task_of(config.task)
         policy = starting_policy(config, task, folder, sharded=parallelism == "fsdp")
         trainer = Trainer(config, policy, task, NoLog(folder), ranks=ranks, parallelism=parallelism)
         found, lines = gradients(trainer)

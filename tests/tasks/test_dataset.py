@@ -15,7 +15,7 @@ from moe_rl.policy.build import build_policy
 from moe_rl.policy.fit import check_fit
 from moe_rl.policy.tokenizer import tokenizer_of
 from moe_rl.presets import preset
-from moe_rl.tasks import Dataset, Task, make_task
+from moe_rl.tasks import Dataset, make_task, task_of
 from moe_rl.training.cold_start import cold_start_hash, starting_policy
 from moe_rl.training.run import resolve, train
 
@@ -138,12 +138,8 @@ def test_a_file_that_cannot_be_read_or_is_empty_is_named(tmp_path: Path) -> None
         Dataset(dataset=str(tmp_path / "empty"))
 
 
-def task_of(run: RunConfig) -> Task:
-    return make_task(run.task.task, **run.task.options())
-
-
 def cold_hash(run: RunConfig) -> str:
-    return cold_start_hash(run, task_of(run))
+    return cold_start_hash(run, task_of(run.task))
 
 
 def test_a_run_is_known_by_what_its_dataset_holds(file: str, tmp_path: Path) -> None:
@@ -163,7 +159,7 @@ def test_options_of_a_dataset_do_not_decide_the_cold_starts_of_other_tasks() -> 
     from moe_rl.training.cold_start import _made_of
 
     config = preset("tiny")
-    task = make_task(config.task.task, **config.task.options())
+    task = task_of(config.task)
     made_of = _made_of(config, task)["task"]
     assert made_of == {"task": "running_sum", "digits": 2, "digits_per_token": 1, "numbers": 3}
 
@@ -210,7 +206,7 @@ def test_what_the_model_cannot_hold_is_refused_before_a_cold_start(
 ) -> None:
     given = config(write(tmp_path / "rows.jsonl", rows), **changes)
     with pytest.raises(ConfigError, match=words):
-        starting_policy(given, task_of(given), tmp_path / "cold")
+        starting_policy(given, task_of(given.task), tmp_path / "cold")
     assert not (tmp_path / "cold").exists()
 
 
@@ -223,7 +219,7 @@ def test_a_drawn_task_longer_than_the_context_is_refused(tmp_path: Path) -> None
     check_fit(loaded, make_task("running_sum", digits=15))  # 16 + 16 tokens
     too_long = preset("tiny").replace(checkpoint=str(tmp_path), sft_steps=0, digits=16)
     with pytest.raises(ConfigError, match="a prompt of 17 tokens and a response of 17 exceed"):
-        starting_policy(too_long, task_of(too_long), tmp_path / "cold")
+        starting_policy(too_long, task_of(too_long.task), tmp_path / "cold")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from moe_rl.config import ConfigError, RunConfig, TaskConfig
 from moe_rl.presets import preset
 from moe_rl.run_folder.sealing import read_sealed
 from moe_rl.runtime.ranks import Ranks
-from moe_rl.tasks import Dataset, Task, make_task
+from moe_rl.tasks import Dataset, Task, make_task, task_of
 from moe_rl.training import evaluation
 from moe_rl.training.cold_start import saved_policy
 from moe_rl.training.crash import NonFinite
@@ -100,7 +100,7 @@ def test_gsm8k_trains_end_to_end_and_aime_is_evaluated_by_32_samples(tmp_path: P
 
 
 def dataset_of(config: RunConfig) -> Task:
-    return make_task(config.task.task, **config.task.options())
+    return task_of(config.task)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import nn
 
 from moe_rl.presets import preset
 from moe_rl.run_folder.log import NoLog
-from moe_rl.tasks import make_task
+from moe_rl.tasks import task_of
 from moe_rl.training.cold_start import starting_policy
 from moe_rl.training.master_weights import MasterWeights
 from moe_rl.training.state import collect_policy
@@ -57,7 +57,7 @@ def test_tied_weights_are_saved_as_one() -> None:
 def test_a_small_learning_rate_moves_nearly_all_weights(dtype: str, tmp_path: Path) -> None:
     """At 1e-6, where one update alone moves hardly any bfloat16 weight; and what is saved too."""
     config = preset("tiny").replace(dtype=dtype, sft_steps=0)
-    task = make_task(config.task.task, **config.task.options())
+    task = task_of(config.task)
     policy = starting_policy(config, task, tmp_path / "cold")
     trainer = Trainer(config, policy, task, NoLog(tmp_path))
     experience, _ = trainer.experience(0)

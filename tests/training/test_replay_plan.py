@@ -14,7 +14,7 @@ from moe_rl.config import RunConfig
 from moe_rl.presets import preset
 from moe_rl.routing import find_routers
 from moe_rl.run_folder.log import NoLog
-from moe_rl.tasks import make_task
+from moe_rl.tasks import task_of
 from moe_rl.training.cold_start import starting_policy
 from moe_rl.training.run import train
 from moe_rl.training.trainer import Trainer
@@ -31,7 +31,7 @@ def cold(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer_of(config: RunConfig, cold: Path) -> Trainer:
-    task = make_task(config.task.task, **config.task.options())
+    task = task_of(config.task)
     return Trainer(config, starting_policy(config, task, cold), task, NoLog(cold))
 
 

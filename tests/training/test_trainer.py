@@ -22,7 +22,7 @@ from moe_rl.run_folder.log import (
     lock_run_folder,
     write_config,
 )
-from moe_rl.tasks import make_task
+from moe_rl.tasks import task_of
 from moe_rl.training.cold_start import starting_policy
 from moe_rl.training.run import train
 from moe_rl.training.trainer import Trainer, learning_rate
@@ -41,11 +41,11 @@ def cold(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_of(config: RunConfig, cold: Path) -> Policy:
-    return starting_policy(config, make_task(config.task.task, **config.task.options()), cold)
+    return starting_policy(config, task_of(config.task), cold)
 
 
 def trainer_of(config: RunConfig, folder: Path, cold: Path) -> Trainer:
-    task = make_task(config.task.task, **config.task.options())
+    task = task_of(config.task)
     return Trainer(config, start_of(config, cold), task, RunLog(folder, config))
 
 
