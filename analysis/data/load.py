@@ -24,7 +24,8 @@ KEYS = ["setting", "arm", "seed"]
 # Config columns that the frames `steps` and `updates` carry beside the keys.
 CONFIG_COLUMNS = [
     "algorithm", "routing_replay", "learning_rate", "updates_per_rollout", "router_noise",
-    "rollout_precision", "num_layers", "num_experts", "experts_per_token", "digits_per_token",
+    "hidden_noise", "rollout_precision", "num_layers", "num_experts", "experts_per_token",
+    "digits_per_token",
 ]  # fmt: skip
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _HOW = "`moe-rl reproduce --out DIR` makes a study, `moe-rl train --out DIR` one run"

@@ -73,10 +73,12 @@ def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
     grpo = runs[runs["arm"] == "grpo"]
     if grpo.empty:
         return ""
-    noise, updates = (grpo[name].iloc[0] for name in ("router_noise", "updates_per_rollout"))
-    experts = grpo["num_experts"].iloc[0]
+    names = ("router_noise", "hidden_noise", "updates_per_rollout", "num_experts")
+    noise, hidden, updates, experts = (grpo[name].iloc[0] for name in names)
     dense = is_dense(grpo)
-    disease = f"passes that route differently, noise {noise:g}" if noise else "no router noise"
+    disease = f"passes that route differently, noise {noise:g}" if noise else "no noise"
+    if not noise and hidden > 0:
+        disease = f"noise {hidden:g} on hidden states, which no router sees"
     if (precision := grpo["rollout_precision"].iloc[0]) not in ("float32", None):
         disease = f"rollouts with {precision} weights"
     model = "a dense model, " if dense else ""

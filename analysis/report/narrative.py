@@ -146,6 +146,7 @@ def config_line(study: StudyRuns) -> str:
         _span(runs, "learning_rate_schedule", "{}"),
         _span(runs, "updates_per_rollout", "{} updates a rollout"),
         _span(runs, "router_noise", "router noise {}"),
+        _span(runs, "hidden_noise", "noise on hidden states {}"),
         _span(runs, "num_layers", "{} layers"),
         _span(runs, "num_experts", "{} experts"),
         _span(runs, "experts_per_token", "top-{}"),
@@ -159,7 +160,7 @@ def _span(runs: pd.DataFrame, name: str, form: str) -> str:
         return ""
     per_arm = runs.dropna(subset=[name]).groupby("arm")[name].unique()
     values = sorted(set(runs[name].dropna()))
-    if not values:
+    if not any(values):  # a knob that none of the runs turned
         return ""
     usual = runs[name].mode().iloc[0]
     odd = {arm: own[0] for arm, own in per_arm.items() if len(own) == 1 and own[0] != usual}

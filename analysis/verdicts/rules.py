@@ -6,6 +6,7 @@ IS the rule: the report prints it. Final rewards are compared between arms on th
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -33,8 +34,9 @@ CLIP_ORDERS = 1.5  # log10; nearer to two orders of magnitude (or more) than to 
 MILD_MARGIN = 0.1  # of final reward; the plan of experiments/studies/remedies.py
 MAX_COST = 1.05  # GSPO's operations over GRPO's that still count as equal compute
 MIN_LENGTHS = 1.5  # longest over shortest mean response, from which a slope can be read
+NOISES = ("router_noise", "hidden_noise")
 # What settings of two depths have in common.
-ALIKE = ("learning_rate", "updates_per_rollout", "router_noise", "num_experts")
+ALIKE = ("learning_rate", "updates_per_rollout", "router_noise", "hidden_noise", "num_experts")
 # And settings of several response lengths; coarser tokens are other tokens, not fewer.
 ALIKE_BUT_LENGTH = (*ALIKE, "num_layers", "digits_per_token")
 # GRPO started again from before or after its collapse, with half the learning rate or the whole.
@@ -114,7 +116,7 @@ def churn_over_rollout(runs: pd.DataFrame) -> Judgement:
 
 def routing_drives_ratio(runs: pd.DataFrame) -> Judgement:
     """Share of Var(log w) of grpo that is due to routing: reproduced when its interval is above
-    one half. Not judged under router noise, which is put into the routing.
+    one half. Not judged under noise, which is put into one of the parts.
     """
     interval = student_interval(_arm(runs, "grpo")["routing_share"].astype(float))
     finding = _unless_noise(judge_interval(interval, low=0.5), runs)
@@ -157,20 +159,20 @@ def replay_removes_routing(runs: pd.DataFrame) -> Judgement:
 
 def stale_cure_is_not_routing(runs: pd.DataFrame) -> Judgement:
     """GSPO mends staleness where there is no routing to mend: final reward of dense-gspo minus
-    dense, same seeds, without router noise: reproduced when the interval of the mean is above 0.05
+    dense, same seeds, without noise: reproduced when the interval of the mean is above 0.05
     and most dense-gspo seeds do not collapse. Where the dense control itself ends within 20% of its
     peak in most seeds, there is nothing to restore: inconclusive.
     """
-    return _unless_noise(restores(runs, "dense-gspo", "dense"), runs, "dense")
+    return _unless_noise(restores(runs, "dense-gspo", "dense"), runs, arm="dense")
 
 
 def sequence_variance_falls(study_runs: pd.DataFrame) -> Judgement:
     """Slope of log Var(s), the sequence ratio's variance, against log response length over the grpo
     runs of one seed that are equal in all else: reproduced when the interval of the mean over seeds
     is below 0. Independent tokens would give -1. Needs mean lengths that differ by a factor of 1.5.
-    Runs with router noise do not count: it is drawn for each token, and falls by itself.
+    Runs with noise do not count: it is drawn for each token, and falls by itself.
     """
-    runs = _without_noise(_arm(study_runs, "grpo"))
+    runs = _arm(study_runs, "grpo")[~_noisy(_arm(study_runs, "grpo"))]
     slopes: list[float] = []
     for _, own in runs.groupby([*ALIKE_BUT_LENGTH, "seed"], dropna=False):
         points = own[["response_length", "sequence_var"]].astype(float)
@@ -207,7 +209,8 @@ def dense_is_stable(runs: pd.DataFrame) -> Judgement:
     falls and comes back counts as stable: the median deepest fall stands beside it. Not judged
     under router noise, which cannot reach a dense model.
     """
-    return _unless_noise(_control(runs, "dense"), runs, why="router noise cannot reach it")
+    finding = _control(runs, "dense")
+    return _unless_noise(finding, runs, "router_noise", why="router noise cannot reach it")
 
 
 def frozen_router_is_stable(runs: pd.DataFrame) -> Judgement:
@@ -223,9 +226,9 @@ def deeper_is_worse(study_runs: pd.DataFrame) -> Judgement:
     """Churn of grpo over a rollout in the first fifth of the steps, deepest minus shallowest model,
     same seeds and everything else equal: reproduced when the interval of the mean is above 0. The
     same steps for both, as churn follows the learning rate. Needs runs at two depths, and without
-    router noise, which makes churn itself.
+    noise, which makes churn itself.
     """
-    runs = _without_noise(_arm(study_runs, "grpo"))
+    runs = _arm(study_runs, "grpo")[~_noisy(_arm(study_runs, "grpo"))]
     gaps: list[float] = []
     for _, group in runs.groupby(list(ALIKE), dropna=False):
         depths = sorted(group["num_layers"].dropna().unique())
@@ -302,8 +305,9 @@ def _arm(runs: pd.DataFrame, arm: str) -> pd.DataFrame:
     return runs[runs["arm"] == arm]
 
 
-def _without_noise(runs: pd.DataFrame) -> pd.DataFrame:
-    return runs[runs["router_noise"].astype(float) == 0]
+def _noisy(runs: pd.DataFrame, names: Sequence[str] = NOISES) -> pd.Series:
+    """Whether noise is added to the passes of a run; configs older than a kind of it lack it."""
+    return (runs[list(names)].astype(float) > 0).any(axis=1)
 
 
 def _pairs(runs: pd.DataFrame, *arms: str, column: str) -> pd.DataFrame:
@@ -332,15 +336,20 @@ def _collapse_share(runs: pd.DataFrame, arm: str, *, majority: bool) -> Judgemen
 def _churn(runs: pd.DataFrame, column: str) -> Judgement:
     interval = student_interval(_arm(runs, "grpo")[column].astype(float))
     low, high = PAPER_CHURN / CHURN_FACTOR, PAPER_CHURN * CHURN_FACTOR
-    finding = _unless_noise(judge_interval(interval, low=low, high=high), runs)
+    finding = judge_interval(interval, low=low, high=high)
+    finding = _unless_noise(finding, runs, "router_noise", why="router noise makes it")
     return _with_ours(finding, f"{interval.value:.1%}")
 
 
 def _unless_noise(
-    finding: Judgement, runs: pd.DataFrame, arm: str = "grpo", why: str = "router noise makes it"
+    finding: Judgement,
+    runs: pd.DataFrame,
+    *noises: str,
+    arm: str = "grpo",
+    why: str = "noise makes it",
 ) -> Judgement:
     """What the noise itself makes, or cannot reach, says nothing about training."""
-    if finding.interval.n == 0 or not (_arm(runs, arm)["router_noise"].astype(float) > 0).any():
+    if finding.interval.n == 0 or not _noisy(_arm(runs, arm), noises or NOISES).any():
         return finding
     return replace(finding, verdict=INCONCLUSIVE, reason=f"not judged: {why} here")
 

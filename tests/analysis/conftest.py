@@ -1,4 +1,4 @@
-"""Tests of the analysis room import their generator as `synthetic`."""
+"""Tests of analysis import their generator as `synthetic`."""
 
 import sys
 from pathlib import Path

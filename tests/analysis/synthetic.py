@@ -1,4 +1,4 @@
-"""Tests of the analysis room: synthetic studies with known outcomes, in the run-folder schema.
+"""Tests of analysis: synthetic studies with known outcomes, in the run-folder schema.
 
 Every number is a pure function of (arm profile, seed, step, update); no trainer is involved.
 """
@@ -167,6 +167,7 @@ def run_config(setting: str, arm: str, seed: int, steps: int, updates: int) -> d
         "algorithm": "gspo" if "gspo" in arm else "grpo",
         "routing_replay": "R2" if arm.endswith("replay") else "disabled",
         "router_noise": 0.0,
+        "hidden_noise": 0.0,
         "freeze_router": arm == "frozen-router",
         "steps": steps,
         "updates_per_rollout": updates,

@@ -1,4 +1,4 @@
-"""Tests of the analysis room: the verdict on every claim, with data on both sides of its rule."""
+"""Tests of analysis: the verdict on every claim, with data on both sides of its rule."""
 
 import pandas as pd
 import pytest
@@ -17,8 +17,8 @@ def _arm(arm, seeds=SEEDS, **values):
     row = {
         "final": 0.9, "collapsed": False, "unstable": False, "churn_one": 0.05, "churn_last": 0.1,
         "churn_early": 0.1, "routing_share": 0.6, "clip_share": 0.002, "learning_rate": 3e-4,
-        "updates_per_rollout": 8, "router_noise": 0.0, "num_experts": 16, "num_layers": 4,
-        "deepest_fall": 0.1, "steps": 40, "collapse_step": 12.0, "token_var": 0.1,
+        "updates_per_rollout": 8, "router_noise": 0.0, "hidden_noise": 0.0, "num_experts": 16,
+        "num_layers": 4, "deepest_fall": 0.1, "steps": 40, "collapse_step": 12.0, "token_var": 0.1,
         "sequence_var": 0.01, "response_length": 17.0, "experts_per_token": 2,
         "digits_per_token": None, "pass_at_1": 0.8, "operations": 1e15, "peak": 0.95,
     } | values  # fmt: skip
@@ -105,8 +105,10 @@ def test_a_cure_keeps_what_it_reaches_in_the_mild_setting(final, collapsed, verd
     assert rules.keeps(hard, _arm("grpo"), "gspo").verdict == INCONCLUSIVE
 
 
-def test_staleness_is_judged_without_noise_alone():
-    arms = [_arm("dense", router_noise=0.1, **FAILS), _arm("dense-gspo", router_noise=0.1)]
+@pytest.mark.parametrize("kind", ["router_noise", "hidden_noise"])
+def test_staleness_is_judged_without_noise_alone(kind):
+    noise = {kind: 0.1}
+    arms = [_arm("dense", **noise, **FAILS), _arm("dense-gspo", **noise)]
     finding = rules.stale_cure_is_not_routing(_runs(*arms))
     assert finding.verdict == INCONCLUSIVE and "not judged" in finding.reason
 
@@ -243,6 +245,16 @@ def test_what_router_noise_makes_or_cannot_reach_is_not_judged():
     assert rules.sequence_variance_falls(_runs(*lengths)).interval.n == 0
     deep = _arm("grpo", num_layers=12, churn_early=0.5, **noise)
     assert rules.deeper_is_worse(_runs(_arm("grpo", **noise), deep)).verdict == INCONCLUSIVE
+
+
+def test_noise_that_no_router_sees_reaches_the_dense_control_and_makes_no_churn():
+    noise = {"hidden_noise": 1.2}
+    runs = _runs(_arm("grpo", routing_share=0.9, **FAILS, **noise), _arm("dense", **noise))
+    assert rules.dense_is_stable(runs).verdict == REPRODUCED
+    assert rules.churn_after_one_update(runs).verdict == REPRODUCED
+    assert rules.routing_drives_ratio(runs).verdict == INCONCLUSIVE  # it makes the other part
+    lengths = [_arm("grpo", response_length=n, sequence_var=1 / n, **noise) for n in (9.0, 33.0)]
+    assert rules.sequence_variance_falls(_runs(*lengths)).interval.n == 0
 
 
 def test_a_dense_model_says_nothing_about_a_moe():

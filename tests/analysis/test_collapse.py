@@ -1,4 +1,4 @@
-"""Tests of the analysis room: collapse of hand-made reward curves, and the stability frontier."""
+"""Tests of analysis: collapse of hand-made reward curves, and the stability frontier."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Tests of the analysis room: reading run folders, whole, torn and foreign."""
+"""Tests of analysis: reading run folders, whole, torn and foreign."""
 
 import json
 import math

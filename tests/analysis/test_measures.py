@@ -1,4 +1,4 @@
-"""Tests of the analysis room: rows of runs and arms, and the split of the log-ratio variance."""
+"""Tests of analysis: rows of runs and arms, and the split of the log-ratio variance."""
 
 import json
 import math

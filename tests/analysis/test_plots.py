@@ -1,4 +1,4 @@
-"""Tests of the analysis room: what figures show, for data that log axes and medians dislike."""
+"""Tests of analysis: what figures show, for data that log axes and medians dislike."""
 
 import math
 

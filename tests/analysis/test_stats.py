@@ -1,4 +1,4 @@
-"""Tests of the analysis room: statistics over seeds."""
+"""Tests of analysis: statistics over seeds."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Tests of the analysis room: from interval and rule to verdict, on both sides of every edge."""
+"""Tests of analysis: from interval and rule to verdict, on both sides of every edge."""
 
 import pytest
 from hypothesis import given
