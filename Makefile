@@ -32,7 +32,7 @@ VLLM := $(VENV)-vllm
 INSTALLED_VLLM := $(VLLM)/.installed
 VERL := $(VENV)-verl
 INSTALLED_VERL := $(VERL)/.installed
-ROOMS := kernels analysis experiments
+TOP_FOLDERS := kernels analysis experiments
 comma := ,
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -64,11 +64,11 @@ check: $(INSTALLED_TEST) ## format, lint and types, changing nothing
 	@$(BIN)/ruff check .
 	@$(MAKE) --no-print-directory types
 
-# The rooms beside moe_rl/ import as moe_rl.kernels, moe_rl.analysis, ..., which no type checker can
+# The folders beside moe_rl/ import as moe_rl.kernels, moe_rl.analysis, ..., which no type checker can
 # tell from the folders. A tree of links says it; paths in messages are then import names.
 types: $(INSTALLED_TEST) ## the type checker alone
 	@mkdir -p $(VENV)/types/moe_rl
-	@ln -sfn "$(CURDIR)"/moe_rl/* $(ROOMS:%="$(CURDIR)"/%) $(VENV)/types/moe_rl
+	@ln -sfn "$(CURDIR)"/moe_rl/* $(TOP_FOLDERS:%="$(CURDIR)"/%) $(VENV)/types/moe_rl
 	@find -L $(VENV)/types/moe_rl -maxdepth 1 -type l -delete
 	@root="$$PWD" bin="$$(cd $(BIN) && pwd)"; cd $(VENV)/types && \
 		"$$bin/mypy" --config-file "$$root/pyproject.toml" --cache-dir "$$root/.mypy_cache" -p moe_rl
@@ -98,7 +98,7 @@ gpu-check: $(INSTALLED_TEST) $(INSTALLED_MEGABLOCKS) ## the tests and benchmarks
 
 clean: ## remove the environment and everything a command can make again, but no run
 	rm -rf $(VENV) $(VLLM) $(VERL) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find $(ROOMS) moe_rl tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(TOP_FOLDERS) moe_rl tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(call install,.)

@@ -1,7 +1,7 @@
 """moe_rl.kernels: per-token log-probabilities of a language-model head, defined by slow code.
 
 `token_logprobs` is the one function; `reference.py` is its definition and docs/kernels.md its
-contract. This room knows nothing of configurations, trainers or logging.
+contract. This package knows nothing of configurations, trainers or logging.
 
 The folder is called `kernels`, and so is a Hugging Face package that transformers imports. With the
 repository root first on `sys.path` (`python -c`, `python -m pytest`) their `import kernels` finds

@@ -20,8 +20,8 @@ LISTED = PYPROJECT["tool"]["setuptools"]["packages"]
 
 def import_name(path: Path) -> str:
     """The dotted name under which a folder or file of the checkout is imported."""
-    room, *rest = path.relative_to(ROOT).with_suffix("").parts
-    name = next(name for name, folder in FOLDER_OF.items() if folder == room)
+    folder, *rest = path.relative_to(ROOT).with_suffix("").parts
+    name = next(name for name, top in FOLDER_OF.items() if top == folder)
     return ".".join([name, *rest]).removesuffix(".__init__")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("moe_rl", "kernels", "analysis", "experiments")
+FOLDERS = ("moe_rl", "kernels", "analysis", "experiments")
 TEXT = {".py", ".toml", ".txt", ".md", ".yaml", ".css", ".js"}
 
 # Reading a file through any of these runs code that whoever wrote the file chose.
@@ -41,7 +41,7 @@ def unsafe(tree: ast.AST) -> list[str]:
 
 
 def test_nothing_reads_a_file_that_could_run_code() -> None:
-    paths = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     found = {str(path): unsafe(ast.parse(path.read_text())) for path in paths}
     assert not {path: lines for path, lines in found.items() if lines}
 
@@ -65,7 +65,7 @@ def test_the_search_for_unsafe_reads_finds(line: str) -> None:
 
 
 def test_text_files_are_ascii() -> None:
-    folders = [ROOT / folder for folder in (*ROOMS, "tests", "docs")]
+    folders = [ROOT / folder for folder in (*FOLDERS, "tests", "docs")]
     paths = [path for folder in folders for path in folder.rglob("*") if path.suffix in TEXT]
     paths += [path for path in ROOT.iterdir() if path.suffix in TEXT]
     paths += [ROOT / "Makefile", ROOT / ".ci" / "run"]

@@ -24,7 +24,9 @@ class Sample:
     max_tokens: int = 64
     """Longest response."""
     temperature: float = 1.0
+    """At which the rollout is sampled; 1: the model's own distribution."""
     seed: int = 0
+    """Of the rollout's random numbers."""
     sequences_per_pass: int = 32
     """Sequences that one forward pass reads."""
 
@@ -34,8 +36,11 @@ class Row:
     """One reading, and what it differs in."""
 
     name: str
+    """As in the table."""
     kind: Kind
+    """What differs between it and the reference: numerics, engine, batch shape and so on."""
     difference: Difference
+    """How far, over response tokens."""
 
     def describe(self) -> str:
         """A line of the table that `HEADING` heads."""
@@ -52,18 +57,25 @@ class Audit:
     """Everything that was measured; `to_json` writes it."""
 
     checkpoint: str
+    """Path or hub id."""
     model: str
     """Class and sizes."""
     reference: str
     """What all others are held against."""
     sample: Sample
     prompts: int
+    """Distinct prompts."""
     tokens: int
+    """Response tokens, over which all is compared."""
     margin_unit: str
+    """Whether margins are of logits, or of the scores that the router sorts."""
     rows: list[Row] = field(default_factory=list)
+    """What was read, in that order."""
     missing: list[Missing] = field(default_factory=list)
+    """What could not be read here, with the reason."""
     seconds: float = 0.0
     environment: dict[str, str] = field(default_factory=dict)
+    """Versions and machine."""
 
     @property
     def verdicts(self) -> list[str]:

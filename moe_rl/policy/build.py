@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from moe_rl.config import ConfigError, ModelConfig
 from moe_rl.cpu import FastPath
 from moe_rl.experts import choose_experts
-from moe_rl.kernels.patch import final_logits
+from moe_rl.kernels.final_logits import final_logits
 from moe_rl.policy.families import family_config
 from moe_rl.policy.folder import as_loaded, find_model, import_transformers, load_model, loading
 from moe_rl.policy.policy import Policy

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from moe_rl.cpu import FastPath
-from moe_rl.kernels.patch import FinalLogits
+from moe_rl.kernels.final_logits import FinalLogits
 from moe_rl.policy.tokenizer import encode_prompt, end_ids, read_tokens
 from moe_rl.routing import find_routers
 from moe_rl.tasks.base import Prompt

@@ -39,11 +39,15 @@ class Pair:
     """w = exp(numerator - denominator) over response tokens."""
 
     numerator: str
+    """Field of the batch."""
     denominator: str
+    """Field of the batch."""
     name: str
+    """Both in words, as in `PAIRS`."""
     tokens: int
+    """Response tokens with finite values of both."""
     sequences: int
-    """With a token."""
+    """With such a token."""
     mean: float
     """Mean of w."""
     mean_error: float
@@ -61,11 +65,14 @@ class Inspection:
     """What was measured; `to_json` of it is what inspection.json holds."""
 
     source: str
+    """Whose batch it is: verl, prime-rl, an engine."""
     sequences: int
     tokens: int
+    """Response tokens."""
     holds: list[str]
     """Fields that the batch has."""
     notes: list[str]
+    """Sentences on what was left out or taken for granted while reading."""
     not_finite: dict[str, int] = field(default_factory=dict)
     """Response tokens whose value is NaN or inf, by field."""
     metrics: dict[str, float] = field(default_factory=dict)

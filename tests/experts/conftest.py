@@ -1,4 +1,4 @@
-"""One thread, as in the rooms of routing: small products lose to the threads that share them."""
+"""One thread, as in tests/routing: small products lose to the threads that share them."""
 
 import pytest
 import torch

@@ -136,9 +136,9 @@ def test_a_missing_or_untested_trl_is_refused(
 
 
 def test_nothing_else_in_the_package_imports_the_integrations() -> None:
-    rooms = ("moe_rl", "kernels", "analysis", "experiments")
+    folders = ("moe_rl", "kernels", "analysis", "experiments")
     own = ROOT / "moe_rl" / "integrations"
-    paths = [path for room in rooms for path in (ROOT / room).rglob("*.py")]
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     for path in paths:
         if path.is_relative_to(own):
             continue
