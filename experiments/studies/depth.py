@@ -35,9 +35,8 @@ def runs(root: Path) -> list[RunConfig]:
 def tests() -> list[Comparison]:
     """The deepest against the shallowest model."""
     shallow, deep = (f"L{LAYERS[place]}" for place in (0, -1))
-    churn = [("grpo", "churn_early")]
-    noisy = [(arm, "final") for arm in MAIN_ARMS] + churn
-    clean = [(arm, "final") for arm in _MILD_ARMS] + churn
+    noisy = [(arm, "final") for arm in MAIN_ARMS]
+    clean = [*((arm, "final") for arm in _MILD_ARMS), ("grpo", "churn_early")]
     return [
         Comparison(f"{kind}, {name}", (f"{kind}-{shallow}", arm), (f"{kind}-{deep}", arm), name)
         for kind, pairs in (("noise", noisy), ("mild", clean))
