@@ -1,6 +1,6 @@
 """The policy under training on one rank: its passes over a rollout, its gradients, its optimiser.
 
-A rank holds some prompts of each update (see `runtime/share.py`). Losses are divided by what the
+A rank holds some prompts of each update (see `share.py`). Losses are divided by what the
 whole update holds (sequences, tokens or token budget, by `aggregation`) and gradients summed over
 ranks, so that the number of ranks changes nothing but rounding; metrics are of the whole update on
 every rank.
@@ -27,12 +27,12 @@ from moe_rl.policy.probe import has_unused_parameters
 from moe_rl.routing import find_routers
 from moe_rl.routing.statistics import router_shift_ratio
 from moe_rl.runtime.ranks import Ranks
-from moe_rl.runtime.share import Share
 from moe_rl.runtime.stopwatch import Stopwatch
 from moe_rl.runtime.wrapped import Parallelism, Wrapped, clip_gradients
 from moe_rl.training.master_weights import MasterWeights
 from moe_rl.training.passes import Forward, Passes
 from moe_rl.training.replay_plan import ReplayPlan
+from moe_rl.training.share import Share
 from moe_rl.training.value_head import ValueHead
 
 

@@ -1,6 +1,6 @@
 """The forward passes of a rollout on this rank: of the old policy, and of each update.
 
-A rank holds some prompts of each update (see `runtime/share.py`); an update is cut into forward
+A rank holds some prompts of each update (see `share.py`); an update is cut into forward
 passes, and each pass replays, records and draws noise as the config says.
 """
 
@@ -15,9 +15,9 @@ from moe_rl.config import RunConfig
 from moe_rl.policy.forward import ForwardOptions, ForwardOutput, response_pass
 from moe_rl.policy.pass_noise import PassNoise
 from moe_rl.policy.policy import Policy
-from moe_rl.runtime.share import Share
 from moe_rl.runtime.wrapped import Wrapped
 from moe_rl.training.replay_plan import ReplayPlan
+from moe_rl.training.share import Share
 from moe_rl.training.value_head import ValueHead
 
 NoisyPass = Literal["rollout", "old", "update"]

@@ -169,7 +169,7 @@ def _check_files(config: RunConfig, folder: Path, *, resume: bool) -> None:
 
 def _check_processes(config: RunConfig, folder: Path, ranks: Ranks) -> None:
     """Refuse what several processes cannot share, before any work."""
-    from moe_rl.runtime.share import Share
+    from moe_rl.training.share import Share
 
     with ranks.together():
         if ranks.main and folder.exists():  # a folder made now would stay if the run cannot start

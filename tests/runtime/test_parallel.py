@@ -17,9 +17,9 @@ from moe_rl.config import ConfigError
 from moe_rl.policy.folder import as_loaded
 from moe_rl.replay_check.families import build_family
 from moe_rl.runtime.ranks import Ranks
-from moe_rl.runtime.share import Share
 from moe_rl.runtime.wrapped import check_can_be_sharded
 from moe_rl.training.run import train
+from moe_rl.training.share import Share
 
 
 @pytest.mark.parametrize(("prompts", "updates"), [(32, 8), (6, 2), (4, 4), (9, 3), (5, 1)])
