@@ -14,7 +14,7 @@ from moe_rl.analysis.plots import style
 from moe_rl.analysis.plots.training import reward_panel
 from moe_rl.experiments.arms import arm_label
 
-ROW = 0.17  # inches an arm
+ROW, COLUMNS = 0.17, 3  # inches an arm, panels side by side
 
 
 @style.styled
@@ -35,6 +35,7 @@ def reward_side_by_side(steps: pd.DataFrame, settings: list[str]) -> Figure:
             if (own["arm"] == arm).any():
                 reward_panel(axes, own, arm, ghosts=[])
             else:
+                axes.set_axis_off()
                 style.say(axes, "not run")
             if row == 0:
                 axes.set_title(style.wrapped(arm_label(arm), 16))
@@ -54,10 +55,13 @@ def final_rewards(measures: pd.DataFrame, settings: list[str]) -> Figure:
     its 95% bootstrap interval. The dotted line is GRPO's IQM.
     """
     done = measures[measures["complete"]]
-    arms = style.arms_in(done)
-    figure, panels = style.grid(len(settings), columns=3, height=ROW * len(arms) + 0.45)
-    for axes, setting in zip(panels, settings, strict=True):
-        own = done[done["setting"] == setting]
+    rows = [settings[first : first + COLUMNS] for first in range(0, len(settings), COLUMNS)]
+    # A row of panels has the arms that were run in one of its settings.
+    arms_of = [style.arms_in(done[done["setting"].isin(row)]) for row in rows]
+    heights = [ROW * len(arms) + 0.45 for arms in arms_of]
+    figure, panels = style.grid(len(settings), columns=COLUMNS, height=heights, sharey="row")
+    for axes, (index, setting) in zip(panels, enumerate(settings), strict=True):
+        arms, own = arms_of[index // COLUMNS], done[done["setting"] == setting]
         for row, arm in enumerate(arms):
             _arm_row(axes, own[own["arm"] == arm], row, arm)
         axes.set_title(setting)

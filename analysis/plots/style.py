@@ -30,6 +30,7 @@ from moe_rl.experiments.arms import (
 COLUMN = 3.4
 WIDE = 7.0
 
+MOST_POINTS = 64  # of a line, whose ups and downs can still be seen
 MOST_LINES = 8  # arms in one panel; more cannot be told apart
 LEAD_ARMS = (*STORY_ARMS, "grpo+dual-clip", "grpo+rollout-old")
 """The arms that a panel of lines keeps where a study has more than `MOST_LINES`."""
@@ -119,18 +120,24 @@ def grid(
     panels: int,
     *,
     columns: int,
-    height: float,
+    height: float | list[float],
     sharex: bool | Literal["row"] = True,
-    sharey: bool = True,
+    sharey: bool | Literal["row"] = True,
 ) -> tuple[Figure, list[Axes]]:
-    """A wide figure of `panels` axes, at most `columns` a row, `height` inches a row.
+    """A wide figure of `panels` axes, at most `columns` a row.
 
     Axes left over in the last row are removed.
+
+    Args:
+        height: inches of a row, or of each.
     """
     per_row = min(columns, panels)
     rows = -(-panels // per_row)
-    figure = Figure(figsize=(WIDE, height * rows + 0.35), layout="constrained")
-    made = figure.subplots(rows, per_row, sharex=sharex, sharey=sharey, squeeze=False)
+    heights = height if isinstance(height, list) else [height] * rows
+    figure = Figure(figsize=(WIDE, sum(heights) + 0.35), layout="constrained")
+    made = figure.subplots(
+        rows, per_row, sharex=sharex, sharey=sharey, height_ratios=heights, squeeze=False
+    )
     axes: list[Axes] = list(made.flat)
     for index in range(panels, len(axes)):
         axes[index].remove()
@@ -150,12 +157,14 @@ def draw_arm(
 ) -> bool:
     """Thin line for every seed and thick median of an arm's complete seeds (of all if none is).
 
-    False where nothing can be drawn.
+    False where nothing can be drawn. Of runs of many steps a point is the mean of several.
 
     `positive` drops values that a log axis cannot show (0 and non-finite).
     """
     own = frame[frame["arm"] == arm]
-    table = own.pivot(index=x, columns="seed", values=y).astype(float)
+    table, width = in_blocks(own.pivot(index=x, columns="seed", values=y).astype(float))
+    if width > 1 and not axes.texts:  # said once, however many arms a panel has
+        footnote(axes, f"means of {width} steps")
     if positive:
         table = table.where(table > 0)
     # The median counts an infinite value, which no line can show, as larger than all others.
@@ -169,6 +178,12 @@ def draw_arm(
             axes.plot(table.index, table[seed], linewidth=0.6, alpha=0.45, color=colour(arm))
     axes.plot(table.index, median, solid_capstyle="round", **line_style(arm))
     return True
+
+
+def in_blocks(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """A table by step, or its means over as few steps as leave `MOST_POINTS`, and how many."""
+    width = -(-len(table) // MOST_POINTS)
+    return (table, 1) if width <= 1 else (table.groupby(table.index // width * width).mean(), width)
 
 
 def line_figure(

@@ -132,7 +132,8 @@ def _lines(frame: pd.DataFrame, column: str, text: str, *, log: bool) -> Figure:
 
 def _median(axes: Axes, steps: pd.DataFrame, arm: str, ink: str, width: float) -> None:
     table = steps[steps["arm"] == arm].pivot(index="step", columns="seed", values="reward")
-    axes.plot(table.index, table.astype(float).median(axis=1), color=ink, linewidth=width)
+    table, _ = style.in_blocks(table.astype(float))
+    axes.plot(table.index, table.median(axis=1), color=ink, linewidth=width)
 
 
 def _mark_collapses(axes: Axes, steps: pd.DataFrame, arms: list[str]) -> None:

@@ -4,6 +4,7 @@ import math
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 import synthetic
 
@@ -23,8 +24,10 @@ from moe_rl.analysis.plots.style import (
     COLUMN,
     DARK_PARTNERS,
     LEAD_ARMS,
+    MOST_POINTS,
     WIDE,
     colour,
+    in_blocks,
     lead_arms,
     legend,
     plain_number,
@@ -165,6 +168,25 @@ def test_an_arm_that_a_setting_lacks_is_said_to_be_absent(tmp_path):
     study = load_study(tmp_path)
     assert _words(remedies.final_rewards(run_measures(study), study.settings)).count("not run") == 1
     assert _words(remedies.reward_side_by_side(study.steps, study.settings)).count("not run") == 1
+
+
+def test_a_row_of_panels_has_the_arms_that_one_of_its_settings_ran(study):
+    measures = run_measures(study)
+    settings = [*"abcd"]
+    last = measures[measures["arm"] != "grpo"].assign(setting="d")
+    copies = pd.concat([*(measures.assign(setting=name) for name in "abc"), last])
+    panels = remedies.final_rewards(copies, settings).axes
+    rows = [len(panels[first].get_yticklabels()) for first in (0, 3)]
+    assert rows == [3, 2]
+
+
+def test_a_run_of_many_steps_is_drawn_by_means():
+    steps = pd.DataFrame({"reward": np.arange(1000.0) % 2})
+    drawn, width = in_blocks(steps)
+    assert width == 16 and len(drawn) <= MOST_POINTS
+    assert (drawn["reward"] == 0.5).all() and drawn.index[1] == 16
+    few = steps[:MOST_POINTS]
+    assert in_blocks(few)[0] is few
 
 
 def test_tails_lie_where_they_were_measured_and_zeros_on_a_tick_of_their_own(study):
