@@ -9,18 +9,21 @@ stale-half, stale at half the learning rate.
 Arms: GRPO and GSPO, on the MoE and on the dense control; in stale-wide, as its first two seeds
 showed GRPO to fall on the MoE alone, also GRPO with replay (R2), with dual clip and over rollout
 log-probs.
-Seeds: 21 to 25.
-Primary outcome: final reward. Tests: each other setting against stale for each arm, exact sign-flip
-test, Holm's correction over the arms of a setting; of five seeds no p falls below 0.06, so that the
+Seeds: 21 to 25; in stale-wide and fresh-wide 21 to 28.
+Primary outcome: final reward. Tests: each other setting against stale, and fresh-wide against
+stale-wide, for each arm; in stale-wide each cure against GRPO. Exact sign-flip test, Holm's
+correction over the arms of a setting; of five seeds no p falls below 0.06, so that there the
 intervals are what is read. The age of the data is the cause if fresh ends above stale by more than
-0.1 for GRPO and for dense GRPO, and stale-wide does not. Among updates of four prompts it costs an
-arm what fresh-wide ends above stale-wide; fresh-wide was added after stale-wide had been seen.
+0.1 for GRPO and for dense GRPO, and stale-wide does not. Among updates of four prompts age costs an
+arm what fresh-wide ends above stale-wide.
+History: fresh-wide was added after five seeds of stale-wide had been seen, and seeds 26 to 28 after
+three seeds of both.
 """
 
 from pathlib import Path
 
 from moe_rl.config import RunConfig
-from moe_rl.experiments.study import FIVE_SEEDS, Comparison, of_arms
+from moe_rl.experiments.study import EIGHT_SEEDS, FIVE_SEEDS, Comparison, of_arms
 from moe_rl.presets import preset
 
 ARMS = ("grpo", "gspo", "dense", "dense-gspo")
@@ -31,15 +34,13 @@ def runs(root: Path) -> list[RunConfig]:
     """The arms in every setting."""
     stale = preset("stale")
     wide = stale.replace(setting="stale-wide", prompts_per_rollout=4 * stale.prompts_per_rollout)
-    settings = [
-        stale,
-        wide,
-        _fresh(stale, "fresh"),
-        _fresh(wide, "fresh-wide"),
-        stale.replace(setting="stale-half", learning_rate=stale.learning_rate / 2),
-    ]
-    configs = [config for setting in settings for config in of_arms(setting, ARMS, FIVE_SEEDS)]
-    return configs + of_arms(wide, CURES, FIVE_SEEDS)
+    half = stale.replace(setting="stale-half", learning_rate=stale.learning_rate / 2)
+    configs = []
+    for setting in (stale, _fresh(stale, "fresh"), half):
+        configs += of_arms(setting, ARMS, FIVE_SEEDS)
+    for setting in (wide, _fresh(wide, "fresh-wide")):
+        configs += of_arms(setting, ARMS, EIGHT_SEEDS)
+    return configs + of_arms(wide, CURES, EIGHT_SEEDS)
 
 
 def _fresh(base: RunConfig, setting: str) -> RunConfig:
@@ -55,9 +56,12 @@ def _fresh(base: RunConfig, setting: str) -> RunConfig:
 
 
 def tests() -> list[Comparison]:
-    """Every setting against stale, and the two of wide updates against each other."""
+    """Every setting against stale, wide updates on fresh data and on stale, and the cures."""
     pairs = [("stale", setting) for setting in ("fresh", "stale-wide", "stale-half")]
     pairs.append(("stale-wide", "fresh-wide"))
-    return [
+    settings = [
         Comparison(setting, (base, arm), (setting, arm)) for base, setting in pairs for arm in ARMS
     ]
+    wide = "stale-wide"
+    cures = [Comparison("cures", (wide, "grpo"), (wide, arm)) for arm in ("gspo", *CURES)]
+    return settings + cures
