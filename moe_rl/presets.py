@@ -10,7 +10,13 @@ from typing import Literal
 from moe_rl.config import ColdStartConfig, ModelConfig, RunConfig, TaskConfig
 
 PresetName = Literal[
-    "tiny", "mild-stale", "stale", "routing-noise", "mild-noise", "calibrated-noise"
+    "tiny",
+    "mild-stale",
+    "stale",
+    "small-updates",
+    "routing-noise",
+    "mild-noise",
+    "calibrated-noise",
 ]
 
 
@@ -50,12 +56,16 @@ def mild_stale() -> RunConfig:
 
 
 def stale() -> RunConfig:
+    """32 updates on one rollout, as large as those of mild-stale. No noise."""
+    return mild_stale().replace(setting="stale", updates_per_rollout=32, prompts_per_rollout=128)
+
+
+def small_updates() -> RunConfig:
     """32 updates on one rollout, of one prompt each. No noise.
 
-    What breaks runs here is that updates are small, more than that data are old: the study
-    `staleness`.
+    They break runs on fresh data too, GSPO's first (the study `staleness`).
     """
-    return mild_stale().replace(setting="stale", updates_per_rollout=32)
+    return mild_stale().replace(setting="small-updates", updates_per_rollout=32)
 
 
 def routing_noise() -> RunConfig:
@@ -81,6 +91,7 @@ PRESETS: dict[PresetName, Callable[[], RunConfig]] = {
     "tiny": tiny,
     "mild-stale": mild_stale,
     "stale": stale,
+    "small-updates": small_updates,
     "routing-noise": routing_noise,
     "mild-noise": mild_noise,
     "calibrated-noise": calibrated_noise,

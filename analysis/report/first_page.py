@@ -114,7 +114,7 @@ def _dense_cure(runs: pd.DataFrame) -> str:
     dense, cured = (runs[runs["arm"] == arm] for arm in ("dense", "dense-gspo"))
     if dense.empty or cured.empty:
         return ""
-    verdict = rules.stale_cure_is_not_routing(runs).verdict
+    verdict = rules.cure_is_not_routing(runs).verdict
     return (
         f"On the dense control, where nothing is routed, GSPO ended at {_final(cured)} and GRPO at "
         f"{_final(dense)}; that the cure is not about routing is {verdict}."

@@ -135,10 +135,10 @@ CLAIMS = [
         judge=rules.replay_removes_routing,
     ),
     Claim(
-        text="The cure for staleness is not about routing",
+        text="Without noise the cure is not about routing",
         source=_OURS,
         paper="not run",
-        judge=rules.stale_cure_is_not_routing,
+        judge=rules.cure_is_not_routing,
     ),
     Claim(
         text="The variance of the sequence ratio falls with response length",

@@ -157,10 +157,10 @@ def replay_removes_routing(runs: pd.DataFrame) -> Judgement:
     return _with_ours(judge_interval(orders, low=math.log10(2)), ours)
 
 
-def stale_cure_is_not_routing(runs: pd.DataFrame) -> Judgement:
-    """GSPO mends staleness where there is no routing to mend: final reward of dense-gspo minus
-    dense, same seeds, without noise: reproduced when the interval of the mean is above 0.05
-    and most dense-gspo seeds do not collapse. Where the dense control itself ends within 20% of its
+def cure_is_not_routing(runs: pd.DataFrame) -> Judgement:
+    """GSPO mends what has no routing to mend: final reward of dense-gspo minus dense, same seeds,
+    without noise: reproduced when the interval of the mean is above 0.05 and most dense-gspo seeds
+    do not collapse. Where the dense control itself ends within 20% of its
     peak in most seeds, there is nothing to restore: inconclusive.
     """
     return _unless_noise(restores(runs, "dense-gspo", "dense"), runs, arm="dense")

@@ -3,13 +3,13 @@
 All other studies train every seed from one cold start, so their intervals leave out what another
 one would change. Here seed N starts from initial weights and demonstrations of its own (sft_seed
 N), and so the intervals are over both.
-Settings: routing-noise; stale. Replay is R3 under noise, R2 without it.
-Arms: under noise GRPO, with dual clip, over rollout log-probs, with replay, GSPO; for staleness
-GRPO, with replay, GSPO, and the dense control with GRPO and with GSPO.
+Settings: routing-noise; small-updates. Replay is R3 under noise, R2 without it.
+Arms: under noise GRPO, with dual clip, over rollout log-probs, with replay, GSPO; with small
+updates GRPO, with replay, GSPO, and the dense control with GRPO and with GSPO.
 Seeds: 21 to 28.
-Primary outcome: final reward. Tests: every arm against GRPO on the same seeds, and for staleness
-dense GSPO against dense GRPO, exact sign-flip test, Holm's correction over the arms of a setting;
-the verdicts of the main claims, by the rules of all studies.
+Primary outcome: final reward. Tests: every arm against GRPO on the same seeds, and with small
+updates dense GSPO against dense GRPO, exact sign-flip test, Holm's correction over the arms of a
+setting; the verdicts of the main claims, by the rules of all studies.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from moe_rl.presets import PresetName, preset
 
 ARMS: dict[PresetName, tuple[str, ...]] = {
     "routing-noise": (*MAIN_ARMS, "grpo+dual-clip", "grpo+rollout-old"),
-    "stale": (*MAIN_ARMS, "dense", "dense-gspo"),
+    "small-updates": (*MAIN_ARMS, "dense", "dense-gspo"),
 }
 
 
@@ -35,4 +35,4 @@ def runs(root: Path) -> list[RunConfig]:
 
 def tests() -> list[Comparison]:
     """The dense control's own cure."""
-    return [Comparison("dense", ("stale", "dense"), ("stale", "dense-gspo"))]
+    return [Comparison("dense", ("small-updates", "dense"), ("small-updates", "dense-gspo"))]

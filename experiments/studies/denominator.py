@@ -4,9 +4,10 @@ For y ~ mu and any policy pi, E[pi/mu] = 1, so that P(pi/mu > t) <= 1/t: with th
 log-probs in the denominator a heavy right tail of the ratio is impossible, whatever routing does.
 With log-probs that the trainer recomputes there is no bound.
 
-Settings: routing-noise, int4 (the engine samples with weights rounded to int4, no noise) and stale.
+Settings: routing-noise, int4 (the engine samples with weights rounded to int4, no noise) and
+small-updates.
 Arms: {recomputed, rollout} log-probs in the denominator x {open, dual clip, DPPO-TV} x {no replay,
-R2, R3}; in stale engine and trainer agree, so that R3 is R2 and is left out.
+R2, R3}; in small-updates engine and trainer agree, so that R3 is R2 and is left out.
 Seeds, paired: 21 to 28 without replay, 21 to 25 with it.
 Primary outcome: final reward. Tests: rollout against recomputed within each of the cells without
 replay, exact sign-flip test, Holm's correction over the three cells of a setting; with replay five
@@ -32,7 +33,7 @@ def runs(root: Path) -> list[RunConfig]:
     """The full factorial in three settings."""
     low = preset("mild-stale").replace(setting="int4", rollout_precision="int4")
     configs = []
-    for base in (preset("routing-noise"), low, preset("stale")):
+    for base in (preset("routing-noise"), low, preset("small-updates")):
         for replay in _modes(base.setting):
             variants: Variants = {
                 _name(arm, replay): {
@@ -56,14 +57,14 @@ def tests() -> list[Comparison]:
             (setting, _name(recomputed, replay)),
             (setting, _name(rollout, replay)),
         )
-        for setting in ("routing-noise", "int4", "stale")
+        for setting in ("routing-noise", "int4", "small-updates")
         for replay in _modes(setting)
         for recomputed, rollout in _LOSSES.values()
     ]
 
 
 def _modes(setting: str) -> tuple[RoutingReplay, ...]:
-    return ("disabled", "R2") if setting == "stale" else ("disabled", "R2", "R3")
+    return ("disabled", "R2") if setting == "small-updates" else ("disabled", "R2", "R3")
 
 
 def _name(arm: str, replay: RoutingReplay) -> str:

@@ -74,7 +74,7 @@ def test_what_router_noise_makes_is_not_judged(judge):
 RESCUES = [
     ("grpo", "grpo+dual-clip", rules.bounded_branch_holds),
     ("grpo", "grpo+rollout-old", rules.sampling_denominator_holds),
-    ("dense", "dense-gspo", rules.stale_cure_is_not_routing),
+    ("dense", "dense-gspo", rules.cure_is_not_routing),
 ]
 
 
@@ -106,10 +106,10 @@ def test_a_cure_keeps_what_it_reaches_in_the_mild_setting(final, collapsed, verd
 
 
 @pytest.mark.parametrize("kind", ["router_noise", "hidden_noise"])
-def test_staleness_is_judged_without_noise_alone(kind):
+def test_a_cure_that_is_not_routing_is_judged_without_noise_alone(kind):
     noise = {kind: 0.1}
     arms = [_arm("dense", **noise, **FAILS), _arm("dense-gspo", **noise)]
-    finding = rules.stale_cure_is_not_routing(_runs(*arms))
+    finding = rules.cure_is_not_routing(_runs(*arms))
     assert finding.verdict == INCONCLUSIVE and "not judged" in finding.reason
 
 

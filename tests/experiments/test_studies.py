@@ -64,7 +64,7 @@ def test_arms_of_a_setting_are_compared_on_equal_terms(name: StudyName) -> None:
 
 def test_remedies_run_every_arm_and_eight_seeds_of_the_main_ones() -> None:
     study = plan_of("remedies")
-    for setting in ("routing-noise", "stale", "mild-stale"):
+    for setting in ("routing-noise", "small-updates", "mild-stale"):
         arms = arms_of(study, setting)
         assert set(arms) == set(ARMS)
         main = {arm for arm, seeds in arms.items() if seeds == 8}
