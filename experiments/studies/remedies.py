@@ -18,7 +18,7 @@ History: stale was added after three seeds of the other settings, when the study
 that small-updates, which stood for staleness until then, is none.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from moe_rl.config import RunConfig
@@ -40,7 +40,7 @@ def runs(root: Path) -> list[RunConfig]:
     )
     configs = []
     for base in (noise, stale, small, mild):
-        main, others = _split(arm for arm in ARMS if base is not stale or arm not in _GRPO_ITSELF)
+        main, others = _split([arm for arm in ARMS if base is not stale or arm not in _GRPO_ITSELF])
         configs += of_arms(base, main, EIGHT_SEEDS)
         configs += of_arms(base, others, FIVE_SEEDS)
     for base, name in ((small, "small-dense"), (mild, "mild-dense")):
@@ -52,7 +52,7 @@ def runs(root: Path) -> list[RunConfig]:
     return configs
 
 
-def _split(arms: Iterable[str]) -> tuple[list[str], list[str]]:
+def _split(arms: Sequence[str]) -> tuple[list[str], list[str]]:
     """Arms on all seeds, and the others."""
     main = [arm for arm in arms if arm in _EIGHT]
     return main, [arm for arm in arms if arm not in _EIGHT]
