@@ -7,8 +7,10 @@ small-updates: 32 updates a rollout, of one prompt each; small-fresh: the same o
 own for each; stale: 32 updates a rollout, of four prompts each; fresh: the same on a rollout of its
 own for each; small-half: small-updates at half the learning rate.
 Arms: GRPO and GSPO, on the MoE and on the dense control; in stale also GRPO with replay (R2), with
-dual clip and over rollout log-probs.
-Seeds: 21 to 25; in stale and fresh 21 to 28.
+dual clip and over rollout log-probs, and with two tighter clips: GSPO's clip range takes almost
+half of the tokens out of the gradient, GRPO's one in a hundred. If that brake is GSPO's cure, GRPO
+has it too with a range of 0.02 (high 0.027) or of GSPO's own numbers, 3e-4 and 4e-4.
+Seeds: 21 to 25; in stale and fresh 21 to 28, with the tighter clips 21 to 25.
 Primary outcome: final reward. Tests: small-fresh, small-half and stale against small-updates, and
 fresh against stale, for each arm; in stale each cure against GRPO. Exact sign-flip test, Holm's
 correction over the arms of a setting; of five seeds no p falls below 0.06, so that there the
@@ -16,17 +18,28 @@ intervals are what is read. Age is what breaks small-updates if small-fresh ends
 than 0.1 for GRPO and for dense GRPO, and stale does not. It costs an arm of larger updates what
 fresh ends above stale.
 History: stale and its cures were added after small-fresh had been seen to fall, fresh after five
-seeds of stale, and seeds 26 to 28 after three seeds of both.
+seeds of stale, seeds 26 to 28 after three seeds of both, and last the tighter clips.
 """
 
 from pathlib import Path
 
 from moe_rl.config import RunConfig
-from moe_rl.experiments.study import EIGHT_SEEDS, FIVE_SEEDS, Comparison, of_arms
+from moe_rl.experiments.study import (
+    EIGHT_SEEDS,
+    FIVE_SEEDS,
+    Comparison,
+    Variants,
+    of_arms,
+    of_variants,
+)
 from moe_rl.presets import preset
 
 ARMS = ("grpo", "gspo", "dense", "dense-gspo")
 CURES = ("grpo+replay", "grpo+dual-clip", "grpo+rollout-old")
+CLIPS: Variants = {
+    "grpo+clip-0.02": {"clip_low": 0.02, "clip_high": 0.027},
+    "grpo+clip-3e-4": {"clip_low": 3e-4, "clip_high": 4e-4, "allow_any_clip_scale": True},
+}
 
 
 def runs(root: Path) -> list[RunConfig]:
@@ -38,7 +51,8 @@ def runs(root: Path) -> list[RunConfig]:
         configs += of_arms(setting, ARMS, FIVE_SEEDS)
     for setting in (stale, _fresh(stale, "fresh")):
         configs += of_arms(setting, ARMS, EIGHT_SEEDS)
-    return configs + of_arms(stale, CURES, EIGHT_SEEDS)
+    configs += of_arms(stale, CURES, EIGHT_SEEDS)
+    return configs + of_variants(stale, CLIPS, FIVE_SEEDS)
 
 
 def _fresh(base: RunConfig, setting: str) -> RunConfig:
@@ -62,5 +76,6 @@ def tests() -> list[Comparison]:
         for base, other in pairs
         for arm in ARMS
     ]
-    cures = [Comparison("cures", ("stale", "grpo"), ("stale", arm)) for arm in ("gspo", *CURES)]
-    return settings + cures
+    return settings + [
+        Comparison("cures", ("stale", "grpo"), ("stale", arm)) for arm in ("gspo", *CURES, *CLIPS)
+    ]
