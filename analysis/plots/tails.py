@@ -11,7 +11,7 @@ from moe_rl.analysis.plots import style
 from moe_rl.analysis.plots.branches import UNBOUNDED
 from moe_rl.experiments.arms import arm_label
 
-RATIOS = (2, 10, 100, 1000)  # at which P(w > t) is logged
+RATIOS = (2, 10, 100, 1000)  # moe_rl.metrics.ratios.SURVIVAL, which needs torch
 OWN, ENGINE = "ratio/survival", "rollout_ratio/survival"
 TWIST_ARMS = ("grpo", "grpo+dual-clip", "grpo+rollout-old")
 """One loss, and one thing of it changed: its unbounded branch, or the ratio's denominator."""
