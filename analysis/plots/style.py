@@ -163,8 +163,8 @@ def draw_arm(
     """
     own = frame[frame["arm"] == arm]
     table, width = in_blocks(own.pivot(index=x, columns="seed", values=y).astype(float))
-    if width > 1 and not axes.texts:  # said once, however many arms a panel has
-        footnote(axes, f"means of {width} steps")
+    if width > 1:
+        axes.set_xlabel(f"means of {width} steps", fontsize=6.5, color=MUTED)
     if positive:
         table = table.where(table > 0)
     # The median counts an infinite value, which no line can show, as larger than all others.
@@ -274,8 +274,8 @@ def colour_bar(figure: Figure, image: Any, panels: list[Axes], text: str, tick: 
 
 
 def step_axis(axes: Axes, text: str = "rollout step") -> None:
-    """Integer ticks on x with a label."""
-    axes.set_xlabel(text)
+    """Integer ticks on x with a label, beside what `draw_arm` has said there."""
+    axes.set_xlabel(", ".join(filter(None, (text, axes.get_xlabel()))))
     whole_numbers(axes)
 
 

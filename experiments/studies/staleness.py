@@ -47,12 +47,13 @@ def runs(root: Path) -> list[RunConfig]:
     small, stale = preset("small-updates"), preset("stale")
     half = small.replace(setting="small-half", learning_rate=small.learning_rate / 2)
     configs = []
-    for setting in (small, _fresh(small, "small-fresh"), half):
-        configs += of_arms(setting, ARMS, FIVE_SEEDS)
-    for setting in (stale, _fresh(stale, "fresh")):
+    for setting in (_fresh(stale, "fresh"), stale):
         configs += of_arms(setting, ARMS, EIGHT_SEEDS)
     configs += of_arms(stale, CURES, EIGHT_SEEDS)
-    return configs + of_variants(stale, CLIPS, FIVE_SEEDS)
+    configs += of_variants(stale, CLIPS, FIVE_SEEDS)
+    for setting in (_fresh(small, "small-fresh"), small, half):
+        configs += of_arms(setting, ARMS, FIVE_SEEDS)
+    return configs
 
 
 def _fresh(base: RunConfig, setting: str) -> RunConfig:
