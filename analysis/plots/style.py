@@ -157,14 +157,14 @@ def draw_arm(
 ) -> bool:
     """Thin line for every seed and thick median of an arm's complete seeds (of all if none is).
 
-    False where nothing can be drawn. Of runs of many steps a point is the mean of several.
+    False where nothing can be drawn. A point of a long line is the mean of several.
 
     `positive` drops values that a log axis cannot show (0 and non-finite).
     """
     own = frame[frame["arm"] == arm]
     table, width = in_blocks(own.pivot(index=x, columns="seed", values=y).astype(float))
     if width > 1:
-        axes.set_xlabel(f"means of {width} steps", fontsize=6.5, color=MUTED)
+        axes.set_xlabel(f"means of {width} {x}s", fontsize=6.5, color=MUTED)
     if positive:
         table = table.where(table > 0)
     # The median counts an infinite value, which no line can show, as larger than all others.

@@ -95,6 +95,7 @@ def chain(steps: pd.DataFrame, updates: pd.DataFrame) -> Figure:
         style.draw_arm(panels[-1], steps, arm, "step", "reward")
     _mark_collapses(panels[-1], steps, arms)
     for axes in panels[:-1]:
+        axes.set_xlabel("")  # the last panel says it for all
         for arm in arms:
             for time in _collapse_times(steps, arm):
                 axes.axvline(time, color=style.colour(arm), linewidth=0.7, linestyle=":", alpha=0.8)
