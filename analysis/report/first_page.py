@@ -1,7 +1,7 @@
 """The first page of the report: three questions and one twist, answered by the data alone."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
@@ -82,13 +82,16 @@ def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
     if (precision := grpo["rollout_precision"].iloc[0]) not in ("float32", None):
         disease = f"rollouts with {precision} weights"
     model = "a dense model, " if dense else ""
-    start = f"In {setting} ({model}{disease}, {updates:g} updates a rollout)"
-    if not rules.fails(runs, "grpo"):
-        return f"{start} GRPO ended at {_final(grpo)}, near its peak: nothing to cure."
-    name = "mild-dense" if dense else "mild-stale"
-    mild = done[(done["setting"] == name) & (name != setting)]
+    many = "update" if updates == 1 else "updates"
+    start = f"In {setting} ({model}{disease}, {updates:g} {many} a rollout)"
     others = (runs["arm"] != "grpo") & ~runs["arm"].str.startswith(rules.RESTARTS)
     alike = runs[(runs["num_experts"] == experts) & others]
+    if not rules.fails(runs, "grpo"):
+        above = _above(runs, alike["arm"].unique())
+        end = f"; above it on the same seeds: {above}." if above else ": nothing to cure."
+        return f"{start} GRPO ended at {_final(grpo)}, near its peak in most seeds{end}"
+    name = "mild-dense" if dense else "mild-stale"
+    mild = done[(done["setting"] == name) & (name != setting)]
     by_verdict: dict[str, list[tuple[str, str]]] = {}
     for arm, own in alike.groupby("arm"):
         judged = rules.restores(runs, str(arm))
@@ -107,6 +110,16 @@ def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
     ]
     sentences = [f"{start} GRPO ended at {_final(grpo)}.", *parts, _dense_cure(runs)]
     return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _above(runs: pd.DataFrame, arms: Iterable[str]) -> str:
+    """The arms whose gain over GRPO has an interval above `rules.MIN_EFFECT`, largest first."""
+    gains = {arm: rules.restores(runs, arm).interval for arm in arms}
+    above = {arm: gain for arm, gain in gains.items() if gain.low > rules.MIN_EFFECT}
+    return ", ".join(
+        f"{arm_label(arm)} by {gain.value:.2f} {bounds(gain.low, gain.high)}"
+        for arm, gain in sorted(above.items(), key=lambda item: -item[1].value)
+    )
 
 
 def _dense_cure(runs: pd.DataFrame) -> str:
