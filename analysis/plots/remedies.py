@@ -25,9 +25,9 @@ def reward_side_by_side(steps: pd.DataFrame, settings: list[str]) -> Figure:
     """
     arms = style.lead_arms(style.arms_in(steps), most=len(style.LEAD_ARMS))
     count = len(arms) * len(settings)
-    # Settings of more or fewer steps: an axis of its own for each row.
-    lengths = steps.groupby("setting")["step"].max()
-    sharex: bool | Literal["row"] = True if lengths.nunique() == 1 else "row"
+    # Under a panel that was not run no axis stands for its column, nor for settings of other steps.
+    shown = steps[steps["arm"].isin(arms)].groupby(["setting", "arm"])["step"].max()
+    sharex: bool | Literal["row"] = True if len(shown) == count and shown.nunique() == 1 else "row"
     figure, panels = style.grid(count, columns=len(arms), height=1.35, sharex=sharex)
     for row, setting in enumerate(settings):
         own = steps[steps["setting"] == setting]
@@ -39,9 +39,9 @@ def reward_side_by_side(steps: pd.DataFrame, settings: list[str]) -> Figure:
                 style.say(axes, "not run")
             if row == 0:
                 axes.set_title(style.wrapped(arm_label(arm), 16))
+        style.whole_numbers(panels[row * len(arms)])
         if len(settings) > 1:
             panels[row * len(arms)].set_ylabel(style.wrapped(setting, 17))
-    style.whole_numbers(panels[0])
     figure.supxlabel("rollout step", fontsize=8)
     figure.supylabel("reward", fontsize=8)
     return figure
