@@ -257,6 +257,8 @@ _MORE = {
     "R3": "+ R3",
     "rollout-old": "over rollout log-probs",
     "recomputed-old": "over recomputed log-probs",
+    "clip-0.02": "with a clip of 0.02",
+    "clip-3e-4": "with GSPO's clip range",
 }
 # Light and dark colours of arms that are not in the table.
 SPARE_COLOURS = (("#7570b3", "#a9a4e0"), ("#4d4d00", "#b3b34d"), ("#1b6f6f", "#63c2c2"))

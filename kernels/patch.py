@@ -3,8 +3,8 @@
     with patch(model):
         logprobs = model.token_logprobs(input_ids, attention_mask=mask)
 
-What the model does to its final logits (softcap, scale) is tried first (`final_logits.py`), so that
-the method is the model's own distribution or does not exist.
+What the model does to its final logits (softcap, scale) is found by running it on four tokens
+(`final_logits.py`), so that the method is the model's own distribution or does not exist.
 """
 
 import types

@@ -49,7 +49,7 @@ def routing_against_weights(updates: pd.DataFrame) -> Figure:
     ):
         _part(axes, sampled, column, arms)
         axes.set_title(title)
-        axes.set_xlabel("rollout step")
+        style.step_axis(axes)
     _same_log_range(panels[:2])
     _shares(panels[2], sampled, arms)
     style.legend(figure, arms)

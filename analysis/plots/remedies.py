@@ -25,7 +25,7 @@ def reward_side_by_side(steps: pd.DataFrame, settings: list[str]) -> Figure:
     """
     arms = style.lead_arms(style.arms_in(steps), most=len(style.LEAD_ARMS))
     count = len(arms) * len(settings)
-    # Under a panel that was not run no axis stands for its column, nor for settings of other steps.
+    # One x axis for all panels only if every panel is drawn and all have equally many steps.
     shown = steps[steps["arm"].isin(arms)].groupby(["setting", "arm"])["step"].max()
     sharex: bool | Literal["row"] = True if len(shown) == count and shown.nunique() == 1 else "row"
     figure, panels = style.grid(count, columns=len(arms), height=1.35, sharex=sharex)
@@ -35,7 +35,8 @@ def reward_side_by_side(steps: pd.DataFrame, settings: list[str]) -> Figure:
             if (own["arm"] == arm).any():
                 reward_panel(axes, own, arm, ghosts=[])
             else:
-                axes.set_axis_off()
+                axes.spines[:].set_visible(False)
+                axes.tick_params(bottom=False, labelbottom=False)
                 style.say(axes, "not run")
             if row == 0:
                 axes.set_title(style.wrapped(arm_label(arm), 16))

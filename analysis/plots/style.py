@@ -8,6 +8,7 @@ inches.
 """
 
 import textwrap
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import matplotlib.style as mpl_style
@@ -129,7 +130,7 @@ def grid(
     Axes left over in the last row are removed.
 
     Args:
-        height: inches of a row, or of each.
+        height: inches of every row, or a list with one height a row.
     """
     per_row = min(columns, panels)
     rows = -(-panels // per_row)
@@ -162,9 +163,8 @@ def draw_arm(
     `positive` drops values that a log axis cannot show (0 and non-finite).
     """
     own = frame[frame["arm"] == arm]
-    table, width = in_blocks(own.pivot(index=x, columns="seed", values=y).astype(float))
-    if width > 1:
-        axes.set_xlabel(f"means of {width} {x}s", fontsize=6.5, color=MUTED)
+    table = own.pivot(index=x, columns="seed", values=y).astype(float)
+    table, width = in_blocks(table, np.sort(frame[x].unique()))
     if positive:
         table = table.where(table > 0)
     # The median counts an infinite value, which no line can show, as larger than all others.
@@ -176,14 +176,29 @@ def draw_arm(
     if table.shape[1] > 1:
         for seed in table.columns:
             axes.plot(table.index, table[seed], linewidth=0.6, alpha=0.45, color=colour(arm))
+    if width > 1:
+        axes.set_xlabel(f"each point a mean of {width}", fontsize=6.5, color=MUTED)
     axes.plot(table.index, median, solid_capstyle="round", **line_style(arm))
     return True
 
 
-def in_blocks(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """A table by step, or its means over as few steps as leave `MOST_POINTS`, and how many."""
-    width = -(-len(table) // MOST_POINTS)
-    return (table, 1) if width <= 1 else (table.groupby(table.index // width * width).mean(), width)
+def in_blocks(table: pd.DataFrame, places: Sequence[float]) -> tuple[pd.DataFrame, int]:
+    """The rows of a table, or their means over blocks of as few as leave `MOST_POINTS`.
+
+    Args:
+        places: the index of all lines of a panel, ascending, so that they have blocks in common.
+
+    Returns:
+        The table, by the middle of each block, and how many places a block has.
+    """
+    width = -(-len(places) // MOST_POINTS)
+    if width <= 1:
+        return table, 1
+    block = pd.Series(np.arange(len(places)) // width, index=places)
+    own = block.reindex(table.index).to_numpy()
+    means = table.where(np.isfinite(table)).groupby(own).mean()
+    middles = block.index.to_series().groupby(block.to_numpy()).mean()
+    return means.set_axis(middles[means.index], axis=0), width
 
 
 def line_figure(

@@ -1,5 +1,6 @@
 """Reward, gradient norm, clipping, the joined chain."""
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -133,7 +134,7 @@ def _lines(frame: pd.DataFrame, column: str, text: str, *, log: bool) -> Figure:
 
 def _median(axes: Axes, steps: pd.DataFrame, arm: str, ink: str, width: float) -> None:
     table = steps[steps["arm"] == arm].pivot(index="step", columns="seed", values="reward")
-    table, _ = style.in_blocks(table.astype(float))
+    table, _ = style.in_blocks(table.astype(float), np.sort(steps["step"].unique()))
     axes.plot(table.index, table.median(axis=1), color=ink, linewidth=width)
 
 

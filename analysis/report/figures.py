@@ -284,6 +284,10 @@ MAP_FIGURES = [
 ]
 
 
+# What all runs of a map have in common.
+_ONE_MAP = ("family", "num_layers", "digits", "prompts_per_rollout", "hidden_noise")
+
+
 def has_map(study: StudyRuns) -> bool:
     """Whether some arm has complete runs at two learning rates, or at as many router noises as a
     response is read from, all else on the map being equal.
@@ -297,8 +301,13 @@ def _rates(study: StudyRuns) -> int:
 
 
 def _most(study: StudyRuns, fixed: list[str], axis: str) -> int:
-    """The most values of `axis` that complete runs have where `fixed` is equal; 0: no such run."""
+    """The most values of `axis` that complete runs have where `fixed` is equal.
+
+    0: no such run, or runs of several models or rollouts, which are no places of one map.
+    """
     done = study.runs[study.runs["complete"]]
     if done.empty or not {*fixed, axis} <= set(done.columns):
+        return 0
+    if any(done[name].nunique(dropna=False) > 1 for name in _ONE_MAP if name in done):
         return 0
     return int(done.groupby(fixed)[axis].nunique().max())

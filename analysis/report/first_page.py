@@ -77,7 +77,7 @@ def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
     noise, hidden, updates, experts = (grpo[name].iloc[0] for name in names)
     dense = is_dense(grpo)
     disease = f"passes that route differently, noise {noise:g}" if noise else "no noise"
-    if not noise and hidden > 0:
+    if not noise and (hidden or 0) > 0:  # None: runs of a version without it
         disease = f"noise {hidden:g} on hidden states, which no router sees"
     if (precision := grpo["rollout_precision"].iloc[0]) not in ("float32", None):
         disease = f"rollouts with {precision} weights"
@@ -89,7 +89,8 @@ def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
     if not rules.fails(runs, "grpo"):
         above = _above(runs, alike["arm"].unique())
         end = f"; above it on the same seeds: {above}." if above else ": nothing to cure."
-        return f"{start} GRPO ended at {_final(grpo)}, near its peak in most seeds{end}"
+        stable = f"near its peak in {(~grpo['unstable']).sum()} of {len(grpo)} seeds"
+        return f"{start} GRPO ended at {_final(grpo)}, {stable}{end}"
     name = "mild-dense" if dense else "mild-stale"
     mild = done[(done["setting"] == name) & (name != setting)]
     by_verdict: dict[str, list[tuple[str, str]]] = {}

@@ -160,8 +160,8 @@ def replay_removes_routing(runs: pd.DataFrame) -> Judgement:
 def cure_is_not_routing(runs: pd.DataFrame) -> Judgement:
     """GSPO mends what has no routing to mend: final reward of dense-gspo minus dense, same seeds,
     without noise: reproduced when the interval of the mean is above 0.05 and most dense-gspo seeds
-    do not collapse. Where the dense control itself ends within 20% of its
-    peak in most seeds, there is nothing to restore: inconclusive.
+    do not collapse. Where the dense control itself ends within 20% of its peak in most seeds, there
+    is nothing to restore: inconclusive.
     """
     return _unless_noise(restores(runs, "dense-gspo", "dense"), runs, arm="dense")
 
@@ -172,7 +172,7 @@ def sequence_variance_falls(study_runs: pd.DataFrame) -> Judgement:
     is below 0. Independent tokens would give -1. Needs mean lengths that differ by a factor of 1.5.
     Runs with noise do not count: it is drawn for each token, and falls by itself.
     """
-    runs = _arm(study_runs, "grpo")[~_noisy(_arm(study_runs, "grpo"))]
+    runs = _quiet(study_runs, "grpo", *NOISES)
     slopes: list[float] = []
     for _, own in runs.groupby([*ALIKE_BUT_LENGTH, "seed"], dropna=False):
         points = own[["response_length", "sequence_var"]].astype(float)
@@ -226,9 +226,9 @@ def deeper_is_worse(study_runs: pd.DataFrame) -> Judgement:
     """Churn of grpo over a rollout in the first fifth of the steps, deepest minus shallowest model,
     same seeds and everything else equal: reproduced when the interval of the mean is above 0. The
     same steps for both, as churn follows the learning rate. Needs runs at two depths, and without
-    noise, which makes churn itself.
+    router noise, which makes churn itself.
     """
-    runs = _arm(study_runs, "grpo")[~_noisy(_arm(study_runs, "grpo"))]
+    runs = _quiet(study_runs, "grpo", "router_noise")
     gaps: list[float] = []
     for _, group in runs.groupby(list(ALIKE), dropna=False):
         depths = sorted(group["num_layers"].dropna().unique())
@@ -305,9 +305,14 @@ def _arm(runs: pd.DataFrame, arm: str) -> pd.DataFrame:
     return runs[runs["arm"] == arm]
 
 
-def _noisy(runs: pd.DataFrame, names: Sequence[str] = NOISES) -> pd.Series:
+def _noisy(runs: pd.DataFrame, names: Sequence[str]) -> pd.Series:
     """Whether noise is added to the passes of a run; configs older than a kind of it lack it."""
     return (runs[list(names)].astype(float) > 0).any(axis=1)
+
+
+def _quiet(runs: pd.DataFrame, arm: str, *noises: str) -> pd.DataFrame:
+    own = _arm(runs, arm)
+    return own[~_noisy(own, noises)]
 
 
 def _pairs(runs: pd.DataFrame, *arms: str, column: str) -> pd.DataFrame:

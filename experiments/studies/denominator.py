@@ -7,7 +7,8 @@ With log-probs that the trainer recomputes there is no bound.
 Settings: routing-noise, int4 (the engine samples with weights rounded to int4, no noise) and
 small-updates.
 Arms: {recomputed, rollout} log-probs in the denominator x {open, dual clip, DPPO-TV} x {no replay,
-R2, R3}; in small-updates engine and trainer agree, so that R3 is R2 and is left out.
+R2, R3}; in small-updates engine and trainer agree, so that R3 is R2 and is left out, and the two
+denominators are one but for rounding: its tests show what chance does.
 Seeds, paired: 21 to 28 without replay, 21 to 25 with it.
 Primary outcome: final reward. Tests: rollout against recomputed within each of the cells without
 replay, exact sign-flip test, Holm's correction over the three cells of a setting; with replay five

@@ -6,7 +6,9 @@ Seeds: 21 to 25.
 Primary outcomes: churn of GRPO over a rollout in the first fifth of the steps, and final reward.
 Tests: 8 against 2 layers on the same seeds, exact sign-flip test, Holm's correction over the arms;
 of five seeds no p falls below 0.06, so that intervals are what is read. Churn is judged without
-noise, which makes it itself.
+noise, which makes it itself. Whether the MoE loses more by depth than the dense model is read from
+both intervals side by side. Limits: the learning rate is one for all depths, and at one noise a
+deeper model has as large a share of routers that differ, and more of them at each token.
 """
 
 from pathlib import Path

@@ -35,6 +35,7 @@ from moe_rl.analysis.plots.style import (
 )
 from moe_rl.analysis.report.svg import settle
 from moe_rl.experiments.arms import ARMS
+from moe_rl.metrics.ratios import SURVIVAL
 
 
 @pytest.fixture(scope="module")
@@ -180,13 +181,34 @@ def test_a_row_of_panels_has_the_arms_that_one_of_its_settings_ran(study):
     assert rows == [3, 2]
 
 
-def test_a_run_of_many_steps_is_drawn_by_means():
-    steps = pd.DataFrame({"reward": np.arange(1000.0) % 2})
-    drawn, width = in_blocks(steps)
+@pytest.mark.parametrize("places", [range(1000), range(0, 2000, 2), range(1, 1001)])
+def test_a_run_of_many_steps_is_drawn_by_means(places):
+    steps = pd.DataFrame({"reward": np.arange(1000.0) % 2}, index=places)
+    drawn, width = in_blocks(steps, places)
     assert width == 16 and len(drawn) <= MOST_POINTS
-    assert (drawn["reward"] == 0.5).all() and drawn.index[1] == 16
+    assert (drawn["reward"] == 0.5).all()
+    assert drawn.index[1] == np.mean(places[16:32])
+    # A run that has not got as far has the same blocks, and an infinite value hides no other.
+    steps.loc[places[0], "reward"] = np.inf
+    half, _ = in_blocks(steps[:500], places)
+    assert half.index.equals(drawn.index[: len(half)]) and half["reward"].iloc[0] == 8 / 15
     few = steps[:MOST_POINTS]
-    assert in_blocks(few)[0] is few
+    assert in_blocks(few, places[:MOST_POINTS])[0] is few
+
+
+def test_a_setting_whose_first_arm_was_not_run_keeps_its_name(tmp_path):
+    for setting, arms in (("both", ["grpo", "gspo"]), ("one", ["gspo"])):
+        synthetic.write_study(tmp_path, arms=arms, seeds=1, steps=4, updates=1, settings=(setting,))
+    (tmp_path / "study.json").unlink()
+    study = load_study(tmp_path)
+    figure = remedies.reward_side_by_side(study.steps, study.settings)
+    names = [axes.yaxis.label for axes in figure.axes]
+    assert [label.get_text() for label in names if label.get_text()] == study.settings
+    assert all(axes.axison for axes in figure.axes)
+
+
+def test_tails_are_read_where_they_are_logged():
+    assert tails.RATIOS == SURVIVAL
 
 
 def test_tails_lie_where_they_were_measured_and_zeros_on_a_tick_of_their_own(study):

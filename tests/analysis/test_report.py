@@ -1,5 +1,6 @@
 """Tests of analysis: the report is whole, self-contained, safe and the same every time."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -241,7 +242,7 @@ def test_the_first_page_answers_by_what_was_measured(tmp_path):
     low = measures["arm"] == "grpo"
     below = measures.assign(final=measures["final"].mask(low, 0.5), unstable=False)
     _, (_, (cures,)), _ = answers(below)
-    assert "near its peak in most seeds; above it on the same seeds: " in cures
+    assert "near its peak in 5 of 5 seeds; above it on the same seeds: " in cures
     assert "GSPO by 0.4" in cures and "nothing to cure" not in cures
     # The same question with the reward of GRPO and of the dense control exchanged.
     names = {"grpo": "dense", "dense": "grpo"}
@@ -257,7 +258,7 @@ def test_a_cure_is_enough_by_what_it_loses_to_a_mild_setting_where_there_is_one(
     _, (_, (cures, at_mild)), _ = answers(pd.concat([hard, mild]))
     assert "Enough by mild-stale, within 0.1 and without a collapse: GRPO + dual clip" in cures
     assert "Not enough by mild-stale, within 0.1 and without a collapse: GSPO" in cures
-    assert at_mild.startswith("In mild-stale (") and at_mild.endswith("nothing to cure.")
+    assert at_mild.startswith("In mild-stale (") and "peak in 5 of 5 seeds; above it" in at_mild
 
 
 def test_the_first_page_settles_nothing_on_few_seeds(tmp_path):
@@ -383,6 +384,25 @@ def test_three_noises_are_a_map_and_two_settings_are_none(tmp_path, one_figure):
     assert "What router noise does" in write_report(root).read_text()
     shutil.rmtree(root / "runs" / "louder")
     assert not has_map(load_study(root))
+
+
+@pytest.mark.parametrize("field", ["family", "prompts_per_rollout", "num_layers"])
+def test_settings_of_several_models_or_rollouts_are_no_map(study_dir, field):
+    study = load_study(study_dir)
+    copies = [study.runs.assign(router_noise=noise) for noise in (0.0, 0.1, 0.2)]
+    runs = pd.concat(copies, ignore_index=True)
+    alike, unlike = (runs.assign(**{field: value}) for value in (4, runs["router_noise"]))
+    assert has_map(dataclasses.replace(study, runs=alike))
+    assert not has_map(dataclasses.replace(study, runs=unlike))
+
+
+def test_runs_of_a_version_without_noise_on_hidden_states_are_reported(tmp_path):
+    root = synthetic.write_study(tmp_path / "s", arms=TWIST, seeds=2, steps=6, updates=2)
+    for file in root.rglob("config.json"):
+        config = json.loads(file.read_text())
+        del config["config"]["hidden_noise"]
+        file.write_text(json.dumps(config))
+    assert "(no noise, 2 updates a rollout)" in write_report(root).read_text()
 
 
 def test_two_settings_with_unequal_learning_rates_are_no_map(study_dir):
