@@ -8,7 +8,6 @@ inches.
 """
 
 import textwrap
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import matplotlib.style as mpl_style
@@ -164,7 +163,7 @@ def draw_arm(
     """
     own = frame[frame["arm"] == arm]
     table = own.pivot(index=x, columns="seed", values=y).astype(float)
-    table, width = in_blocks(table, np.sort(frame[x].unique()))
+    table, width = in_blocks(table, pd.Index(frame[x].unique()).sort_values())
     if positive:
         table = table.where(table > 0)
     # The median counts an infinite value, which no line can show, as larger than all others.
@@ -182,7 +181,7 @@ def draw_arm(
     return True
 
 
-def in_blocks(table: pd.DataFrame, places: Sequence[float]) -> tuple[pd.DataFrame, int]:
+def in_blocks(table: pd.DataFrame, places: pd.Index) -> tuple[pd.DataFrame, int]:
     """The rows of a table, or their means over blocks of as few as leave `MOST_POINTS`.
 
     Args:

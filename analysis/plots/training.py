@@ -1,6 +1,5 @@
 """Reward, gradient norm, clipping, the joined chain."""
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -134,7 +133,8 @@ def _lines(frame: pd.DataFrame, column: str, text: str, *, log: bool) -> Figure:
 
 def _median(axes: Axes, steps: pd.DataFrame, arm: str, ink: str, width: float) -> None:
     table = steps[steps["arm"] == arm].pivot(index="step", columns="seed", values="reward")
-    table, _ = style.in_blocks(table.astype(float), np.sort(steps["step"].unique()))
+    places = pd.Index(steps["step"].unique()).sort_values()
+    table, _ = style.in_blocks(table.astype(float), places)
     axes.plot(table.index, table.median(axis=1), color=ink, linewidth=width)
 
 

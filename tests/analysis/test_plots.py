@@ -183,6 +183,7 @@ def test_a_row_of_panels_has_the_arms_that_one_of_its_settings_ran(study):
 
 @pytest.mark.parametrize("places", [range(1000), range(0, 2000, 2), range(1, 1001)])
 def test_a_run_of_many_steps_is_drawn_by_means(places):
+    places = pd.Index(places)
     steps = pd.DataFrame({"reward": np.arange(1000.0) % 2}, index=places)
     drawn, width = in_blocks(steps, places)
     assert width == 16 and len(drawn) <= MOST_POINTS
