@@ -93,21 +93,21 @@ def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
         return f"{start} GRPO ended at {_final(grpo)}, {stable}{end}"
     name = "mild-dense" if dense else "mild-stale"
     mild = done[(done["setting"] == name) & (name != setting)]
-    by_verdict: dict[str, list[tuple[str, str]]] = {}
+    by_mild = f" by {name}, within {rules.MILD_MARGIN:g} and without a collapse"
+    by_gain = " by the gain over GRPO" if len(mild) else ""
+    judged: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for arm, own in alike.groupby("arm"):
-        judged = rules.restores(runs, str(arm))
+        finding, by = rules.restores(runs, str(arm)), by_gain
         if (mild["arm"] == arm).any():
-            judged = rules.keeps(runs, mild, str(arm))
-        by_verdict.setdefault(judged.verdict, []).append((_final(own), arm_label(str(arm))))
-    measure = (
-        f" by {name}, within {rules.MILD_MARGIN:g} and without a collapse" if len(mild) else ""
-    )
+            finding, by = rules.keeps(runs, mild, str(arm)), by_mild
+        judged.setdefault((finding.verdict, by), []).append((_final(own), arm_label(str(arm))))
     parts = [
-        f"{word}{measure}: "
-        + ", ".join(f"{label} {final}" for final, label in sorted(by_verdict[verdict])[::-1])
+        f"{word}{by}: "
+        + ", ".join(f"{label} {final}" for final, label in sorted(judged[verdict, by])[::-1])
         + "."
         for verdict, word in ENOUGH.items()
-        if verdict in by_verdict
+        for by in (by_mild, by_gain)
+        if (verdict, by) in judged
     ]
     sentences = [f"{start} GRPO ended at {_final(grpo)}.", *parts, _dense_cure(runs)]
     return " ".join(sentence for sentence in sentences if sentence)

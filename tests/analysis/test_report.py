@@ -258,6 +258,9 @@ def test_a_cure_is_enough_by_what_it_loses_to_a_mild_setting_where_there_is_one(
     _, (_, (cures, at_mild)), _ = answers(pd.concat([hard, mild]))
     assert "Enough by mild-stale, within 0.1 and without a collapse: GRPO + dual clip" in cures
     assert "Not enough by mild-stale, within 0.1 and without a collapse: GSPO" in cures
+    without = mild[mild["arm"] != "gspo"]
+    _, (_, (cures, _)), _ = answers(pd.concat([hard, without]))
+    assert "Enough by the gain over GRPO: GSPO 0.9" in cures and "by mild-stale" in cures
     assert at_mild.startswith("In mild-stale (") and "peak in 5 of 5 seeds; above it" in at_mild
 
 
