@@ -176,7 +176,7 @@ def draw_arm(
         for seed in table.columns:
             axes.plot(table.index, table[seed], linewidth=0.6, alpha=0.45, color=colour(arm))
     if width > 1:
-        axes.set_xlabel(f"each point a mean of {width}", fontsize=6.5, color=MUTED)
+        axes.set_xlabel(f"means of {width}", fontsize=6.5, color=MUTED)
     axes.plot(table.index, median, solid_capstyle="round", **line_style(arm))
     return True
 
@@ -294,8 +294,8 @@ def step_axis(axes: Axes, text: str = "rollout step") -> None:
 
 
 def whole_numbers(axes: Axes) -> None:
-    """At most six ticks on x, all of them integers."""
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    """At most five ticks on x, all of them integers."""
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, steps=[1, 2, 5, 10]))
 
 
 def zero_text(updates: pd.DataFrame) -> str:
