@@ -63,7 +63,7 @@ def stale() -> RunConfig:
 def small_updates() -> RunConfig:
     """32 updates on one rollout, of one prompt each. No noise.
 
-    They break runs on fresh data too, GSPO's first (the study `staleness`).
+    They break runs on fresh data too, GSPO's as well (the study `staleness`).
     """
     return mild_stale().replace(setting="small-updates", updates_per_rollout=32)
 

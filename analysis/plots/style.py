@@ -163,7 +163,7 @@ def draw_arm(
     """
     own = frame[frame["arm"] == arm]
     table = own.pivot(index=x, columns="seed", values=y).astype(float)
-    table, width = in_blocks(table, pd.Index(frame[x].unique()).sort_values())
+    table, width = in_blocks(table, frame[x])
     if positive:
         table = table.where(table > 0)
     # The median counts an infinite value, which no line can show, as larger than all others.
@@ -181,15 +181,16 @@ def draw_arm(
     return True
 
 
-def in_blocks(table: pd.DataFrame, places: pd.Index) -> tuple[pd.DataFrame, int]:
+def in_blocks(table: pd.DataFrame, values: pd.Series) -> tuple[pd.DataFrame, int]:
     """The rows of a table, or their means over blocks of as few as leave `MOST_POINTS`.
 
     Args:
-        places: the index of all lines of a panel, ascending, so that they have blocks in common.
+        values: of the index, in all lines of a panel, so that they have blocks in common.
 
     Returns:
         The table, by the middle of each block, and how many places a block has.
     """
+    places = np.unique(values)
     width = -(-len(places) // MOST_POINTS)
     if width <= 1:
         return table, 1

@@ -133,8 +133,7 @@ def _lines(frame: pd.DataFrame, column: str, text: str, *, log: bool) -> Figure:
 
 def _median(axes: Axes, steps: pd.DataFrame, arm: str, ink: str, width: float) -> None:
     table = steps[steps["arm"] == arm].pivot(index="step", columns="seed", values="reward")
-    places = pd.Index(steps["step"].unique()).sort_values()
-    table, _ = style.in_blocks(table.astype(float), places)
+    table, _ = style.in_blocks(table.astype(float), steps["step"])
     axes.plot(table.index, table.median(axis=1), color=ink, linewidth=width)
 
 

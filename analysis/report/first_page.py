@@ -73,17 +73,11 @@ def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
     grpo = runs[runs["arm"] == "grpo"]
     if grpo.empty:
         return ""
-    names = ("router_noise", "hidden_noise", "updates_per_rollout", "num_experts")
-    noise, hidden, updates, experts = (grpo[name].iloc[0] for name in names)
+    updates, experts = (grpo[name].iloc[0] for name in ("updates_per_rollout", "num_experts"))
     dense = is_dense(grpo)
-    disease = f"passes that route differently, noise {noise:g}" if noise else "no noise"
-    if not noise and (hidden or 0) > 0:  # None: runs of a version without it
-        disease = f"noise {hidden:g} on hidden states, which no router sees"
-    if (precision := grpo["rollout_precision"].iloc[0]) not in ("float32", None):
-        disease = f"rollouts with {precision} weights"
     model = "a dense model, " if dense else ""
     many = "update" if updates == 1 else "updates"
-    start = f"In {setting} ({model}{disease}, {updates:g} {many} a rollout)"
+    start = f"In {setting} ({model}{_disease(grpo)}, {updates:g} {many} a rollout)"
     others = (runs["arm"] != "grpo") & ~runs["arm"].str.startswith(rules.RESTARTS)
     alike = runs[(runs["num_experts"] == experts) & others]
     if not rules.fails(runs, "grpo"):
@@ -97,9 +91,10 @@ def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
     by_gain = " by the gain over GRPO" if len(mild) else ""
     judged: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for arm, own in alike.groupby("arm"):
-        finding, by = rules.restores(runs, str(arm)), by_gain
         if (mild["arm"] == arm).any():
             finding, by = rules.keeps(runs, mild, str(arm)), by_mild
+        else:
+            finding, by = rules.restores(runs, str(arm)), by_gain
         judged.setdefault((finding.verdict, by), []).append((_final(own), arm_label(str(arm))))
     parts = [
         f"{word}{by}: "
@@ -111,6 +106,19 @@ def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
     ]
     sentences = [f"{start} GRPO ended at {_final(grpo)}.", *parts, _dense_cure(runs)]
     return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _disease(runs: pd.DataFrame) -> str:
+    """What is done to the passes of a setting's runs."""
+    names = ("router_noise", "hidden_noise", "rollout_precision")
+    noise, hidden, precision = (runs[name].iloc[0] for name in names)
+    if precision not in ("float32", None):
+        return f"rollouts with {precision} weights"
+    if noise:
+        return f"passes that route differently, noise {noise:g}"
+    if (hidden or 0) > 0:  # None: runs of a version without it
+        return f"noise {hidden:g} on hidden states, which no router sees"
+    return "no noise"
 
 
 def _above(runs: pd.DataFrame, arms: Iterable[str]) -> str:

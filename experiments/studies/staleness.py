@@ -63,7 +63,7 @@ def runs(root: Path) -> list[RunConfig]:
 
 
 def _fresh(base: RunConfig, setting: str) -> RunConfig:
-    """The same updates and the same schedule, each update on a rollout of its own."""
+    """The same updates and warm-up, each update on a rollout of its own."""
     updates = base.updates_per_rollout
     return base.replace(
         setting=setting,
