@@ -11,7 +11,7 @@ import pytest
 
 from moe_rl.analysis.data.collapse import Outcome, stability_frontier
 from moe_rl.analysis.data.measures import CHAIN, WHOLE
-from moe_rl.analysis.report.sections import paired_tests
+from moe_rl.analysis.report.tables import paired_tests
 from moe_rl.commands.cli import main
 from moe_rl.presets import preset
 from moe_rl.training.run import train

@@ -9,7 +9,7 @@ import pandas as pd
 
 from moe_rl.analysis.data.collapse import stability_frontier
 from moe_rl.analysis.data.load import StudyRuns, load_study
-from moe_rl.analysis.data.measures import run_measures, summarize
+from moe_rl.analysis.data.measures import run_measures
 from moe_rl.analysis.plots.frontier import map_cells
 from moe_rl.analysis.plots.style import lead_arms
 from moe_rl.analysis.report import sections
@@ -25,7 +25,7 @@ from moe_rl.analysis.report.first_page import answers, twist_setting, twist_word
 from moe_rl.analysis.report.narrative import config_line, headline, map_headline, pooled_fields
 from moe_rl.analysis.report.page import GENERATOR, render
 from moe_rl.analysis.report.svg import save_figure
-from moe_rl.analysis.verdicts.claims import claims_table
+from moe_rl.analysis.report.tables import study_tables, write_tables
 
 PANELS = 9  # settings in one figure
 CHAPTERS = 6  # above this many settings only the map is drawn, not every setting's time courses
@@ -50,14 +50,8 @@ def write_report(
         (out / folder).mkdir(parents=True, exist_ok=True)
     _remove_last_report(out)
     measures = run_measures(study) if measures is None else measures
-    tables = {
-        "runs": measures,
-        "arms": summarize(study, measures),
-        "claims": claims_table(study, measures),
-        "paired": sections.paired_tests(measures),
-    }
-    planned_tests = sections.planned_tests(study, measures)
-    _write_data(out / "data", study, tables | ({"planned": planned_tests} if study.tests else {}))
+    tables = study_tables(study, measures)
+    write_tables(out / "data", tables | _large_tables(study, measures))
 
     mapped = has_map(study)
     many = len(study.settings) > CHAPTERS
@@ -79,7 +73,7 @@ def write_report(
         "map": map_chapter,
         "many_settings": many,
         "matrix": list(verdicts.items()),
-        "planned_tests": planned_tests.to_dict("records"),
+        "planned_tests": tables["planned"].to_dict("records") if study.tests else [],
         "chapters": [_chapter(study.setting(name), tables, out) for name in names],
         "run_notes": sections.run_notes(study),
         "varying": sections.varying_fields(study),
@@ -122,8 +116,9 @@ def _remove_last_report(out: Path) -> None:
 
 
 def _rows_of(setting: str, tables: dict[str, pd.DataFrame]) -> list[pd.DataFrame]:
-    """The rows of one setting of every table."""
-    return [table[table["setting"] == setting] for table in tables.values()]
+    """The rows of one setting of the tables runs, arms, claims and paired."""
+    some = (tables[name] for name in ("runs", "arms", "claims", "paired"))
+    return [table[table["setting"] == setting] for table in some]
 
 
 def _chapter(study: StudyRuns, tables: dict[str, pd.DataFrame], out: Path) -> dict[str, Any]:
@@ -171,13 +166,10 @@ def _figures(
     return {"drawn": drawn, "left_out": left_out, "config": config}
 
 
-def _write_data(folder: Path, study: StudyRuns, tables: dict[str, pd.DataFrame]) -> None:
-    if has_map(study):
-        measures = tables["runs"]
-        done = measures[measures["complete"]]
-        more = {"map": map_cells(measures), "frontier": stability_frontier(done)}
-    else:
-        # A map's would be hundreds of megabytes, and they are in the run folders anyhow.
-        more = {"steps": study.steps, "updates": study.updates}
-    for name, frame in (tables | more).items():
-        frame.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n", float_format="%.8g")
+def _large_tables(study: StudyRuns, measures: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What the figures of time courses, or of a map, are drawn from."""
+    if not has_map(study):
+        return {"steps": study.steps, "updates": study.updates}
+    # A map's time courses would be hundreds of megabytes, and they are in the run folders anyhow.
+    done = measures[measures["complete"]]
+    return {"map": map_cells(measures), "frontier": stability_frontier(done)}

@@ -23,7 +23,7 @@ from moe_rl.analysis.data.measures import run_measures
 from moe_rl.analysis.report.figures import SETTING_FIGURES, STUDY_FIGURES, has_map
 from moe_rl.analysis.report.first_page import answers
 from moe_rl.analysis.report.page import bounds
-from moe_rl.analysis.report.sections import paired_tests
+from moe_rl.analysis.report.tables import paired_tests
 
 
 @pytest.fixture
