@@ -110,7 +110,7 @@ def load_study(path: str | Path) -> StudyRuns:
     if not root.is_dir():
         raise AnalysisError(f"{root}: no such folder; {_HOW}")
     notes: list[str] = []
-    study = _read_json(root / "study.json") if (root / "study.json").is_file() else {}
+    study = read_json(root / "study.json") if (root / "study.json").is_file() else {}
     # Checkpoints have a config.json too, of the model: in a study only runs/SETTING/ARM/SEED count.
     files = root.glob("runs/*/*/*/config.json") if study else root.rglob("steps.jsonl")
     folders = sorted(file.parent for file in files)
@@ -164,7 +164,7 @@ def load_study(path: str | Path) -> StudyRuns:
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """One JSON object with our schema number."""
     try:
         value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -181,9 +181,9 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The row of `runs` and the nested config."""
-    config = _read_json(folder / "config.json")["config"]
+    config = read_json(folder / "config.json")["config"]
     done = (folder / "summary.json").is_file()
-    summary = decode(_read_json(folder / "summary.json")) if done else {}
+    summary = decode(read_json(folder / "summary.json")) if done else {}
     row: dict[str, Any] = {name: config[name] for name in KEYS}
     row |= {"complete": bool(summary.get("complete", False)), "folder": str(folder)}
     row |= {name: value for name, value in flat_settings(config).items() if name not in row}

@@ -59,6 +59,18 @@ class FigureSpec:
 
 SEEDS = "Thin lines are seeds, thick lines the median over seeds."
 
+FINAL_REWARDS = FigureSpec(
+    key="final-rewards",
+    title="Final reward of every arm",
+    caption="Mean reward over the last eighth of the steps, complete runs. Every dot is a "
+    "seed, open where it collapsed; seeds of an arm stand one below the other. The "
+    "tick is the interquartile mean, the bar its 95% bootstrap interval, the dotted line the "
+    "interquartile mean of GRPO.",
+    draw=lambda study, measures: remedies.final_rewards(measures, study.settings),
+    needs=("reward",),
+    every_arm=True,
+)
+
 STUDY_FIGURES = [
     FigureSpec(
         key="main-arms",
@@ -69,17 +81,7 @@ STUDY_FIGURES = [
         needs=("reward",),
         every_arm=True,
     ),
-    FigureSpec(
-        key="final-rewards",
-        title="Final reward of every arm",
-        caption="Mean reward over the last eighth of the steps, complete runs. Every dot is a "
-        "seed, open where it collapsed; seeds of an arm stand one below the other. The "
-        "tick is the interquartile mean, the bar its 95% bootstrap interval, the dotted line the "
-        "interquartile mean of GRPO.",
-        draw=lambda study, measures: remedies.final_rewards(measures, study.settings),
-        needs=("reward",),
-        every_arm=True,
-    ),
+    FINAL_REWARDS,
 ]
 
 TWIST_FIGURE = FigureSpec(

@@ -35,7 +35,12 @@ def study_tables(study: StudyRuns, measures: pd.DataFrame) -> dict[str, pd.DataF
 def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
     """Write each table as FOLDER/NAME.csv."""
     for name, table in tables.items():
-        table.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n", float_format="%.8g")
+        (folder / f"{name}.csv").write_text(as_csv(table), encoding="utf-8")
+
+
+def as_csv(table: pd.DataFrame) -> str:
+    """The text of a table's file: numbers to eight digits."""
+    return table.to_csv(index=False, lineterminator="\n", float_format="%.8g")
 
 
 def paired_tests(measures: pd.DataFrame) -> pd.DataFrame:

@@ -28,6 +28,7 @@ from moe_rl.commands.inspect import Inspect
 from moe_rl.commands.map import Map
 from moe_rl.commands.messages import complain, explain, format_warning
 from moe_rl.commands.options import BaseSettings, Command
+from moe_rl.commands.pool import Pool
 from moe_rl.commands.report import Report
 from moe_rl.commands.reproduce import Reproduce
 from moe_rl.commands.study import Study
@@ -48,6 +49,7 @@ COMMANDS: tuple[type[Command], ...] = (
     DebugCrash,
     Report,
     Compare,
+    Pool,
     Watch,
     EarlyWarning,
     CheckReplay,
