@@ -11,6 +11,7 @@ import pytest
 
 from moe_rl.analysis.data.collapse import Outcome, stability_frontier
 from moe_rl.analysis.data.measures import CHAIN, WHOLE
+from moe_rl.analysis.report.finals import fill
 from moe_rl.analysis.report.tables import paired_tests
 from moe_rl.commands.cli import main
 from moe_rl.presets import preset
@@ -214,3 +215,24 @@ def test_committed_results_were_made_by_the_commands_that_the_docs_give() -> Non
         runs = pd.read_csv(results / name / "runs.csv")
         made = {(row.setting, row.arm, row.seed) for row in runs.itertuples() if row.complete}
         assert made == {tuple(run) for run in study["runs"]}, f"{name}: runs are missing"
+
+
+def test_tables_of_finals_are_those_of_the_committed_runs() -> None:
+    """`python -m moe_rl.analysis.report.finals docs/results.md` fills them."""
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert page.count("<!-- finals ") >= 10
+    assert fill(page, ROOT / "experiments" / "results") == page
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        ("mild-L2/grpo mild-L2/nobody", "no runs of mild-L2/nobody"),
+        ("mild-L2/grpo mild-L2/grpo mild-L2/grpo", "too few cells"),
+        ("mild-L2/grpo\nmild-L4/grpo", "2 lines for 1 rows"),
+    ],
+)
+def test_a_table_of_finals_that_does_not_fit_is_refused(cells: str, said: str) -> None:
+    page = f"<!-- finals depth\n{cells}\n-->\n\n| | a | b |\n|---|---|---|\n| x | 1 | 2 |\n"
+    with pytest.raises(ValueError, match=said):
+        fill(page, ROOT / "experiments" / "results")
