@@ -18,7 +18,7 @@ alarm comes before it, whenever it comes.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -352,4 +352,24 @@ def stated_table(runs: Sequence[WatchedRun]) -> pd.DataFrame:
         for horizon in HORIZONS
         for stated in STATED
     ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def tried_table(
+    runs: Sequence[WatchedRun], thresholds: Mapping[str, float], horizon: int
+) -> pd.DataFrame:
+    """One row a signal and setting: what a threshold of the signal does on its runs.
+
+    The last row of a signal, with setting "all", counts the runs of all settings: as nothing is
+    chosen here, those without a collapse or a survivor too.
+    """
+    rows = []
+    for name, threshold in thresholds.items():
+        groups: dict[str, list[WatchedRun]] = {}
+        for run in runs:
+            groups.setdefault(run.setting, []).append(run)
+        for setting, own in [*groups.items(), ("all", list(runs))]:
+            alarms = try_alarm(own, SIGNALS[name], horizon, threshold)
+            key = {"horizon": horizon, "signal": name, "setting": setting, "threshold": threshold}
+            rows.append(key | alarms.row())
     return pd.DataFrame(rows)

@@ -25,17 +25,20 @@ class Warning(Command):
     """Folder for the tables, the figure and thresholds.json."""
     horizon: int = 5
     """Steps that thresholds.json is for: 3, 5, 8 or 10."""
+    tried: Path | None = None
+    """thresholds.json of other runs, to be tried on these."""
 
     def run(self) -> int:
         """Write them, and say what predicts."""
         from moe_rl.analysis.plots.warning import auc_by_signal
         from moe_rl.analysis.warning import evaluate
-        from moe_rl.analysis.warning.thresholds import make_thresholds
+        from moe_rl.analysis.warning.thresholds import make_thresholds, read_thresholds
 
         if self.horizon not in evaluate.HORIZONS:
             known = ", ".join(map(str, evaluate.HORIZONS))
             raise ConfigError(f"horizon={self.horizon}: not evaluated; use one of {known}")
         check_can_be_made(self.out, "out")
+        others = read_thresholds(self.tried) if self.tried else None
         names: list[str] = []
         runs = evaluate.watched_runs(self._one_by_one(names))
         counted = evaluate.settings_that_count(runs)
@@ -50,6 +53,10 @@ class Warning(Command):
         left_out.to_csv(self.out / "alarms.csv", index=False, float_format="%.6g")
         stated = evaluate.stated_table(runs)
         stated.to_csv(self.out / "stated.csv", index=False, float_format="%.6g")
+        if others:
+            rules = {rule.signal: rule.threshold for rule in others.signals}
+            tried = evaluate.tried_table(runs, rules, others.horizon)
+            tried.to_csv(self.out / "tried.csv", index=False, float_format="%.6g")
         thresholds = make_thresholds(runs, names, self.horizon, aucs, left_out)
         thresholds.write(self.out / "thresholds.json")
         auc_by_signal(aucs).savefig(self.out / "auc.png", dpi=200)

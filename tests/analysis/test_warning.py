@@ -25,6 +25,7 @@ from moe_rl.analysis.warning.evaluate import (
     leave_one_out,
     mean_auc,
     stated_table,
+    tried_table,
     watched_runs,
 )
 from moe_rl.analysis.warning.judge import judge
@@ -184,6 +185,17 @@ def test_published_thresholds_are_tried_as_they_are_stated() -> None:
     assert list(rates.loc["router_shift", 0.7]) == [1, 0]
 
 
+def test_thresholds_of_other_runs_are_tried_in_every_setting() -> None:
+    runs = [run_with("a", "x", seed, 9.0, **{PREDICTS: 1.0}) for seed in range(3)]
+    runs += [run_with("b", "x", seed, math.nan, **{PREDICTS: float(seed)}) for seed in range(2)]
+    table = tried_table(runs, {PREDICTS: 0.5, NOISE: 0.5}, 5).set_index(["signal", "setting"])
+    counts = table[["hits", "collapses", "false_alarms", "survivors"]]
+    assert list(counts.loc[PREDICTS, "a"]) == [3, 3, 0, 0]
+    assert list(counts.loc[PREDICTS, "b"]) == [0, 0, 1, 2]
+    assert list(counts.loc[PREDICTS, "all"]) == [3, 3, 1, 2]
+    assert list(counts.loc[NOISE, "all"]) == [0, 0, 0, 0]  # not logged
+
+
 def test_signals_worked_out_by_hand() -> None:
     steps = pd.DataFrame({"step": [0, 1, 2, 3], "reward": [0.1, 0.3, 0.5, 0.7], "entropy": 0.4})
     updates = pd.DataFrame(
@@ -311,6 +323,11 @@ def test_from_studies_to_the_verdict_on_a_run(tmp_path: Path, capsys: Any) -> No
     assert {file.name for file in out.iterdir()} == {
         *("auc.csv", "alarms.csv", "stated.csv", "auc.png", "thresholds.json")
     }
+    again = ["--tried", str(out / "thresholds.json"), "--out", str(tmp_path / "again")]
+    assert main(["warning", str(study), *again]) == 0
+    tried = pd.read_csv(tmp_path / "again" / "tried.csv").set_index(["signal", "setting"])
+    assert tried.loc["ratio_log_var", "all"].hit_rate == 1
+    capsys.readouterr()
     auc = pd.read_csv(out / "auc.csv").set_index(["horizon", "signal"])
     assert auc.loc[5, "ratio_log_var"].auc == 1
     assert math.isnan(auc.loc[5, "ratio_log_var"].within_arm)
