@@ -136,7 +136,7 @@ def _check_configs(runs: pd.DataFrame) -> None:
     columns = [name for name in [*CONFIG_COLUMNS, "steps"] if name in runs]
     for (setting, arm), own in runs.groupby(["setting", "arm"], sort=False):
         for name in columns:
-            values = own.drop_duplicates(name)
+            values = own.dropna(subset=name).drop_duplicates(name)  # NaN: of an earlier version
             if len(values) > 1:
                 said = " and ".join(f"{row[name]} in {row['part']}" for _, row in values.iterrows())
                 raise AnalysisError(

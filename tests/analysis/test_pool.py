@@ -73,6 +73,12 @@ def test_a_pool_can_be_pooled_again_and_into_its_own_folder(parts: list[Path], w
     pd.testing.assert_frame_equal(table(parts[0], "runs"), expected, rtol=1e-6, atol=1e-7)
 
 
+def test_tables_of_a_version_without_an_option_are_a_part(parts: list[Path]) -> None:
+    rows = table(parts[0], "runs").drop(columns="hidden_noise")
+    rows.to_csv(parts[0] / "runs.csv", index=False)
+    assert len(pool(parts)[0].runs) == 30
+
+
 def test_interrupted_runs_are_left_out(parts: list[Path]) -> None:
     (parts[1] / "runs" / "one" / "gspo" / "seed3" / "summary.json").unlink()
     study, plan = pool(parts)
