@@ -34,7 +34,7 @@ def pool(folders: Sequence[Path]) -> tuple[StudyRuns, dict[str, Any]]:
     """The complete runs of all parts as one study, and its study.json.
 
     Of the study only what its tables need is there: `runs` has the columns of `run_measures`, and
-    `steps` and `updates` are empty. Its plan is that of the last part.
+    `steps` and `updates` are empty. Its plan is that of the last part, and may have grown.
 
     Raises:
         AnalysisError: a folder is no part of a study, the parts are of different studies or differ
@@ -43,12 +43,18 @@ def pool(folders: Sequence[Path]) -> tuple[StudyRuns, dict[str, Any]]:
     """
     plans = [read_json(_file(folder, "study.json")) for folder in folders]
     for plan, folder in zip(plans, folders, strict=True):
-        for key in ("name", "mode", "tests"):
+        for key in ("name", "mode"):
             if plan.get(key) != plans[-1].get(key):
                 raise AnalysisError(
                     f"{folder}: its study.json has {key}={plan.get(key)!r}, {folders[-1]} has "
                     f"{plans[-1].get(key)!r}; pool the seeds of one study"
                 )
+        lost = [test for test in plan.get("tests", []) if test not in plans[-1].get("tests", [])]
+        if lost:
+            raise AnalysisError(
+                f"{folder}: its plan has a test that {folders[-1]} has not, {lost[0]}; give the "
+                "folder with the newest plan last"
+            )
     parts = [_complete_runs(folder).assign(part=str(folder)) for folder in folders]
     runs = pd.concat(parts, ignore_index=True)
     if runs.empty:

@@ -100,9 +100,14 @@ def another_rate(parts: list[Path]) -> None:
     rows.to_csv(parts[0] / "runs.csv", index=False)
 
 
-def another_plan(parts: list[Path]) -> None:
+def another_study(parts: list[Path]) -> None:
     plan = json.loads((parts[0] / "study.json").read_text())
-    (parts[0] / "study.json").write_text(json.dumps(plan | {"tests": []}))
+    (parts[0] / "study.json").write_text(json.dumps(plan | {"name": "mine"}))
+
+
+def an_older_plan_last(parts: list[Path]) -> None:
+    plan = json.loads((parts[-1] / "study.json").read_text())
+    (parts[-1] / "study.json").write_text(json.dumps(plan | {"tests": []}))
 
 
 def no_plan(parts: list[Path]) -> None:
@@ -128,7 +133,8 @@ def nothing_complete(parts: list[Path]) -> None:
         (without_runs, "second: found no run folders"),
         (same_seed, "second and .*moved: both have setting 'two', seed 3"),
         (another_rate, "learning_rate is 0.5 in .*tables and .* in .*second"),
-        (another_plan, r"tables: its study.json has tests=\[\]"),
+        (another_study, "tables: its study.json has name='mine', .*third has 'collapse'"),
+        (an_older_plan_last, "tables: its plan has a test that .*third has not, .*gain"),
         (no_plan, "tables/study.json: no such file"),
         (no_table, "tables/runs.csv: no table"),
         (no_finals, "tables/runs.csv: no column 'final'"),
