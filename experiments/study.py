@@ -1,7 +1,8 @@
 """A study: the runs it is made of, and study.json, which says what its folder holds."""
 
+import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -82,6 +83,19 @@ class StudyPlan:
                 "no run is left: give at least one arm and one seed, and of a map each axis a "
                 "value; the dense control has no router to perturb and needs noise 0"
             )
+
+    def of_seeds(self, seeds: Sequence[int]) -> "StudyPlan":
+        """The runs of some of its seeds.
+
+        Raises:
+            ConfigError: it has no run of one of them.
+        """
+        own = sorted({config.seed for config in self.configs})
+        for seed in seeds:
+            if seed not in own:
+                raise ConfigError(f"seeds={seed}: the study has {', '.join(map(str, own))}")
+        some = tuple(config for config in self.configs if config.seed in seeds)
+        return dataclasses.replace(self, configs=some)
 
     def write(self, root: Path, command: str) -> None:
         """Write study.json into the study folder `root`; `command` says how to make it again.

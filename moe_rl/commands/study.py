@@ -19,6 +19,9 @@ class Study(StudyOptions, Command):
 
     name: Annotated[StudyName, tyro.conf.Positional]
     """Study to run; the head of experiments/studies/NAME.py has its question and its tests."""
+    seeds: tuple[int, ...] = ()
+    """Run these seeds of the plan alone; `moe-rl pool` joins what several machines have run.
+    Default: all of them."""
     out: Path | None = None
     """Study folder. Default: runs/NAME."""
 
@@ -27,4 +30,5 @@ class Study(StudyOptions, Command):
         from moe_rl.experiments.studies import study_plan
 
         root = self.out or Path("runs") / self.name
-        return run_study(study_plan(self.name, root), root, self)
+        study = study_plan(self.name, root)
+        return run_study(study.of_seeds(self.seeds) if self.seeds else study, root, self)

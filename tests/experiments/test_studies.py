@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 
+from moe_rl.commands.cli import main
 from moe_rl.config import ConfigError, RunConfig, StudyName
 from moe_rl.experiments.arms import ARMS
 from moe_rl.experiments.quick import quick
@@ -112,3 +113,14 @@ def test_the_command_line_knows_every_study() -> None:
 def test_a_study_of_no_run_is_refused() -> None:
     with pytest.raises(ConfigError, match="no run is left: give at least one arm and one seed"):
         quick(seeds=[])
+
+
+def test_machines_can_share_a_study_by_its_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    def listed(*words: str) -> list[str]:
+        assert main(["study", "tolerance", "--dry-run", *words]) == 0
+        return capsys.readouterr().out.splitlines()[:-1]
+
+    parts = [listed("--seeds", "24", "25"), listed("--seeds", "21", "22", "23")]
+    assert all(parts) and sorted(sum(parts, [])) == sorted(listed())
+    assert main(["study", "tolerance", "--dry-run", "--seeds", "24", "99"]) == 2
+    assert "seeds=99: the study has 21, 22, 23, 24, 25" in capsys.readouterr().err
