@@ -121,6 +121,6 @@ def test_machines_can_share_a_study_by_its_seeds(capsys: pytest.CaptureFixture[s
         return capsys.readouterr().out.splitlines()[:-1]
 
     parts = [listed("--seeds", "24", "25"), listed("--seeds", "21", "22", "23")]
-    assert all(parts) and sorted(sum(parts, [])) == sorted(listed())
+    assert all(parts) and sorted(parts[0] + parts[1]) == sorted(listed())
     assert main(["study", "tolerance", "--dry-run", "--seeds", "24", "99"]) == 2
     assert "seeds=99: the study has 21, 22, 23, 24, 25" in capsys.readouterr().err
