@@ -8,6 +8,7 @@ same seed (`window_end`). Only `churn_early` is of fixed steps, and `replay_cove
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,7 @@ def run_measures(study: StudyRuns) -> pd.DataFrame:
     routing_share        share of Var(log w) due to routing, see attribution.py
     response_length      mean tokens of a response
     seconds, seconds_per_step, instruments_share     of summary.json
+    machine              processor, vector instructions and torch, of summary.json
     """
     steps = dict(tuple(study.steps.groupby(KEYS))) if len(study.steps) else {}
     rows = []
@@ -80,11 +82,19 @@ def run_measures(study: StudyRuns) -> pd.DataFrame:
                 "seconds": seconds,
                 "seconds_per_step": seconds / result.steps if result.steps else math.nan,
                 "instruments_share": run.get("summary_instruments_share", math.nan),
+                "machine": machine(run),
             }
         )
     measures = pd.DataFrame(rows)
     measures["window_end"] = _window_end(measures)
     return measures.join(_links(study, measures), on=KEYS)
+
+
+def machine(run: Mapping[str, Any]) -> str:
+    """Processor, its vector instructions in use, and torch, as a row of `runs` recorded them."""
+    names = ("processor", "cpu_capability", "torch")
+    found = (run.get(f"summary_{name}") for name in names)
+    return ", ".join(value for value in found if isinstance(value, str))
 
 
 def before_collapse(frame: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:

@@ -6,13 +6,15 @@ row a run; time courses are in the run folders alone.
 """
 
 import io
-import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from moe_rl.analysis.data.collapse import Outcome
 from moe_rl.analysis.data.load import (
     CONFIG_COLUMNS,
     KEYS,
@@ -21,13 +23,24 @@ from moe_rl.analysis.data.load import (
     load_study,
     read_json,
 )
-from moe_rl.analysis.data.measures import run_measures
+from moe_rl.analysis.data.measures import CHAIN, WHOLE, run_measures
 from moe_rl.analysis.plots.remedies import final_rewards
 from moe_rl.analysis.report.figures import FINAL_REWARDS
 from moe_rl.analysis.report.svg import save_figure
 from moe_rl.analysis.report.tables import as_csv, study_tables, write_tables
 from moe_rl.experiments.arms import arm_key
 from moe_rl.experiments.study import Comparison
+from moe_rl.run_folder.log import write_json
+
+_MEASURED = [
+    *KEYS, "complete", *(field.name for field in fields(Outcome)), *CHAIN, *WHOLE, "window_end",
+    "seconds", "seconds_per_step", "instruments_share",
+]  # fmt: skip
+
+_KINDS = {
+    "setting": "string", "arm": "string", "seed": "integer", "complete": "boolean",
+    "collapsed": "boolean",
+}  # fmt: skip
 
 
 def pool(folders: Sequence[Path]) -> tuple[StudyRuns, dict[str, Any]]:
@@ -38,92 +51,143 @@ def pool(folders: Sequence[Path]) -> tuple[StudyRuns, dict[str, Any]]:
 
     Raises:
         AnalysisError: a folder is no part of a study, the parts are of different studies or differ
-            in an arm's config, or two have one seed of a setting, whose arms are compared with each
-            other and must come from one machine.
+            in a config column of an arm, or two have one seed of a setting, whose arms are compared
+            with each other and must come from one machine.
     """
-    plans = [read_json(_file(folder, "study.json")) for folder in folders]
-    for plan, folder in zip(plans, folders, strict=True):
-        for key in ("name", "mode"):
-            if plan.get(key) != plans[-1].get(key):
-                raise AnalysisError(
-                    f"{folder}: its study.json has {key}={plan.get(key)!r}, {folders[-1]} has "
-                    f"{plans[-1].get(key)!r}; pool the seeds of one study"
-                )
-        lost = [test for test in plan.get("tests", []) if test not in plans[-1].get("tests", [])]
-        if lost:
-            raise AnalysisError(
-                f"{folder}: its plan has a test that {folders[-1]} has not, {lost[0]}; give the "
-                "folder with the newest plan last"
-            )
+    plans = _read_plans(folders)
     parts = [_complete_runs(folder).assign(part=str(folder)) for folder in folders]
-    runs = pd.concat(parts, ignore_index=True)
-    if runs.empty:
+    parts = [part for part in parts if len(part)]
+    if not parts:
         raise AnalysisError(f"{folders[0]}: no run of it is complete; finish the study first")
+    runs = pd.concat(parts, ignore_index=True)
     _check_seeds(runs)
     _check_configs(runs)
 
-    settings = list(dict.fromkeys(runs["setting"]))
-    order = {
-        "setting": settings.index,
-        "arm": sorted(set(runs["arm"]), key=arm_key).index,
-        "seed": int,
-    }
+    planned = [setting for plan in reversed(plans) for setting in plan["settings"]]
+    settings = [name for name in dict.fromkeys(planned) if (runs["setting"] == name).any()]
+    arms = sorted(set(runs["arm"]), key=arm_key)
+    order = {"setting": settings.index, "arm": arms.index, "seed": int}
     runs = runs.drop(columns="part").sort_values(
         KEYS, key=lambda column: column.map(order[column.name]), ignore_index=True
     )
     keys = list(runs[KEYS].itertuples(index=False, name=None))
+    plan = plans[-1] | {
+        "settings": settings,
+        "arms": arms,
+        "seeds": sorted(set(runs["seed"].tolist())),
+        "runs": keys,
+        "command": "; ".join(dict.fromkeys(plan["command"] for plan in plans)),
+    }
     study = StudyRuns(
-        path=folders[0],
-        name=plans[-1]["name"],
-        mode=plans[-1]["mode"],
-        command="; ".join(dict.fromkeys(plan["command"] for plan in plans)),
+        path=folders[-1],
+        name=plan["name"],
+        mode=plan["mode"],
+        command=plan["command"],
         settings=settings,
-        arms=sorted(set(runs["arm"]), key=arm_key),
+        arms=arms,
         runs=runs,
         steps=pd.DataFrame(columns=[*KEYS, "step"]),
         updates=pd.DataFrame(columns=[*KEYS, "step", "update"]),
         planned=keys,
         configs={},
-        tests=[Comparison(*test) for test in plans[-1].get("tests", [])],
+        tests=[Comparison(*test) for test in plan["tests"]],
     )
-    held = {"settings": settings, "arms": study.arms, "seeds": sorted(set(runs["seed"].tolist()))}
-    return study, plans[-1] | held | {"runs": keys, "command": study.command}
+    return study, plan
 
 
 def write_pool(study: StudyRuns, plan: dict[str, Any], out: Path) -> dict[str, pd.DataFrame]:
-    """Write study.json, every table and the figure of final rewards into `out`; the tables."""
+    """Write study.json, every table and the figure of final rewards into `out`; the tables.
+
+    Raises:
+        AnalysisError: `out` holds runs, or anything but tables of this study.
+    """
+    _check_out(out, plan["name"])
     tables = study_tables(study, study.runs)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "study.json").write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "study.json", plan)
     write_tables(out, tables)
     figure = final_rewards(study.runs, study.settings)
     save_figure(out / "figures", f"all-{FINAL_REWARDS.key}", FINAL_REWARDS.title, figure)
     return tables
 
 
-def _file(folder: Path, name: str) -> Path:
-    file = folder / name
-    if not file.is_file():
+def _check_out(out: Path, name: str) -> None:
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if (out / "runs").exists():
         raise AnalysisError(
-            f"{file}: no such file; give study folders, or folders with study.json and runs.csv"
+            f"out={str(out)!r}: holds runs, whose study.json must stay theirs; give another folder"
         )
-    return file
+    if not (out / "study.json").is_file() or read_json(out / "study.json").get("name") != name:
+        raise AnalysisError(
+            f"out={str(out)!r}: holds no tables of the study {name!r}; give another folder"
+        )
+
+
+def _read_plans(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    plans = []
+    for folder in folders:
+        file = folder / "study.json"
+        if not file.is_file():
+            raise AnalysisError(
+                f"{file}: no such file; give study folders, or folders with study.json and runs.csv"
+            )
+        plan = {"tests": []} | read_json(file)
+        text = [plan.get(key) for key in ("name", "mode", "command")]
+        lists = [plan.get(key) for key in ("settings", "tests")]
+        if not all(isinstance(value, str) for value in text) or not all(
+            isinstance(value, list) for value in lists
+        ):
+            raise AnalysisError(
+                f"{file}: needs the texts name, mode and command and the lists settings and tests, "
+                "as `moe-rl` writes them"
+            )
+        plans.append(plan)
+    last = plans[-1]
+    for plan, folder in zip(plans, folders, strict=True):
+        for key in ("name", "mode"):
+            if plan[key] != last[key]:
+                raise AnalysisError(
+                    f"{folder}: its study.json has {key}={plan[key]!r}, {folders[-1]} has "
+                    f"{last[key]!r}; pool the seeds of one study"
+                )
+        dropped = [test for test in plan["tests"] if test not in last["tests"]]
+        if dropped:
+            raise AnalysisError(
+                f"{folder}: its plan has a test that {folders[-1]} has not, {dropped[0]}; give the "
+                "folder with the newest plan last"
+            )
+    return plans
 
 
 def _complete_runs(folder: Path) -> pd.DataFrame:
     """One row of measures a complete run, as a table that was written and read again."""
     table = folder / "runs.csv"
-    text = table.read_text() if table.is_file() else as_csv(run_measures(load_study(folder)))
     try:
-        runs = pd.read_csv(io.StringIO(text))
-        missing = [name for name in [*KEYS, "complete", "final"] if name not in runs]
+        if (folder / "runs").is_dir():
+            runs = pd.read_csv(io.StringIO(as_csv(run_measures(load_study(folder)))))
+        else:
+            if not table.read_bytes().endswith(b"\n"):
+                raise AnalysisError(f"{table}: ends within a line; copy it once more")
+            runs = pd.read_csv(table)
+    except FileNotFoundError as error:
+        raise AnalysisError(f"{folder}: has neither runs/ nor runs.csv; give a study") from error
     except ValueError as error:
+        if isinstance(error, AnalysisError):
+            raise
         raise AnalysisError(f"{table}: no table ({error}); `moe-rl report` writes one") from error
+    missing = [name for name in _MEASURED if name not in runs]
     if missing:
-        raise AnalysisError(f"{table}: no column {missing[0]!r}; `moe-rl report` writes one")
+        raise AnalysisError(f"{table}: no column {missing[0]!r}; `moe-rl report` writes all")
+    for name, kind in _KINDS.items():
+        if len(runs) and pd.api.types.infer_dtype(runs[name], skipna=False) != kind:
+            raise AnalysisError(f"{table}: {name} must be a {kind} in every row")
+    done = runs[runs["complete"].astype(bool)]
+    if not np.isfinite(pd.to_numeric(done["final"], errors="coerce")).all():
+        raise AnalysisError(f"{table}: final must be a number in every complete run")
     # Rows of an earlier version may lack a config column that came later.
     columns = list(dict.fromkeys([*KEYS, "complete", *CONFIG_COLUMNS, *runs.columns]))
-    return runs[runs["complete"].astype(bool)].reindex(columns=columns)
+    return done.reindex(columns=columns)
 
 
 def _check_seeds(runs: pd.DataFrame) -> None:

@@ -10,17 +10,15 @@ import pandas as pd
 from scipy import stats
 
 from moe_rl.analysis.data.load import AnalysisError, StudyRuns
-from moe_rl.analysis.data.measures import run_measures
+from moe_rl.analysis.data.measures import machine, run_measures
 from moe_rl.analysis.data.stats import LEVEL, finite
 from moe_rl.analysis.verdicts.claims import claims_table
 
 
-def machine(study: StudyRuns) -> str:
-    """Processor, its vector instructions in use, and torch, as the runs recorded them."""
-    names = ("processor", "cpu_capability", "torch")
-    columns = [f"summary_{name}" for name in names if f"summary_{name}" in study.runs]
-    kinds = study.runs[columns].dropna().drop_duplicates()
-    return " and ".join(", ".join(map(str, kind)) for kind in kinds.itertuples(index=False))
+def machines(study: StudyRuns) -> str:
+    """The machines that made the complete runs of a study."""
+    found = {machine(run) for run in study.runs[study.runs["complete"]].to_dict("records")}
+    return " and ".join(sorted(found - {""}))
 
 
 def arm_agreement(studies: Sequence[StudyRuns]) -> pd.DataFrame:

@@ -22,11 +22,11 @@ class Compare(Command):
         if len(self.studies) < 2:
             raise ConfigError(f"studies={len(self.studies)}: give at least two study folders")
         from moe_rl.analysis import load_study
-        from moe_rl.analysis.verdicts.agreement import arm_agreement, machine, verdict_agreement
+        from moe_rl.analysis.verdicts.agreement import arm_agreement, machines, verdict_agreement
 
         loaded = [load_study(path) for path in self.studies]
         for number, study in enumerate(loaded, 1):
-            print(f"{number}: {study.path} ({machine(study) or 'machine not recorded'})")
+            print(f"{number}: {study.path} ({machines(study) or 'machine not recorded'})")
         arms = arm_agreement(loaded)
         print(arms.to_string(index=False, float_format="{:.3f}".format))
         claims = verdict_agreement(loaded)

@@ -19,9 +19,9 @@ class Study(StudyOptions, Command):
 
     name: Annotated[StudyName, tyro.conf.Positional]
     """Study to run; the head of experiments/studies/NAME.py has its question and its tests."""
-    seeds: tuple[int, ...] = ()
-    """Run these seeds of the plan alone; `moe-rl pool` joins what several machines have run.
-    Default: all of them."""
+    seeds: tuple[int, ...] | None = None
+    """Run these seeds of the plan alone, in a study folder of their own; `moe-rl pool` joins what
+    several machines have run. Default: all of them."""
     out: Path | None = None
     """Study folder. Default: runs/NAME."""
 
@@ -31,4 +31,4 @@ class Study(StudyOptions, Command):
 
         root = self.out or Path("runs") / self.name
         study = study_plan(self.name, root)
-        return run_study(study.of_seeds(self.seeds) if self.seeds else study, root, self)
+        return run_study(study if self.seeds is None else study.of_seeds(self.seeds), root, self)

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -95,11 +96,6 @@ def same_seed(parts: list[Path]) -> None:
     shutil.copytree(parts[-1], parts[1])
 
 
-def another_rate(parts: list[Path]) -> None:
-    rows = table(parts[0], "runs").assign(learning_rate=0.5)
-    rows.to_csv(parts[0] / "runs.csv", index=False)
-
-
 def another_study(parts: list[Path]) -> None:
     plan = json.loads((parts[0] / "study.json").read_text())
     (parts[0] / "study.json").write_text(json.dumps(plan | {"name": "mine"}))
@@ -118,8 +114,31 @@ def no_table(parts: list[Path]) -> None:
     (parts[0] / "runs.csv").write_text("")
 
 
-def no_finals(parts: list[Path]) -> None:
-    table(parts[0], "runs").drop(columns="final").to_csv(parts[0] / "runs.csv", index=False)
+def changed(**columns: Any) -> Callable[[list[Path]], None]:
+    """A table with other values in some columns; None: without the column."""
+
+    def spoil(parts: list[Path]) -> None:
+        rows = table(parts[0], "runs")
+        for name, value in columns.items():
+            rows = rows.drop(columns=name) if value is None else rows.assign(**{name: value})
+        rows.to_csv(parts[0] / "runs.csv", index=False)
+
+    return spoil
+
+
+def cut_short(parts: list[Path]) -> None:
+    file = parts[0] / "runs.csv"
+    file.write_text(file.read_text()[:-200])
+
+
+def latin(parts: list[Path]) -> None:
+    (parts[0] / "runs.csv").write_bytes(b"setting,arm\n\xe9,x\n")
+
+
+def no_command(parts: list[Path]) -> None:
+    plan = json.loads((parts[0] / "study.json").read_text())
+    del plan["command"]
+    (parts[0] / "study.json").write_text(json.dumps(plan))
 
 
 def nothing_complete(parts: list[Path]) -> None:
@@ -130,14 +149,22 @@ def nothing_complete(parts: list[Path]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (without_runs, "second: found no run folders"),
+        (without_runs, "second: has neither runs/ nor runs.csv"),
         (same_seed, "second and .*moved: both have setting 'two', seed 3"),
-        (another_rate, "learning_rate is 0.5 in .*tables and .* in .*second"),
+        (changed(learning_rate=0.5), "learning_rate is 0.5 in .*tables and .* in .*second"),
         (another_study, "tables: its study.json has name='mine', .*third has 'collapse'"),
         (an_older_plan_last, "tables: its plan has a test that .*third has not, .*gain"),
         (no_plan, "tables/study.json: no such file"),
-        (no_table, "tables/runs.csv: no table"),
-        (no_finals, "tables/runs.csv: no column 'final'"),
+        (no_table, "tables/runs.csv: ends within a line"),
+        (latin, "tables/runs.csv: no table"),
+        (cut_short, "tables/runs.csv: ends within a line"),
+        (changed(final=None), "tables/runs.csv: no column 'final'"),
+        (changed(collapsed=None), "tables/runs.csv: no column 'collapsed'"),
+        (changed(final="x"), "tables/runs.csv: final must be a number"),
+        (changed(seed=[1, 2, 1, 2.5] * 3), "tables/runs.csv: seed must be a integer"),
+        (changed(complete="yes"), "tables/runs.csv: complete must be a boolean"),
+        (changed(arm=[None] * 12), "tables/runs.csv: arm must be a string"),
+        (no_command, "tables/study.json: needs the texts name, mode and command"),
         (nothing_complete, "tables: no run of it is complete"),
     ],
 )
@@ -154,3 +181,37 @@ def test_two_rows_of_one_run_are_refused(parts: list[Path]) -> None:
     pd.concat([rows, rows[:1]]).to_csv(parts[0] / "runs.csv", index=False)
     with pytest.raises(AnalysisError, match="two runs of two / grpo / 1"):
         pool(parts)
+
+
+def test_settings_stand_in_the_order_of_the_plan(parts: list[Path]) -> None:
+    rows = table(parts[0], "runs")
+    rows[rows["setting"] == "one"].to_csv(parts[0] / "runs.csv", index=False)
+    assert pool(parts)[0].settings == ["two", "one"]
+
+
+@pytest.mark.parametrize("name", ["third", "foreign", "other"])
+def test_only_tables_of_the_same_study_are_replaced(
+    parts: list[Path], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = parts[-1].with_name(name)
+    if name == "foreign":
+        (out / "mine").mkdir(parents=True)
+    if name == "other":
+        shutil.copytree(parts[0], out)
+        plan = json.loads((out / "study.json").read_text())
+        (out / "study.json").write_text(json.dumps(plan | {"name": "mine"}))
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert main(["pool", *map(str, parts), "--out", str(out)]) == 2
+    assert f"{name}': holds " in capsys.readouterr().err
+    assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+
+def test_runs_of_two_machines_are_told(
+    parts: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed(machine="a laptop")(parts)
+    summary = next(parts[1].glob("runs/*/*/*/summary.json"))
+    told = json.loads(summary.read_text()) | {"processor": "a server"}
+    summary.write_text(json.dumps(told))
+    assert main(["pool", *map(str, parts), "--out", str(parts[0])]) == 0
+    assert "runs of 3 machines (2.13.0; a laptop; a server, 2.13.0)" in capsys.readouterr().out
