@@ -229,7 +229,8 @@ def test_tables_of_finals_are_those_of_the_committed_runs() -> None:
     [
         ("mild-L2/grpo mild-L2/nobody", "no runs of mild-L2/nobody"),
         ("mild-L2/grpo mild-L2/grpo mild-L2/grpo", "too few cells"),
-        ("mild-L2/grpo\nmild-L4/grpo", "2 lines for 1 rows"),
+        ("mild-L2/grpo\nmild-L4/grpo", "a line a row"),
+        ("mild-L2/grpo\n", "more comments of finals"),
     ],
 )
 def test_a_table_of_finals_that_does_not_fit_is_refused(cells: str, said: str) -> None:

@@ -74,7 +74,7 @@ def planned_tests(study: StudyRuns, measures: pd.DataFrame) -> pd.DataFrame:
     """The tests of the study's plan whose arms share complete seeds, one row each.
 
     Columns family, outcome, a_setting, a_arm, b_setting, b_arm, those of `PairedTest`, `p_holm`
-    (corrected over the tests of a family on equally many seeds) and `reading`.
+    (corrected over the tests of a family) and `reading`.
     """
     runs = dict(tuple(measures[measures["complete"]].groupby(["setting", "arm"])))
     rows = []
@@ -91,7 +91,7 @@ def planned_tests(study: StudyRuns, measures: pd.DataFrame) -> pd.DataFrame:
     places = ["a_setting", "a_arm", "b_setting", "b_arm"]
     columns = ["family", "outcome", *places, *PAIRED, "reading"]
     table = pd.DataFrame(rows, columns=columns)
-    corrected = table.groupby(["family", "n"])["p_value"].transform(holm)
+    corrected = table.groupby("family")["p_value"].transform(holm)
     table.insert(len(columns) - 1, "p_holm", corrected)
     return table
 

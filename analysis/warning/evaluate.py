@@ -361,13 +361,16 @@ def tried_table(
     """One row a signal and setting: what a threshold of the signal does on its runs.
 
     The last row of a signal, with setting "all", counts the runs of all settings: as nothing is
-    chosen here, those without a collapse or a survivor too.
+    chosen here, those without a collapse or a survivor too. No row of a signal whose threshold is
+    NaN.
     """
+    groups: dict[str, list[WatchedRun]] = {}
+    for run in runs:
+        groups.setdefault(run.setting, []).append(run)
     rows = []
     for name, threshold in thresholds.items():
-        groups: dict[str, list[WatchedRun]] = {}
-        for run in runs:
-            groups.setdefault(run.setting, []).append(run)
+        if math.isnan(threshold):
+            continue
         for setting, own in [*groups.items(), ("all", list(runs))]:
             alarms = try_alarm(own, SIGNALS[name], horizon, threshold)
             key = {"horizon": horizon, "signal": name, "setting": setting, "threshold": threshold}

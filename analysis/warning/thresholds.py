@@ -125,7 +125,11 @@ def read_thresholds(file: Path = COMMITTED) -> Thresholds:
         if values.pop("schema") != SCHEMA:
             raise ValueError("another format version")
         signals = [Threshold(**row) for row in values.pop("signals") if row["signal"] in SIGNALS]
-        return Thresholds(**values, signals=signals)
+        found = Thresholds(**values, signals=signals)
+        numbers = [found.horizon, *(rule.threshold for rule in signals)]
+        if not signals or not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("no signal of ours, or a horizon or threshold that is no number")
+        return found
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise AnalysisError(
             f"thresholds={str(file)!r}: no thresholds ({error}); `moe-rl warning` writes them"

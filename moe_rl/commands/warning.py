@@ -26,7 +26,7 @@ class Warning(Command):
     horizon: int = 5
     """Steps that thresholds.json is for: 3, 5, 8 or 10."""
     tried: Path | None = None
-    """thresholds.json of other runs, to be tried on these."""
+    """thresholds.json that was chosen on other runs than these, to be tried on them."""
 
     def run(self) -> int:
         """Write them, and say what predicts."""
@@ -41,6 +41,12 @@ class Warning(Command):
         others = read_thresholds(self.tried) if self.tried else None
         names: list[str] = []
         runs = evaluate.watched_runs(self._one_by_one(names))
+        if others is not None:
+            rules = {rule.signal: rule.threshold for rule in others.signals}
+            tried = evaluate.tried_table(runs, rules, others.horizon)
+            self.out.mkdir(parents=True, exist_ok=True)
+            tried.to_csv(self.out / "tried.csv", index=False, float_format="%.6g")
+            print(f"tried on {len(runs)} runs: {self.out / 'tried.csv'}")
         counted = evaluate.settings_that_count(runs)
         if not counted:
             raise ConfigError(
@@ -53,10 +59,6 @@ class Warning(Command):
         left_out.to_csv(self.out / "alarms.csv", index=False, float_format="%.6g")
         stated = evaluate.stated_table(runs)
         stated.to_csv(self.out / "stated.csv", index=False, float_format="%.6g")
-        if others:
-            rules = {rule.signal: rule.threshold for rule in others.signals}
-            tried = evaluate.tried_table(runs, rules, others.horizon)
-            tried.to_csv(self.out / "tried.csv", index=False, float_format="%.6g")
         thresholds = make_thresholds(runs, names, self.horizon, aucs, left_out)
         thresholds.write(self.out / "thresholds.json")
         auc_by_signal(aucs).savefig(self.out / "auc.png", dpi=200)

@@ -6,12 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
 WORKERS = Path(__file__).with_name("workers.py")
 _SECONDS = 240
-_NATIVE_DEATHS = (-signal.SIGABRT, -signal.SIGSEGV)
+_NATIVE_DEATHS = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
 
 
 def start(arguments: list[str], size: int, **options: object) -> list[subprocess.Popen[str]]:
@@ -44,31 +45,39 @@ def start(arguments: list[str], size: int, **options: object) -> list[subprocess
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of each rank."""
-    try:
-        ended = [process.communicate(timeout=_SECONDS) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [
-        (process.returncode, out, err) for process, (out, err) in zip(processes, ended, strict=True)
-    ]
+    """Exit code, output and errors of each rank; those that take too long are killed."""
+    until = time.monotonic() + _SECONDS
+    ended = []
+    for process in processes:
+        try:
+            said = process.communicate(timeout=max(0.1, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            for other in processes:
+                other.kill()
+            said = process.communicate()
+        ended.append((process.returncode, *said))
+    return ended
 
 
 def run_worker(name: str, size: int, folder: Path, *arguments: str) -> None:
     """A function of workers.py on `size` ranks; what it finds lies in `folder`.
 
-    Ranks that die in native code are started once more. One in some hundred starts under FSDP did,
-    with "malloc(): unaligned tcache chunk detected", while no code of ours manages memory and a
-    checked heap finds nothing wrong; the next one prints where each of its threads was.
+    Ranks of which the C library ends one are started once more. One in some hundred starts under
+    FSDP was, with "malloc(): unaligned tcache chunk detected", while no code of ours manages memory
+    and a checked heap finds nothing wrong; the next one prints where each of its threads was.
     """
     command = ["-X", "faulthandler", str(WORKERS), name, str(folder), *arguments]
     ended = finish(start(command, size))
-    if any(code in _NATIVE_DEATHS for code, _, _ in ended):
+    if any(_died_in_native_code(code, err) for code, _, err in ended):
         errors = "\n".join(err for _, _, err in ended)
         warnings.warn(f"{name} on {size} ranks died in native code:\n{errors}", stacklevel=2)
-        for log in folder.glob("*/steps.jsonl"):
+        for log in folder.glob("*/steps.jsonl"):  # or the next ones would go on from there
             shutil.rmtree(log.parent)
         ended = finish(start(command, size))
     for code, out, err in ended:
         assert code == 0, f"{out}\n{err}"
+
+
+def _died_in_native_code(code: int, errors: str) -> bool:
+    """But not by a C++ exception that nobody caught, which says what is wrong."""
+    return code in _NATIVE_DEATHS and "terminate called" not in errors

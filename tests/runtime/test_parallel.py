@@ -1,5 +1,6 @@
 """Several ranks train as one does: gradients, metrics, checkpoints, failures."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -52,6 +53,34 @@ def test_more_ranks_than_prompts_are_refused() -> None:
 @pytest.mark.distributed
 def test_what_ranks_tell_each_other(tmp_path: Path) -> None:
     processes.run_worker("exchange", 2, tmp_path)
+
+
+_DIES = """
+import os, sys
+from pathlib import Path
+mark = Path(sys.argv[2], os.environ["RANK"])
+deaths = int(sys.argv[3]) if os.environ["RANK"] == "1" else 0
+mark.write_text(mark.read_text() + "x" if mark.exists() else "x")
+if len(mark.read_text()) <= deaths:
+    os.abort()
+"""
+
+
+@pytest.mark.parametrize(("deaths", "starts"), [(0, 1), (1, 2), (2, 2)])
+def test_ranks_that_die_in_native_code_are_started_once_more(
+    deaths: int, starts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(_DIES)
+    monkeypatch.setattr(processes, "WORKERS", worker)
+    told = pytest.warns(UserWarning, match="Fatal Python error: Aborted")
+    with told if deaths else contextlib.nullcontext():
+        if deaths > 1:
+            with pytest.raises(AssertionError, match="Aborted"):
+                processes.run_worker("dies", 2, tmp_path, str(deaths))
+        else:
+            processes.run_worker("dies", 2, tmp_path, str(deaths))
+    assert (tmp_path / "1").read_text() == "x" * starts
 
 
 @pytest.fixture(scope="module")
