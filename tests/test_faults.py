@@ -189,6 +189,8 @@ FOLDERS = {
         ("reproduce", "--out", "thesis"),
         lambda folder: thesis(folder, **{"study.json": '{"schema": 1, "name": "mine"}'}),
     ),
+    "no study to pool": Fault(("pool", "thesis", "--out", "pooled"), thesis),
+    "a seed that is not in the plan": Fault(("study", "tolerance", "--seeds", "99")),
     "a cold start that diverges": Fault((*LONGER, "--sft-learning-rate", "1e30"), writes=True),
     "a run that diverges: NaN or inf": Fault(
         (*LONGER, "--warmup-steps", "0", "--learning-rate", "1e30"), writes=True
