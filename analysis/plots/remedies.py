@@ -31,9 +31,12 @@ def reward_side_by_side(steps: pd.DataFrame, settings: list[str]) -> Figure:
     figure, panels = style.grid(count, columns=len(arms), height=1.35, sharex=sharex)
     for row, setting in enumerate(settings):
         own = steps[steps["setting"] == setting]
+        labelled = False
         for axes, arm in zip(panels[row * len(arms) :], arms, strict=False):
             if (own["arm"] == arm).any():
                 reward_panel(axes, own, arm, ghosts=[])
+                axes.tick_params(labelleft=not labelled)
+                labelled = True
             else:
                 axes.spines[:].set_visible(False)
                 axes.tick_params(bottom=False, labelbottom=False)
