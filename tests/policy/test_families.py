@@ -109,13 +109,16 @@ def test_a_run_trains_under_noise_with_replay(family: str, tmp_path: Path) -> No
 
 def test_the_family_study_has_a_setting_a_family_and_paired_seeds(tmp_path: Path) -> None:
     study = study_plan("families", tmp_path)
-    assert {c.setting for c in study.configs} == set(FAMILIES) - {"qwen3_moe"}
+    again = {"mixtral-again", "gpt_oss-again"}
+    assert {c.setting for c in study.configs} == set(FAMILIES) - {"qwen3_moe"} | again
     for config in study.configs:
-        assert config.model.family == config.setting
+        assert config.model.family == config.setting.removesuffix("-again")
         assert config.router_noise > 0
-        assert (config.routing_replay == "R3") == (config.arm == "grpo+replay")
+        assert (config.routing_replay == "R3") == str(config.arm).endswith("+replay")
+        assert (config.setting in again) == (config.seed > 25)  # new seeds test what others showed
     by_setting = {
         setting: {(c.arm, c.seed) for c in study.configs if c.setting == setting}
-        for setting in ("olmoe", "gpt_oss")
+        for setting in ("olmoe", "gpt_oss", *again)
     }
     assert by_setting["olmoe"] == by_setting["gpt_oss"]
+    assert by_setting["mixtral-again"] == by_setting["gpt_oss-again"]
