@@ -160,22 +160,24 @@ def _read_plans(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return plans
 
 
-def _complete_runs(folder: Path) -> pd.DataFrame:
-    """One row of measures a complete run, as a table that was written and read again."""
+def _read_rows(folder: Path) -> pd.DataFrame:
+    """One row of measures a run, as a table that was written and read again."""
+    if (folder / "runs").is_dir():
+        return pd.read_csv(io.StringIO(as_csv(run_measures(load_study(folder)))))
     table = folder / "runs.csv"
+    if not table.is_file():
+        raise AnalysisError(f"{folder}: has neither runs/ nor runs.csv; give a study")
+    if not table.read_bytes().endswith(b"\n"):
+        raise AnalysisError(f"{table}: ends within a line; copy it once more")
     try:
-        if (folder / "runs").is_dir():
-            runs = pd.read_csv(io.StringIO(as_csv(run_measures(load_study(folder)))))
-        else:
-            if not table.read_bytes().endswith(b"\n"):
-                raise AnalysisError(f"{table}: ends within a line; copy it once more")
-            runs = pd.read_csv(table)
-    except FileNotFoundError as error:
-        raise AnalysisError(f"{folder}: has neither runs/ nor runs.csv; give a study") from error
+        return pd.read_csv(table)
     except ValueError as error:
-        if isinstance(error, AnalysisError):
-            raise
         raise AnalysisError(f"{table}: no table ({error}); `moe-rl report` writes one") from error
+
+
+def _complete_runs(folder: Path) -> pd.DataFrame:
+    """The rows of the complete runs of a part."""
+    runs, table = _read_rows(folder), folder / "runs.csv"
     missing = [name for name in _MEASURED if name not in runs]
     if missing:
         raise AnalysisError(f"{table}: no column {missing[0]!r}; `moe-rl report` writes all")

@@ -47,16 +47,20 @@ def start(arguments: list[str], size: int, **options: object) -> list[subprocess
 def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of each rank; those that take too long are killed."""
     until = time.monotonic() + _SECONDS
-    ended = []
-    for process in processes:
-        try:
-            said = process.communicate(timeout=max(0.1, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            for other in processes:
-                other.kill()
-            said = process.communicate()
-        ended.append((process.returncode, *said))
-    return ended
+    try:
+        return [_end(process, until) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _end(process: subprocess.Popen[str], until: float) -> tuple[int, str, str]:
+    try:
+        said = process.communicate(timeout=max(0.1, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        said = process.communicate()
+    return process.returncode, *said
 
 
 def run_worker(name: str, size: int, folder: Path, *arguments: str) -> None:
