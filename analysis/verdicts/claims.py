@@ -14,7 +14,7 @@ import pandas as pd
 from moe_rl.analysis.data.load import StudyRuns
 from moe_rl.analysis.data.measures import run_measures
 from moe_rl.analysis.verdicts import rules
-from moe_rl.analysis.verdicts.verdicts import Judgement
+from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, Judgement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,10 +190,13 @@ def claims_table(study: StudyRuns, measures: pd.DataFrame | None = None) -> pd.D
 
 
 def terminal_verdicts(claims: pd.DataFrame) -> str:
-    """The rows of `claims_table` that were measured, a line each, for a terminal."""
-    measured = claims[claims["n"] > 0]
-    lines = [
-        f"{row.verdict:<14} {row.setting}: {row.claim} ({row.ours or row.reason})"
-        for row in measured.itertuples()
-    ]
+    """The rows of `claims_table` that were measured, a line each, for a terminal.
+
+    An inconclusive one says why, and how many seeds would settle it where that can be told.
+    """
+    lines = []
+    for row in claims[claims["n"] > 0].itertuples():
+        why = [row.ours, row.reason] if row.verdict == INCONCLUSIVE else [row.ours or row.reason]
+        said = "; ".join(text for text in why if text)
+        lines.append(f"{row.verdict:<14} {row.setting}: {row.claim} ({said})")
     return "\n".join(lines)

@@ -6,7 +6,7 @@ import synthetic
 
 from moe_rl.analysis.data.load import load_study
 from moe_rl.analysis.verdicts import rules
-from moe_rl.analysis.verdicts.claims import CLAIMS, claims_table
+from moe_rl.analysis.verdicts.claims import CLAIMS, claims_table, terminal_verdicts
 from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 
 SEEDS = 5
@@ -343,3 +343,14 @@ def test_a_study_in_which_nothing_fails_reproduces_no_collapse(tmp_path):
     )
     table = claims_table(load_study(root)).set_index("key")
     assert table.loc["grpo_collapses", "verdict"] == NOT_REPRODUCED
+
+
+def test_the_terminal_says_why_a_verdict_is_inconclusive_and_how_many_seeds_it_needs():
+    row = {"setting": "noise", "claim": "GRPO collapses", "n": 5, "ours": "4 of 5 collapsed"}
+    reason = "8 seeds at this share would settle it"
+    open_one = row | {"verdict": INCONCLUSIVE, "reason": reason}
+    settled = row | {"verdict": REPRODUCED, "reason": "interval above 0.5"}
+    assert terminal_verdicts(pd.DataFrame([open_one, settled])).splitlines() == [
+        f"inconclusive   noise: GRPO collapses (4 of 5 collapsed; {reason})",
+        "reproduced     noise: GRPO collapses (4 of 5 collapsed)",
+    ]
