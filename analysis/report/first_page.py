@@ -85,7 +85,7 @@ def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
         end = f"; above it on the same seeds: {above}." if above else ": nothing to cure."
         stable = f"near its peak in {(~grpo['unstable']).sum()} of {len(grpo)} seeds"
         return f"{start} GRPO ended at {_final(grpo)}, {stable}{end}"
-    name = "mild-dense" if dense else "mild-stale"
+    name = rules.mild_setting(runs)
     mild = done[(done["setting"] == name) & (name != setting)]
     by_mild = f" by {name}, within {rules.MILD_MARGIN:g} and without a collapse"
     by_gain = " by the gain over GRPO" if len(mild) else ""

@@ -74,6 +74,7 @@ def write_report(
         "many_settings": many,
         "matrix": list(verdicts.items()),
         "planned_tests": tables["planned"].to_dict("records") if study.tests else [],
+        "has_cures": "cures" in tables,
         "chapters": [_chapter(study.setting(name), tables, out) for name in names],
         "run_notes": sections.run_notes(study),
         "varying": sections.varying_fields(study),

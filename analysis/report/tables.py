@@ -9,8 +9,8 @@ import pandas as pd
 from moe_rl.analysis.data.load import StudyRuns
 from moe_rl.analysis.data.measures import summarize
 from moe_rl.analysis.data.stats import PairedTest, holm, paired_test
+from moe_rl.analysis.verdicts import rules
 from moe_rl.analysis.verdicts.claims import claims_table
-from moe_rl.analysis.verdicts.rules import MIN_EFFECT
 from moe_rl.analysis.verdicts.verdicts import MIN_SEEDS
 from moe_rl.experiments.arms import arm_key, find_arm
 
@@ -18,7 +18,8 @@ PAIRED = [field.name for field in dataclasses.fields(PairedTest)]
 
 
 def study_tables(study: StudyRuns, measures: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Name and rows of every table: runs, arms, claims, paired and, of a plan with tests, planned.
+    """Name and rows of every table: runs, arms, claims, paired, where the study has a mild setting
+    cures and, of a plan with tests, planned.
 
     `measures` is `run_measures(study)`. Of the study itself only its settings and the tests of its
     plan are read.
@@ -29,6 +30,8 @@ def study_tables(study: StudyRuns, measures: pd.DataFrame) -> dict[str, pd.DataF
         "claims": claims_table(study, measures),
         "paired": paired_tests(measures),
     }
+    if len(cures := cures_table(measures)):
+        tables["cures"] = cures
     return tables | ({"planned": planned_tests(study, measures)} if study.tests else {})
 
 
@@ -70,6 +73,27 @@ def paired_tests(measures: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def cures_table(measures: pd.DataFrame) -> pd.DataFrame:
+    """Is an arm enough for a disease? One row a (setting, arm) that the mild setting has too.
+
+    Columns setting, arm, mild (the setting compared with); value, low, high and n of the difference
+    of the final rewards on common seeds; collapsed (seeds that did, in `setting`); verdict and
+    reason of `rules.keeps`, reproduced where the arm is enough.
+    """
+    done = measures[measures["complete"]]
+    rows = []
+    for setting, runs in done.groupby("setting", sort=False):
+        name = rules.mild_setting(runs)
+        mild = done[(done["setting"] == name) & (name != setting)]
+        for arm in sorted(set(runs["arm"]) & set(mild["arm"]), key=arm_key):
+            finding = rules.keeps(runs, mild, arm)
+            collapsed = int(runs.loc[runs["arm"] == arm, "collapsed"].sum())
+            own = {"setting": setting, "arm": arm, "mild": name} | vars(finding.interval)
+            verdict = {"verdict": finding.verdict, "reason": finding.reason}
+            rows.append(own | {"collapsed": collapsed} | verdict)
+    return pd.DataFrame(rows)
+
+
 def planned_tests(study: StudyRuns, measures: pd.DataFrame) -> pd.DataFrame:
     """The tests of the study's plan whose arms share complete seeds, one row each.
 
@@ -102,5 +126,5 @@ def _reading(test: PairedTest) -> str:
         return f"fewer than {MIN_SEEDS} seeds"
     if test.low > 0 or test.high < 0:
         return "above" if test.low > 0 else "below"
-    equal = max(-test.low, test.high) < MIN_EFFECT
-    return f"equal within {MIN_EFFECT:g}" if equal else "open"
+    equal = max(-test.low, test.high) < rules.MIN_EFFECT
+    return f"equal within {rules.MIN_EFFECT:g}" if equal else "open"

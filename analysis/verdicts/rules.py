@@ -17,6 +17,7 @@ from moe_rl.analysis.data.stats import student_interval
 from moe_rl.analysis.verdicts.verdicts import (
     INCONCLUSIVE,
     MAJORITY,
+    MIN_SEEDS,
     NOT_REPRODUCED,
     REPRODUCED,
     Judgement,
@@ -291,9 +292,14 @@ def keeps(runs: pd.DataFrame, mild: pd.DataFrame, arm: str) -> Judgement:
     pairs = _pairs(column, "mild", "hard", column="final")
     finding = judge_interval(student_interval(pairs["hard"] - pairs["mild"]), low=-MILD_MARGIN)
     k = int(_arm(runs, arm)["collapsed"].sum())
-    if finding.verdict == REPRODUCED and k:
+    if k and finding.interval.n >= MIN_SEEDS:
         return replace(finding, verdict=NOT_REPRODUCED, reason=f"{k} seeds collapsed")
     return finding
+
+
+def mild_setting(runs: pd.DataFrame) -> str:
+    """The setting without a disease that `keeps` compares with, for the model of a setting."""
+    return "mild-dense" if is_dense(_arm(runs, "grpo")) else "mild-stale"
 
 
 def fails(runs: pd.DataFrame, arm: str) -> bool:

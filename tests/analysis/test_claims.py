@@ -97,6 +97,7 @@ def test_a_cure_must_restore_and_stay_up_and_have_something_to_restore(baseline,
         (0.79, False, NOT_REPRODUCED),
         (0.81, [True, False, False, False, False], NOT_REPRODUCED),
         ([0.9, 0.9, 0.9, 0.9, 0.2], False, INCONCLUSIVE),
+        ([0.9, 0.9, 0.9, 0.9, 0.2], [False, False, False, False, True], NOT_REPRODUCED),
     ],
 )
 def test_a_cure_keeps_what_it_reaches_in_the_mild_setting(final, collapsed, verdict):

@@ -23,7 +23,8 @@ from moe_rl.analysis.data.measures import run_measures
 from moe_rl.analysis.report.figures import SETTING_FIGURES, STUDY_FIGURES, has_map
 from moe_rl.analysis.report.first_page import answers
 from moe_rl.analysis.report.page import bounds
-from moe_rl.analysis.report.tables import paired_tests
+from moe_rl.analysis.report.tables import cures_table, paired_tests
+from moe_rl.analysis.verdicts.verdicts import NOT_REPRODUCED, REPRODUCED
 
 
 @pytest.fixture
@@ -258,6 +259,13 @@ def test_a_cure_is_enough_by_what_it_loses_to_a_mild_setting_where_there_is_one(
     _, (_, (cures, at_mild)), _ = answers(pd.concat([hard, mild]))
     assert "Enough by mild-stale, within 0.1 and without a collapse: GRPO + dual clip" in cures
     assert "Not enough by mild-stale, within 0.1 and without a collapse: GSPO" in cures
+    rows = cures_table(pd.concat([hard, mild])).set_index("arm")
+    assert set(rows["mild"]) == {"mild-stale"} and "mild-stale" not in set(rows["setting"])
+    assert rows.loc["grpo+dual-clip", "verdict"] == REPRODUCED
+    assert rows.loc["gspo", "verdict"] == rows.loc["grpo", "verdict"] == NOT_REPRODUCED
+    lost = hard.loc[hard["arm"] == "gspo", "final"].mean() - 1.2
+    assert rows.loc["gspo", "value"] == pytest.approx(lost)
+    assert cures_table(hard).empty
     without = mild[mild["arm"] != "gspo"]
     _, (_, (cures, _)), _ = answers(pd.concat([hard, without]))
     assert "Enough by the gain over GRPO: GSPO 0.9" in cures and "by mild-stale" in cures
