@@ -86,7 +86,7 @@ def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
         stable = f"near its peak in {(~grpo['unstable']).sum()} of {len(grpo)} seeds"
         return f"{start} GRPO ended at {_final(grpo)}, {stable}{end}"
     name = rules.mild_setting(runs)
-    mild = done[(done["setting"] == name) & (name != setting)]
+    mild = done[done["setting"] == name]
     by_mild = f" by {name}, within {rules.MILD_MARGIN:g} and without a collapse"
     by_gain = " by the gain over GRPO" if len(mild) else ""
     judged: dict[tuple[str, str], list[tuple[str, str]]] = {}

@@ -84,7 +84,7 @@ def cures_table(measures: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for setting, runs in done.groupby("setting", sort=False):
         name = rules.mild_setting(runs)
-        mild = done[(done["setting"] == name) & (name != setting)]
+        mild = done[done["setting"] == name]
         for arm in sorted(set(runs["arm"]) & set(mild["arm"]), key=arm_key):
             finding = rules.keeps(runs, mild, arm)
             collapsed = int(runs.loc[runs["arm"] == arm, "collapsed"].sum())

@@ -297,9 +297,12 @@ def keeps(runs: pd.DataFrame, mild: pd.DataFrame, arm: str) -> Judgement:
     return finding
 
 
-def mild_setting(runs: pd.DataFrame) -> str:
-    """The setting without a disease that `keeps` compares with, for the model of a setting."""
-    return "mild-dense" if is_dense(_arm(runs, "grpo")) else "mild-stale"
+def mild_setting(runs: pd.DataFrame) -> str | None:
+    """The setting without a disease that `keeps` compares the runs of a setting with, for its
+    model; None for the runs of that setting itself.
+    """
+    name = "mild-dense" if is_dense(_arm(runs, "grpo")) else "mild-stale"
+    return None if (runs["setting"] == name).all() else name
 
 
 def fails(runs: pd.DataFrame, arm: str) -> bool:
