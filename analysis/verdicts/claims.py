@@ -105,6 +105,12 @@ CLAIMS = [
         judge=rules.gspo_converges_faster,
     ),
     Claim(
+        text="GSPO may take the engine's likelihoods as old log-probs",
+        source=f"{_PAPER}, 5.4",
+        paper="stated, no number",
+        judge=rules.tolerates_engine_likelihoods,
+    ),
+    Claim(
         text="Control: a dense model stays stable in the same setting",
         source="our control",
         paper="not run",

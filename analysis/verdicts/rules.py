@@ -158,6 +158,20 @@ def replay_removes_routing(runs: pd.DataFrame) -> Judgement:
     return _with_ours(judge_interval(orders, low=math.log10(2)), ours)
 
 
+def tolerates_engine_likelihoods(runs: pd.DataFrame) -> Judgement:
+    """Final reward of gspo+rollout-old, whose denominator is the engine's log-probs, minus gspo,
+    same seeds: reproduced when the interval of the mean is above -0.1 and most gspo+rollout-old
+    seeds do not collapse. Not judged where engine and trainer are one but for rounding.
+    """
+    finding = _reward_gain(runs, "gspo", "gspo+rollout-old", low=-MILD_MARGIN)
+    own = _arm(runs, "gspo+rollout-old")
+    exact = own["rollout_precision"].fillna("float32") == "float32"
+    if finding.interval.n and exact.all() and not _noisy(own, NOISES).any():
+        reason = "not judged: engine and trainer agree here"
+        return replace(finding, verdict=INCONCLUSIVE, reason=reason)
+    return finding
+
+
 def cure_is_not_routing(runs: pd.DataFrame) -> Judgement:
     """GSPO mends what has no routing to mend: final reward of dense-gspo minus dense, same seeds,
     without noise: reproduced when the interval of the mean is above 0.05 and most dense-gspo seeds

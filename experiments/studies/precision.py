@@ -2,12 +2,13 @@
 
 Settings: the engine samples with weights in float32 (the trainer's own), bf16, fp8, int8 or int4;
 8 updates a rollout, no noise.
-Arms: GRPO with recomputed log-probs, with the engine's, with R3; GSPO.
+Arms: GRPO and GSPO, each over recomputed log-probs and over the engine's; GRPO with R3 over both.
 Seeds: 21 to 25.
 Primary outcome: final reward. Tests: each precision against float32 within an arm, exact sign-flip
 test, Holm's correction over the precisions; of five seeds no p falls below 0.06, so that intervals
 are what is read. Secondary: KL k3 and router disagreement between
 engine and trainer, and the part of that KL which replay removes.
+History: GSPO over the engine's log-probs, and R3 over them, were added after the others were read.
 """
 
 from pathlib import Path
@@ -21,7 +22,9 @@ ARMS: Variants = {
     "grpo": {},
     "grpo+rollout-old": {"old_logprobs": "rollout"},
     "grpo+R3": {"routing_replay": "R3"},
+    "grpo+rollout-old+R3": {"old_logprobs": "rollout", "routing_replay": "R3"},
     "gspo": {"algorithm": "gspo"},
+    "gspo+rollout-old": {"algorithm": "gspo", "old_logprobs": "rollout"},
 }
 
 

@@ -20,7 +20,7 @@ def _arm(arm, seeds=SEEDS, **values):
         "updates_per_rollout": 8, "router_noise": 0.0, "hidden_noise": 0.0, "num_experts": 16,
         "num_layers": 4, "deepest_fall": 0.1, "steps": 40, "collapse_step": 12.0, "token_var": 0.1,
         "sequence_var": 0.01, "response_length": 17.0, "experts_per_token": 2,
-        "digits_per_token": None, "pass_at_1": 0.8, "operations": 1e15, "peak": 0.95,
+        "digits_per_token": None, "rollout_precision": "float32", "pass_at_1": 0.8, "operations": 1e15, "peak": 0.95,
     } | values  # fmt: skip
     return pd.DataFrame(
         [
@@ -294,6 +294,22 @@ def test_restarts_of_runs_that_never_collapsed_say_nothing():
     assert finding.ours == "0 of 2 below half of the peak" and finding.verdict == INCONCLUSIVE
     none = _runs(_arm("grpo"), _arm("before-half-rate"))
     assert "not measured" in rules.collapse_is_irreversible(none).reason
+
+
+def test_gspo_tolerates_the_engines_likelihoods_if_it_loses_less_than_the_margin():
+    def verdict(final, **where):
+        arms = _arm("gspo", final=0.9, **where), _arm("gspo+rollout-old", final=final, **where)
+        return rules.tolerates_engine_likelihoods(_runs(*arms)).verdict
+
+    for where in ({"rollout_precision": "int4"}, {"router_noise": 0.35}):
+        assert verdict(0.85, **where) == REPRODUCED
+        assert verdict(0.6, **where) == NOT_REPRODUCED
+        assert verdict([0.9, 0.9, 0.9, 0.9, 0.3], **where) == INCONCLUSIVE
+    # Without noise and rounding the two denominators are one.
+    assert verdict(0.9) == INCONCLUSIVE
+    fallen = _arm("gspo+rollout-old", router_noise=0.35, **FAILS | {"final": 0.85})
+    finding = rules.tolerates_engine_likelihoods(_runs(_arm("gspo", router_noise=0.35), fallen))
+    assert finding.verdict == NOT_REPRODUCED
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.key)
