@@ -20,7 +20,8 @@ def _arm(arm, seeds=SEEDS, **values):
         "updates_per_rollout": 8, "router_noise": 0.0, "hidden_noise": 0.0, "num_experts": 16,
         "num_layers": 4, "deepest_fall": 0.1, "steps": 40, "collapse_step": 12.0, "token_var": 0.1,
         "sequence_var": 0.01, "response_length": 17.0, "experts_per_token": 2,
-        "digits_per_token": None, "rollout_precision": "float32", "pass_at_1": 0.8, "operations": 1e15, "peak": 0.95,
+        "digits_per_token": None, "rollout_precision": "float32", "pass_at_1": 0.8,
+        "operations": 1e15, "peak": 0.95,
     } | values  # fmt: skip
     return pd.DataFrame(
         [
