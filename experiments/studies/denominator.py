@@ -65,7 +65,7 @@ def tests() -> list[Comparison]:
         for replay in _modes(setting)
         for recomputed, rollout in _LOSSES.values()
     ] + [
-        Comparison(f"{setting}, GSPO", *((setting, arm) for arm in _GSPO))
+        Comparison(f"{setting}, GSPO", (setting, _GSPO[0]), (setting, _GSPO[1]))
         for setting in ("routing-noise", "int4")
     ]
 
