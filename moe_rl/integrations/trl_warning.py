@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from transformers import TrainerCallback
 
-from moe_rl.analysis.warning.judge import read_signals, warning_words
+from moe_rl.analysis.warning.judge import alarm, read_signals, warning_words
 from moe_rl.analysis.warning.thresholds import COMMITTED, read_thresholds
 from moe_rl.metrics.names import ours_of
 
@@ -23,7 +23,9 @@ _OURS = ours_of("trl")
 
 
 class WarnOfCollapse(TrainerCallback):
-    """Warns once, by `warnings.warn`, when a logged signal passes its threshold.
+    """Warns once, by `warnings.warn`, when the deciding signal passes its threshold.
+
+    It is the one that tells best of those that the trainer logs.
 
     A step is a rollout with all its updates, and is judged when it has ended. The thresholds come
     from small models: what they are worth on a large one nobody has measured.
@@ -60,9 +62,8 @@ class WarnOfCollapse(TrainerCallback):
             return
         # What is of the whole rollout, as the reward, TRL logs in the line of its first update.
         steps = ended.groupby("step", as_index=False).mean(numeric_only=True)
-        read = read_signals(steps, ended, self.thresholds)
-        alarms = [reading.rule for reading in read if reading.alarm]
-        if alarms:
+        passed = alarm(read_signals(steps, ended, self.thresholds))
+        if passed:
             self.warned = True
             step = state.global_step
-            warnings.warn(f"update {step}: {warning_words(alarms)}", stacklevel=2)
+            warnings.warn(f"update {step}: {warning_words(passed)}", stacklevel=2)

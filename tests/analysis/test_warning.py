@@ -1,5 +1,6 @@
 """Early warning: signals with a known worth get it, and only what predicts warns."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -261,16 +262,35 @@ def rules() -> Thresholds:
 def test_only_a_signal_that_predicts_warns(rules: Thresholds) -> None:
     assert {rule.signal for rule in rules.signals if rule.warns} == {PREDICTS}
     calm = judge(*lines([0.5] * 8, [0.1] * 8), rules)
-    assert not calm.warning and calm.words.startswith("calm: none of 1 signal")
+    assert not calm.warning and calm.words.startswith("calm: routing churn has not")
     told = judge(*lines([0.5] * 8, [0.1] * 4 + [1.9] + [0.1] * 3), rules)
-    assert told.warning and "from others of their arm: routing churn" in told.words
+    assert told.warning and told.words.startswith("WARNING: routing churn has")
     beyond = judge(*lines([0.5] * 8, [0.1] * 5 + [1.9] * 3), rules)  # no study has judged it
     assert not beyond.warning
     noisy = lines([0.5] * 8, [math.nan] * 8)
     noisy[1]["kl_k3"] = 1e9
     assert not judge(*noisy, rules).warning
     fallen = judge(*lines([0.5] * 5 + [0.1] * 3, [0.1] * 8), rules)
-    assert fallen.warning and "since step 5" in fallen.words and not fallen.alarms
+    assert fallen.warning and "since step 5" in fallen.words and fallen.alarm is None
+
+
+def test_the_signal_that_tells_best_decides_of_those_that_a_run_logs() -> None:
+    """Each is wrong now and then: were any enough, a dozen would make almost every run suspect."""
+    committed = read_thresholds()
+    best, second = (
+        dataclasses.replace(rule, evidence="arm", gain_low=0.5, threshold=0.5, auc=auc)
+        for rule, auc in zip(committed.signals[:2], (0.8, 0.7), strict=True)
+    )
+    both = dataclasses.replace(committed, signals=[second, best])
+    assert (best.signal, second.signal) == ("negative_above", "largest_token")
+
+    def warned(**logged: float) -> bool:
+        updates = pd.DataFrame({"step": range(3)} | {f"branch/{n}": v for n, v in logged.items()})
+        return judge(lines([0.5] * 3, [])[0], updates, both).warning
+
+    assert warned(negative_above=0.9, largest_token=0.1)
+    assert not warned(negative_above=0.1, largest_token=0.9)
+    assert warned(largest_token=0.9)
 
 
 def test_a_threshold_that_does_not_carry_over_warns_of_nothing() -> None:
@@ -344,7 +364,7 @@ def test_from_studies_to_the_verdict_on_a_run(tmp_path: Path, capsys: Any) -> No
         kept = (running / name).read_text().splitlines(keepends=True)[:count]
         (running / name).write_text("".join(kept))
     code, said, _ = watch(running, "--follow")  # ends at the warning, not with the run
-    assert code == 1 and "looks like those of arms that collapse" in said.splitlines()[-1]
+    assert code == 1 and "it tells arms apart, not runs of one arm" in said.splitlines()[-1]
     code, _, error = watch(study)
     assert code == 2 and "holds 51 runs; give the folder of one" in error
     (running / "steps.jsonl").write_text("")
