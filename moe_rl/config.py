@@ -301,6 +301,16 @@ class RunConfig(Settings):
                 f"old_passes={self.old_passes} with old_logprobs=rollout: no old log-probs are "
                 "computed; use old_logprobs=trainer, or old_passes=1"
             )
+        if self.router_noise_passes != "all" and not self.router_noise:
+            yield (
+                f"router_noise_passes={self.router_noise_passes} with router_noise=0: there is no "
+                "noise to put there; set router_noise"
+            )
+        if self.router_noise_passes == "old" and self.old_logprobs == "rollout":
+            yield (
+                "router_noise_passes=old with old_logprobs=rollout: there is no old pass; use "
+                "old_logprobs=trainer, or another pass"
+            )
         for name in ("router_noise", "hidden_noise"):
             if self.engine == "vllm" and getattr(self, name) > 0:
                 yield (

@@ -1,6 +1,7 @@
 """Presets: the settings that the studies compare, each a function that makes a config.
 
-What each setting shows, and how far it is from the edges of every arm, is in docs/results.md.
+What each setting shows is in docs/results.md, how far it is from the edges of every arm in
+experiments/README.md.
 Importable without torch.
 """
 

@@ -34,6 +34,11 @@ from moe_rl.presets import PRESETS, preset
         ({"task": "dataset"}, "task=dataset: no file to read"),
         ({"dataset": "rows.jsonl"}, "dataset='rows.jsonl' with task=running_sum"),
         ({"old_passes": 8, "old_logprobs": "rollout"}, "use old_logprobs=trainer"),
+        ({"router_noise_passes": "update"}, "no noise to put there"),
+        (
+            {"router_noise_passes": "old", "router_noise": 0.3, "old_logprobs": "rollout"},
+            "there is no old pass",
+        ),
         ({"engine": "vllm", "router_noise": 0.1}, "engine=vllm with router_noise=0.1"),
         ({"engine": "vllm", "routing_replay": "TRR"}, "engine=vllm with routing_replay=TRR: vLLM"),
         ({"learning_rat": 1}, "learning_rat: unknown setting; did you mean 'learning_rate'?"),

@@ -11,7 +11,9 @@ import pytest
 
 from moe_rl.analysis.data.collapse import Outcome, stability_frontier
 from moe_rl.analysis.data.measures import CHAIN, WHOLE
+from moe_rl.analysis.report.committed import make_answers
 from moe_rl.analysis.report.finals import fill
+from moe_rl.analysis.report.first_page import QUESTIONS, committed_answers
 from moe_rl.analysis.report.tables import paired_tests
 from moe_rl.commands.cli import main
 from moe_rl.presets import preset
@@ -222,6 +224,13 @@ def test_tables_of_finals_are_those_of_the_committed_runs() -> None:
     page = (ROOT / "docs" / "results.md").read_text()
     assert page.count("<!-- finals ") >= 10
     assert fill(page, ROOT / "experiments" / "results") == page
+
+
+def test_a_report_tells_what_the_committed_studies_answer() -> None:
+    """`python -m moe_rl.analysis.report.committed` writes it."""
+    told = committed_answers()
+    assert told == make_answers(ROOT / "experiments" / "results")
+    assert tuple(told) == QUESTIONS and all(told.values())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ arms are compared over the same steps: those before the first collapse among the
 same seed (`window_end`). Only `churn_early` is of fixed steps, and `replay_coverage` of all.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from pandas.core.groupby.generic import SeriesGroupBy
 
-from moe_rl.analysis.data.collapse import outcome
+from moe_rl.analysis.data.collapse import Outcome, outcome
 from moe_rl.analysis.data.load import CONFIG_COLUMNS, KEYS, StudyRuns
 from moe_rl.analysis.data.stats import bootstrap_interval, wilson_interval
 from moe_rl.analysis.verdicts.attribution import shares_by_run
@@ -32,6 +33,14 @@ CHAIN = [
 ]  # fmt: skip
 # Of all steps, collapsed by then or not.
 WHOLE = ["skipped", "pass_at_1", "pass_at_k", "operations"]
+_SUMMARY = ["seconds", "seconds_per_step", "instruments_share", "machine"]
+OUTCOME = [*KEYS, "complete", *(field.name for field in dataclasses.fields(Outcome))]
+COLUMNS = list(
+    dict.fromkeys(
+        [*KEYS, "complete", *CONFIG_COLUMNS, *OUTCOME, *_SUMMARY, "window_end", *CHAIN, *WHOLE]
+    )
+)
+"""The columns of `run_measures`."""
 
 
 def run_measures(study: StudyRuns) -> pd.DataFrame:
@@ -87,7 +96,7 @@ def run_measures(study: StudyRuns) -> pd.DataFrame:
         )
     measures = pd.DataFrame(rows)
     measures["window_end"] = _window_end(measures)
-    return measures.join(_links(study, measures), on=KEYS)
+    return measures.join(_links(study, measures), on=KEYS)[COLUMNS]
 
 
 def machine(run: Mapping[str, Any]) -> str:

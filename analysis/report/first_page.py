@@ -1,7 +1,9 @@
 """The first page of the report: three questions and one twist, answered by the data alone."""
 
+import json
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,12 @@ from moe_rl.experiments.arms import arm_label
 # Verdict -> how the first page answers "is the cure enough?" and "is it because of the MoE?".
 ENOUGH = {REPRODUCED: "Enough", NOT_REPRODUCED: "Not enough", INCONCLUSIVE: "Open"}
 MOE = {REPRODUCED: "Yes", NOT_REPRODUCED: "No", INCONCLUSIVE: "Open"}
+QUESTIONS = (
+    "Does GRPO collapse because the model is a MoE?",
+    "Which cure is enough, for which disease?",
+    "What would you watch?",
+)
+COMMITTED = Path(__file__).parent / "committed.json"
 SHOWN_SIGNALS = 3
 # Links of the chain that a run logs as it goes, and their names in a sentence.
 SIGNALS = {
@@ -33,21 +41,24 @@ SIGNALS = {
 
 
 def answers(measures: pd.DataFrame) -> list[tuple[str, list[str]]]:
-    """The questions that a reader comes with, each with its answers, a sentence or two each.
+    """The questions that a reader comes with, each with its answers, a paragraph a setting.
 
     `measures` is `run_measures(study)`; incomplete runs do not count.
     """
     done = measures[measures["complete"]]
-    per_setting: list[tuple[str, Callable[[str, pd.DataFrame, pd.DataFrame], str]]] = [
-        ("Does GRPO collapse because the model is a MoE?", _cause),
-        ("Which cure is enough, for which disease?", _cures),
-    ]
+    per_setting: tuple[Callable[[str, pd.DataFrame, pd.DataFrame], str], ...] = (_cause, _cures)
     settings = [(str(name), own) for name, own in done.groupby("setting", sort=False)]
     found = [
         (question, [words for name, own in settings if (words := answer(name, own, done))])
-        for question, answer in per_setting
+        for question, answer in zip(QUESTIONS, per_setting, strict=False)
     ]
-    return [*found, ("What would you watch?", [_watch(done)])]
+    return [*found, (QUESTIONS[-1], [_watch(done)])]
+
+
+def committed_answers() -> dict[str, list[str]]:
+    """The same questions, as committed.py answers them from the studies of this repository."""
+    found: dict[str, list[str]] = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    return found
 
 
 def _cause(setting: str, runs: pd.DataFrame, _done: pd.DataFrame) -> str:
@@ -80,13 +91,14 @@ def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
     start = f"In {setting} ({model}{_disease(grpo)}, {updates:g} {many} a rollout)"
     others = (runs["arm"] != "grpo") & ~runs["arm"].str.startswith(rules.RESTARTS)
     alike = runs[(runs["num_experts"] == experts) & others]
-    if not rules.fails(runs, "grpo"):
+    name = rules.mild_setting(runs)
+    mild = done[done["setting"] == name]
+    ill = rules.fails(runs, "grpo") or (len(mild) and grpo["collapsed"].any())
+    if not ill:
         above = _above(runs, alike["arm"].unique())
         end = f"; above it on the same seeds: {above}." if above else ": nothing to cure."
         stable = f"near its peak in {(~grpo['unstable']).sum()} of {len(grpo)} seeds"
         return f"{start} GRPO ended at {_final(grpo)}, {stable}{end}"
-    name = rules.mild_setting(runs)
-    mild = done[done["setting"] == name]
     by_mild = f" by {name}, within {rules.MILD_MARGIN:g} and without a collapse"
     by_gain = " by the gain over GRPO" if len(mild) else ""
     judged: dict[tuple[str, str], list[tuple[str, str]]] = {}
@@ -104,8 +116,9 @@ def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
         for by in (by_mild, by_gain)
         if (verdict, by) in judged
     ]
-    sentences = [f"{start} GRPO ended at {_final(grpo)}.", *parts, _dense_cure(runs)]
-    return " ".join(sentence for sentence in sentences if sentence)
+    fell = f"collapsed in {_count(grpo, 'collapsed')}"
+    sentences = [f"{start} GRPO ended at {_final(grpo)} and {fell}.", *parts, _dense_cure(runs)]
+    return "\n".join(sentence for sentence in sentences if sentence)
 
 
 def _disease(runs: pd.DataFrame) -> str:

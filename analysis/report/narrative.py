@@ -81,13 +81,16 @@ def _control_sentence(claims: pd.DataFrame) -> str:
 
 
 def _verdict_sentence(claims: pd.DataFrame) -> str:
-    """The paper's claims by verdict, those that were reproduced first and by name."""
-    paper = claims[claims["source"].str.startswith("GSPO")]
+    """The paper's claims that were measured by verdict, those that were reproduced first and by
+    name.
+    """
+    paper = claims[claims["source"].str.startswith("GSPO") & (claims["n"] > 0)]
     named = {
         verdict: paper.loc[paper["verdict"] == verdict, "claim"].tolist()
         for verdict in (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE)
     }
-    words = f"{len(named[REPRODUCED])} of the paper's {len(paper)} claims are reproduced"
+    words = f"{len(named[REPRODUCED])} of the paper's {len(paper)} claims that were measured are "
+    words += "reproduced"
     words += f": {'; '.join(named[REPRODUCED])}." if named[REPRODUCED] else "."
     if named[NOT_REPRODUCED]:
         words += f" Not reproduced: {'; '.join(named[NOT_REPRODUCED])}."

@@ -7,14 +7,12 @@ row a run; time courses are in the run folders alone.
 
 import io
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from moe_rl.analysis.data.collapse import Outcome
 from moe_rl.analysis.data.load import (
     CONFIG_COLUMNS,
     KEYS,
@@ -23,7 +21,7 @@ from moe_rl.analysis.data.load import (
     load_study,
     read_json,
 )
-from moe_rl.analysis.data.measures import CHAIN, WHOLE, run_measures
+from moe_rl.analysis.data.measures import CHAIN, COLUMNS, OUTCOME, run_measures
 from moe_rl.analysis.plots.remedies import final_rewards
 from moe_rl.analysis.report.figures import FINAL_REWARDS
 from moe_rl.analysis.report.svg import save_figure
@@ -31,11 +29,6 @@ from moe_rl.analysis.report.tables import as_csv, study_tables, write_tables
 from moe_rl.experiments.arms import arm_key
 from moe_rl.experiments.study import Comparison
 from moe_rl.run_folder.log import write_json
-
-_MEASURED = [
-    *KEYS, "complete", *(field.name for field in fields(Outcome)), *CHAIN, *WHOLE, "window_end",
-    "seconds", "seconds_per_step", "instruments_share",
-]  # fmt: skip
 
 _KINDS = {
     "setting": "string", "arm": "string", "seed": "integer", "complete": "boolean",
@@ -93,6 +86,19 @@ def pool(folders: Sequence[Path]) -> tuple[StudyRuns, dict[str, Any]]:
         tests=[Comparison(*test) for test in plan["tests"]],
     )
     return study, plan
+
+
+def load_measures(folder: Path) -> tuple[StudyRuns, pd.DataFrame]:
+    """A study and its `run_measures`, from its run folders, or from its tables as `pool` has them.
+
+    Raises:
+        AnalysisError: see `load_study` and `pool`.
+    """
+    if (folder / "runs.csv").is_file():
+        study, _ = pool([folder])
+        return study, study.runs
+    study = load_study(folder)
+    return study, run_measures(study)
 
 
 def write_pool(study: StudyRuns, plan: dict[str, Any], out: Path) -> dict[str, pd.DataFrame]:
@@ -178,7 +184,7 @@ def _read_rows(folder: Path) -> pd.DataFrame:
 def _complete_runs(folder: Path) -> pd.DataFrame:
     """The rows of the complete runs of a part."""
     runs, table = _read_rows(folder), folder / "runs.csv"
-    missing = [name for name in _MEASURED if name not in runs]
+    missing = [name for name in OUTCOME if name not in runs]
     if missing:
         raise AnalysisError(f"{table}: no column {missing[0]!r}; `moe-rl report` writes all")
     for name, kind in _KINDS.items():
@@ -187,9 +193,10 @@ def _complete_runs(folder: Path) -> pd.DataFrame:
     done = runs[runs["complete"].astype(bool)]
     if not np.isfinite(pd.to_numeric(done["final"], errors="coerce")).all():
         raise AnalysisError(f"{table}: final must be a number in every complete run")
-    # Rows of an earlier version may lack a config column that came later.
-    columns = list(dict.fromkeys([*KEYS, "complete", *CONFIG_COLUMNS, *runs.columns]))
-    return done.reindex(columns=columns)
+    if "window_end" not in runs:  # an earlier version read the links of the chain over other steps
+        done = done.drop(columns=[name for name in CHAIN if name in done])
+    # Rows of an earlier version may lack a column that came later.
+    return done.reindex(columns=list(dict.fromkeys([*COLUMNS, *runs.columns])))
 
 
 def _check_seeds(runs: pd.DataFrame) -> None:

@@ -21,7 +21,7 @@ from moe_rl.analysis.report.figures import (
     FigureSpec,
     has_map,
 )
-from moe_rl.analysis.report.first_page import answers, twist_setting, twist_words
+from moe_rl.analysis.report.first_page import answers, committed_answers, twist_setting, twist_words
 from moe_rl.analysis.report.narrative import config_line, headline, map_headline, pooled_fields
 from moe_rl.analysis.report.page import GENERATOR, render
 from moe_rl.analysis.report.svg import save_figure
@@ -68,6 +68,7 @@ def write_report(
         "headlines": [headline(name, *_rows_of(name, tables)[:3]) for name in names],
         "map_headline": map_headline(study, measures) if mapped else "",
         "answers": answers(measures) if names else [],
+        "committed": committed_answers(),
         "overview": _overview(study, measures, out) if names else None,
         "twist": _twist(study, tables, out),
         "map": map_chapter,

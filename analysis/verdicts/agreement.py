@@ -10,18 +10,20 @@ import pandas as pd
 from scipy import stats
 
 from moe_rl.analysis.data.load import AnalysisError, StudyRuns
-from moe_rl.analysis.data.measures import machine, run_measures
 from moe_rl.analysis.data.stats import LEVEL, finite
 from moe_rl.analysis.verdicts.claims import claims_table
 
-
-def machines(study: StudyRuns) -> str:
-    """The machines that made the complete runs of a study."""
-    found = {machine(run) for run in study.runs[study.runs["complete"]].to_dict("records")}
-    return " and ".join(sorted(found - {""}))
+Measured = tuple[StudyRuns, pd.DataFrame]
+"""A study and its `run_measures`."""
 
 
-def arm_agreement(studies: Sequence[StudyRuns]) -> pd.DataFrame:
+def machines(measures: pd.DataFrame) -> str:
+    """The machines that made the complete runs of a study, as far as they are recorded."""
+    found = measures.loc[measures["complete"], "machine"].dropna()
+    return " and ".join(sorted(set(found) - {""}))
+
+
+def arm_agreement(studies: Sequence[Measured]) -> pd.DataFrame:
     """One row a (setting, arm) that all studies have complete runs of.
 
     Columns: setting, arm, `final_i` the mean final reward of study i, `seeds_i`, and of the last
@@ -32,13 +34,12 @@ def arm_agreement(studies: Sequence[StudyRuns]) -> pd.DataFrame:
         AnalysisError: the studies have no setting and arm in common.
     """
     finals = []
-    for study in studies:
-        measures = run_measures(study)
+    for _, measures in studies:
         done = measures[measures["complete"]]
         finals.append({key: finite(own) for key, own in done.groupby(["setting", "arm"])["final"]})
     common = [key for key in finals[0] if all(key in other for other in finals)]
     if not common:
-        paths = ", ".join(str(study.path) for study in studies)
+        paths = ", ".join(str(study.path) for study, _ in studies)
         raise AnalysisError(f"{paths}: no setting and arm in common; give studies of the same runs")
     rows = []
     for setting, arm in common:
@@ -52,10 +53,13 @@ def arm_agreement(studies: Sequence[StudyRuns]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def verdict_agreement(studies: Sequence[StudyRuns]) -> pd.DataFrame:
-    """One row a (setting, claim) of all studies: `verdict_i` of study i, and whether they agree."""
+def verdict_agreement(studies: Sequence[Measured]) -> pd.DataFrame:
+    """One row a (setting, claim) that all studies measured: `verdict_i` of study i, and whether
+    they agree.
+    """
     keys = ["setting", "key", "claim"]
-    tables = [claims_table(study).set_index(keys)["verdict"] for study in studies]
+    claims = [claims_table(study, measures) for study, measures in studies]
+    tables = [table[table["n"] > 0].set_index(keys)["verdict"] for table in claims]
     joined = pd.concat(
         tables, axis=1, join="inner", keys=[f"verdict_{n}" for n in range(1, len(tables) + 1)]
     )

@@ -80,6 +80,15 @@ def test_tables_of_a_version_without_an_option_are_a_part(parts: list[Path]) -> 
     assert len(pool(parts)[0].runs) == 30
 
 
+def test_of_a_version_that_read_other_steps_only_the_outcome_is_kept(parts: list[Path]) -> None:
+    rows = table(parts[0], "runs").drop(columns=["window_end", "machine"])
+    rows.to_csv(parts[0] / "runs.csv", index=False)
+    pooled = pool(parts)[0].runs
+    old = pooled["seed"] < 3
+    assert pooled.loc[old, "token_var"].isna().all() and pooled["final"].notna().all()
+    assert pooled.loc[~old, "token_var"].notna().all()
+
+
 def test_interrupted_runs_are_left_out(parts: list[Path]) -> None:
     (parts[1] / "runs" / "one" / "gspo" / "seed3" / "summary.json").unlink()
     study, plan = pool(parts)
