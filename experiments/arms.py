@@ -260,7 +260,14 @@ _MORE = {
     "clip-0.02": "with a clip of 0.02",
     "clip-3e-4": "with GSPO's clip range",
 }
-# Light and dark colours of arms that are not in the table.
+# Such an arm has the colours of the arm of the table that the change is known by.
+_LOOKS_LIKE = {
+    "dual-clip": "grpo+dual-clip",
+    "R2": "gspo+replay",
+    "R3": "grpo+replay",
+    "rollout-old": "grpo+rollout-old",
+}
+# Light and dark colours of other arms that are not in the table.
 SPARE_COLOURS = (("#7570b3", "#a9a4e0"), ("#4d4d00", "#b3b34d"), ("#1b6f6f", "#63c2c2"))
 
 
@@ -293,8 +300,11 @@ def find_arm(name: str) -> Arm:
     if name in ARMS:
         return ARMS[name]
     own = name.rpartition(":")[2]
-    light, dark = SPARE_COLOURS[sum(own.encode()) % len(SPARE_COLOURS)]
     base, _, more = own.rpartition("+")
+    light, dark = SPARE_COLOURS[sum(own.encode()) % len(SPARE_COLOURS)]
+    if more in _LOOKS_LIKE:
+        known = ARMS[_LOOKS_LIKE[more]]
+        light, dark = known.colour, known.dark_colour
     label = f"{arm_label(base)} {_MORE[more]}" if more in _MORE else own
     change = _with(algorithm="grpo", loss=name) if OWN_LOSS.fullmatch(name) else _with()
     return Arm(name=own, label=label, colour=light, dark_colour=dark, paper="", change=change)

@@ -17,6 +17,8 @@ from moe_rl.analysis.plots import (
     noise,
     ratios,
     remedies,
+    response,
+    restarts,
     routing,
     summary,
     tails,
@@ -83,6 +85,47 @@ STUDY_FIGURES = [
     ),
     FINAL_REWARDS,
 ]
+
+_RESPONSES = (
+    ("by-updates", "Final reward by updates a rollout", "Mean reward of the last eighth of the "
+     "steps, at equally many updates in all.", response.UPDATES),
+    ("by-depth", "Churn by depth", "Share of activated experts that differ between old and new "
+     "policy at the rollout's last update, over the first fifth of the steps.", response.DEPTH),
+    ("by-length", "Variance of the sequence ratio by length", "Median over rollouts of the mean "
+     "over updates, before the first collapse on the same seed; log scales.", response.LENGTH),
+    ("by-compute", "Held-out pass@1 by compute", "At the end of the run, against the operations "
+     "of all its forward and backward passes.", response.COMPUTE),
+)  # fmt: skip
+
+
+def measure_figures(measures: pd.DataFrame) -> list[FigureSpec]:
+    """The figures that need no time course, as far as `run_measures(study)` has what they show."""
+    responses = [
+        FigureSpec(
+            key=key,
+            title=title,
+            caption=f"{caption} Dots are seeds, lines join the medians.",
+            draw=_response(what),
+        )
+        for key, title, caption, what in _RESPONSES
+        if what.families(measures)
+    ]
+    return responses + ([RESTARTS] if len(restarts.restarted(measures)) else [])
+
+
+def _response(what: response.Response) -> Callable[[StudyRuns, pd.DataFrame], Figure]:
+    return lambda _, measures: response.response(measures, what)
+
+
+RESTARTS = FigureSpec(
+    key="restarts",
+    title="Can a run be saved?",
+    caption="Runs of GRPO that collapsed, started again from a checkpoint before their collapse "
+    "and from their end. Every dot is a seed, open where the restart ends below half of the first "
+    "run's peak.",
+    draw=lambda _, measures: restarts.restarts(measures),
+    every_arm=True,
+)
 
 TWIST_FIGURE = FigureSpec(
     key="twist",

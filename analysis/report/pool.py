@@ -1,8 +1,8 @@
 """Seeds of one study that were run apart, on other machines or later, as one study.
 
 A part is a study folder, or a folder with the tables of one: study.json and runs.csv, as
-experiments/results/ has them. Pooled are the tables and the figure of final rewards, which need one
-row a run; time courses are in the run folders alone.
+experiments/results/ has them. Pooled are the tables and the figures that need one row a run; time
+courses are in the run folders alone.
 """
 
 import io
@@ -22,8 +22,7 @@ from moe_rl.analysis.data.load import (
     read_json,
 )
 from moe_rl.analysis.data.measures import CHAIN, COLUMNS, OUTCOME, run_measures
-from moe_rl.analysis.plots.remedies import final_rewards
-from moe_rl.analysis.report.figures import FINAL_REWARDS
+from moe_rl.analysis.report.figures import FINAL_REWARDS, measure_figures
 from moe_rl.analysis.report.svg import save_figure
 from moe_rl.analysis.report.tables import as_csv, study_tables, write_tables
 from moe_rl.experiments.arms import arm_key
@@ -102,7 +101,7 @@ def load_measures(folder: Path) -> tuple[StudyRuns, pd.DataFrame]:
 
 
 def write_pool(study: StudyRuns, plan: dict[str, Any], out: Path) -> dict[str, pd.DataFrame]:
-    """Write study.json, every table and the figure of final rewards into `out`; the tables.
+    """Write study.json, every table and the figures of one row a run into `out`; the tables.
 
     Raises:
         AnalysisError: `out` holds runs, or anything but tables of this study.
@@ -112,8 +111,9 @@ def write_pool(study: StudyRuns, plan: dict[str, Any], out: Path) -> dict[str, p
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "study.json", plan)
     write_tables(out, tables)
-    figure = final_rewards(study.runs, study.settings)
-    save_figure(out / "figures", f"all-{FINAL_REWARDS.key}", FINAL_REWARDS.title, figure)
+    for spec in (FINAL_REWARDS, *measure_figures(study.runs)):
+        figure = spec.draw(study, study.runs)
+        save_figure(out / "figures", f"all-{spec.key}", spec.title, figure)
     return tables
 
 

@@ -20,6 +20,7 @@ from moe_rl.analysis.report.figures import (
     TWIST_FIGURE,
     FigureSpec,
     has_map,
+    measure_figures,
 )
 from moe_rl.analysis.report.first_page import answers, committed_answers, twist_setting, twist_words
 from moe_rl.analysis.report.narrative import config_line, headline, map_headline, pooled_fields
@@ -89,8 +90,8 @@ def write_report(
 
 def _overview(study: StudyRuns, measures: pd.DataFrame, out: Path) -> dict[str, Any]:
     """The first figures of the page; at most `PANELS` settings have room for a panel."""
-    some = study.settings[:PANELS]
-    return _figures(dataclasses.replace(study, settings=some), measures, STUDY_FIGURES, "all", out)
+    some = dataclasses.replace(study, settings=study.settings[:PANELS])
+    return _figures(some, measures, STUDY_FIGURES + measure_figures(measures), "all", out)
 
 
 def _twist(study: StudyRuns, tables: dict[str, pd.DataFrame], out: Path) -> dict[str, Any] | None:

@@ -15,6 +15,8 @@ from moe_rl.analysis.plots import (
     noise,
     ratios,
     remedies,
+    response,
+    restarts,
     routing,
     summary,
     tails,
@@ -252,3 +254,42 @@ def test_a_legend_lies_inside_its_figure(width, count):
     figure.draw_without_rendering()
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+
+
+def _measures(*rows):
+    """Complete runs of `run_measures`, by setting, arm and seed, with other columns."""
+    base = {"complete": True, "collapsed": False, "peak": 0.8}
+    return pd.DataFrame([base | row for row in rows])
+
+
+def test_a_response_is_read_where_names_differ_in_their_last_number_and_x_grows():
+    runs = [
+        {"setting": setting, "arm": "grpo", "seed": seed, "num_layers": layers, "churn_early": 0.1}
+        for setting, layers in (("noise-L2", 2), ("noise-L8", 8), ("mild-L2", 2), ("other", 4))
+        for seed in range(2)
+    ]
+    families = response.DEPTH.families(_measures(*runs))
+    assert set(families) == {"noise-LN"} and set(families["noise-LN"]["at"]) == {2.0, 8.0}
+    assert not response.DEPTH.families(_measures(*runs[:2]))
+    (axes,) = response.response(_measures(*runs), response.DEPTH).axes
+    assert axes.get_title() == "noise-LN" and len(axes.collections[0].get_offsets()) == 4
+    unknown = _measures(*({**run, "churn_early": np.nan} for run in runs))
+    assert not response.DEPTH.families(unknown)
+
+
+def test_restarts_are_of_the_runs_that_collapsed():
+    rows = [{"arm": "grpo", "seed": seed, "collapsed": seed < 2, "final": 0.1} for seed in range(3)]
+    rows += [
+        {"arm": arm, "seed": seed, "final": final}
+        for arm, final in (("before-gspo", 0.9), ("after-same", 0.1))
+        for seed in range(3)
+    ]
+    measures = _measures(*({"setting": "s"} | row for row in rows))
+    again = restarts.restarted(measures)
+    assert sorted(zip(again["when"], again["way"], again["seed"], strict=True)) == [
+        ("after", "same", 0), ("after", "same", 1), ("before", "gspo", 0), ("before", "gspo", 1)
+    ]  # fmt: skip
+    before, after = restarts.restarts(measures).axes
+    shown = [sum(len(dots.get_offsets()) for dots in axes.collections) for axes in (before, after)]
+    assert shown == [2, 2]
+    assert restarts.restarted(measures[measures["arm"] == "grpo"]).empty
