@@ -15,6 +15,8 @@ from moe_rl.analysis.report.committed import make_answers
 from moe_rl.analysis.report.finals import fill
 from moe_rl.analysis.report.first_page import QUESTIONS, committed_answers
 from moe_rl.analysis.report.tables import paired_tests
+from moe_rl.analysis.report.verdict_page import page
+from moe_rl.analysis.verdicts.claims import CLAIMS
 from moe_rl.commands.cli import main
 from moe_rl.presets import preset
 from moe_rl.training.run import train
@@ -231,6 +233,13 @@ def test_a_report_tells_what_the_committed_studies_answer() -> None:
     told = committed_answers()
     assert told == make_answers(ROOT / "experiments" / "results")
     assert tuple(told) == QUESTIONS and all(told.values())
+
+
+def test_the_page_of_verdicts_is_that_of_the_committed_studies() -> None:
+    """`python -m moe_rl.analysis.report.verdict_page > docs/verdicts.md` writes it."""
+    text = page(ROOT / "experiments" / "results")
+    assert text == (ROOT / "docs" / "verdicts.md").read_text()
+    assert all(f"## {claim.text}\n" in text for claim in CLAIMS)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,81 @@
+"""Every verdict of the committed studies as one Markdown page, nulls and reversals among them.
+
+python -m moe_rl.analysis.report.verdict_page > docs/verdicts.md
+"""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from moe_rl.analysis.report.finals import RESULTS
+from moe_rl.analysis.report.page import bounds
+from moe_rl.analysis.verdicts.claims import CLAIMS
+from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+
+# Claims that compare the final rewards of two arms, and these: `paired.csv` has their p.
+PAIRS = {
+    "replay_restores": "grpo+replay",
+    "bounded_branch_holds": "grpo+dual-clip",
+    "sampling_denominator_holds": "grpo+rollout-old",
+}
+HEAD = """# Every verdict
+
+What each claim came to in each setting of each committed study where it was measured, by the rule
+above its table (`analysis/verdicts/rules.py`); [results.md](results.md) reads them. Written from
+`experiments/results` by `python -m moe_rl.analysis.report.verdict_page`.
+
+Studies share trainings, so that rows are not independent, and verdicts are not corrected for their
+number. Where a claim is a test of an arm against GRPO, p is the exact sign-flip test's after Holm's
+correction over the arms of that setting on equally many seeds. Left out are settings where noise
+makes the answer or cannot reach it ("not judged"), and, but for their names, those in which the arm
+that was to be cured is stable.
+"""
+
+
+def page(results: Path = RESULTS) -> str:
+    """The text of docs/verdicts.md."""
+    rows = pd.concat([_study(folder) for folder in sorted(results.iterdir())], ignore_index=True)
+    rows = rows[(rows["n"] > 0) & ~rows["reason"].str.startswith("not judged")]
+    return "\n".join([HEAD, *(_claim(rows[rows["key"] == c.key], c.text, c.rule) for c in CLAIMS)])
+
+
+def _study(folder: Path) -> pd.DataFrame:
+    """The claims of one study, with its name and, where there is one, a corrected p."""
+    if not (folder / "claims.csv").is_file():
+        return pd.DataFrame()
+    if json.loads((folder / "study.json").read_text(encoding="utf-8"))["mode"] == "map":
+        return pd.DataFrame()  # three seeds a cell settle nothing
+    claims = pd.read_csv(folder / "claims.csv")
+    paired = pd.read_csv(folder / "paired.csv")
+    against_grpo = paired[paired["a"] == "grpo"].set_index(["setting", "b"])["p_holm"].to_dict()
+    keys = zip(claims["setting"], claims["key"].map(PAIRS), strict=True)
+    return claims.assign(study=folder.name, p_holm=[against_grpo.get(key) for key in keys])
+
+
+def _claim(rows: pd.DataFrame, text: str, rule: str) -> str:
+    stable = rows["reason"].str.contains("is stable here")
+    lines = [f"## {text}\n", f"{rule}\n"]
+    shown = rows[~stable]
+    counts = [f"{(shown['verdict'] == v).sum()} {v}" for v in (REPRODUCED, NOT_REPRODUCED)]
+    counts.append(f"{(shown['verdict'] == INCONCLUSIVE).sum()} {INCONCLUSIVE}")
+    lines.append(f"{', '.join(counts)}.\n" if len(shown) else "Not measured where it could be.\n")
+    if len(shown):
+        lines += ["| study | setting | seeds | measured | interval | p | verdict |"]
+        lines += ["|---|---|---|---|---|---|---|", *map(_row, shown.to_dict("records")), ""]
+    if stable.any():
+        names = ", ".join(f"{r.study}/{r.setting}" for r in rows[stable].itertuples())
+        lines.append(f"Nothing to cure: {names}.\n")
+    return "\n".join(lines)
+
+
+def _row(row: dict[str, object]) -> str:
+    verdict = row["verdict"] if row["verdict"] == INCONCLUSIVE else f"**{row['verdict']}**"
+    p_value = f"{row['p_holm']:.2g}" if pd.notna(row["p_holm"]) else ""
+    cells = [row["study"], row["setting"], row["n"], row["ours"]]
+    cells += [bounds(row["low"], row["high"]), p_value, verdict]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
