@@ -5,6 +5,7 @@ python -m moe_rl.analysis.report.verdict_page > docs/verdicts.md
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -69,7 +70,7 @@ def _claim(rows: pd.DataFrame, text: str, rule: str) -> str:
     return "\n".join(lines)
 
 
-def _row(row: dict[str, object]) -> str:
+def _row(row: dict[str, Any]) -> str:
     verdict = row["verdict"] if row["verdict"] == INCONCLUSIVE else f"**{row['verdict']}**"
     p_value = f"{row['p_holm']:.2g}" if pd.notna(row["p_holm"]) else ""
     cells = [row["study"], row["setting"], row["n"], row["ours"]]
