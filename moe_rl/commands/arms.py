@@ -39,7 +39,7 @@ class Arms(Command):
 
 
 def _print_table() -> None:
-    """Name, formula, paper, defaults and no-op of every arm."""
+    """Name, options, formula, paper, defaults and no-op of every arm; a formula once."""
     from rich.box import ASCII2
     from rich.console import Console
     from rich.table import Table
@@ -47,9 +47,13 @@ def _print_table() -> None:
     from moe_rl.experiments.recipes import all_cards
 
     table = Table(box=ASCII2, show_lines=True)
-    for column in ("arm", "formula", "paper", "defaults", "when it is a no-op"):
+    for column in ("arm", "moe-rl train", "formula", "paper", "defaults", "when it is a no-op"):
         table.add_column(column, overflow="fold")
+    first: dict[str, str] = {}  # formula -> the first arm that has it
     for card in all_cards():
-        table.add_row(card.arm.name, card.formula, card.arm.paper, card.defaults, card.no_op)
+        name = first.setdefault(card.formula, card.arm.name)
+        formula = card.formula if name == card.arm.name else f"that of {name}"
+        rest = (card.arm.paper, card.defaults, card.no_op)
+        table.add_row(card.arm.name, card.settings, formula, *rest)
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
     console.print(table)

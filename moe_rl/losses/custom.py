@@ -49,13 +49,21 @@ def check_loss(name: str, algorithm: Algorithm, options: Mapping[str, float]) ->
     """Try a user's own loss on small random inputs, on policy and off it, with padding.
 
     Raises:
-        ConfigError: an error in the file, another shape than [B, T], a NaN or inf in the loss or
-            its gradient, or no gradient anywhere.
+        ConfigError: an error in the file, another shape than [B, T], inputs changed in place, a NaN
+            or inf in the loss or its gradient, or no gradient anywhere.
     """
     reached = False
     for policy, spread in (("on policy", 0.0), ("off policy", 0.5)):
         logprobs, inputs = _small_inputs(spread, algorithm.reads_routers)
+        tensors = {key: value for key, value in vars(inputs).items() if isinstance(value, Tensor)}
+        before = {key: value.clone() for key, value in tensors.items()}
         token_losses = algorithm.loss(inputs, **options)
+        for key, value in tensors.items():
+            if not value.equal(before[key]):
+                raise ConfigError(
+                    f"loss={name!r}: changes inputs.{key} in place, and metrics read it after the "
+                    "loss; work on a copy"
+                )
         if token_losses.requires_grad:
             with one_line_errors(f"loss={name!r}", name.rpartition(":")[0]):
                 token_losses[inputs.mask].sum().backward()

@@ -81,12 +81,14 @@ def returning(value: str) -> str:
         (returning("None"), "returned NoneType for inputs of shape"),
         (returning("inputs.logprobs.detach()"), "no gradient reaches inputs.logprobs"),
         (returning("0 * inputs.logprobs"), "no gradient reaches inputs.logprobs"),
+        (returning("-inputs.logprobs * inputs.advantages.neg_()"), "changes inputs.advantages in"),
+        (returning("inputs.logprobs.mul_(2)"), "changes inputs.logprobs in place"),
         (returning("inputs.logprobs / inputs.log_ratio"), "its loss is NaN or inf on policy"),
         (returning("inputs.logprobs / inputs.advantages"), "its loss is NaN or inf on policy"),
         (returning("inputs.log_ratio.abs().sqrt()"), "its gradient is NaN or inf on policy"),
         (returning("inputs.logprobs + (inputs.log_ratio * 1e3).exp()"), "is NaN or inf off policy"),
         (returning("inputs.no_such_field"), "line 4: AttributeError: .*no_such_field"),
-        (returning("inputs.logprobs.exp().mul_(inputs.logprobs.exp_())"), "RuntimeError: "),
+        (returning("inputs.logprobs.exp().mul_(2)"), "RuntimeError: "),
     ],
 )
 def test_a_bad_loss_is_refused_in_one_line_before_a_run_is_made(
