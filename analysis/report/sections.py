@@ -73,7 +73,7 @@ def environment(study: StudyRuns) -> dict[str, Any] | None:
         return None
     facts = [
         f"{name} {', '.join(sorted(str(v) for v in done[f'summary_{name}'].dropna().unique()))}"
-        for name in ("torch", "transformers", "threads")
+        for name in ("processor", "cpu_capability", "torch", "transformers", "threads")
         if f"summary_{name}" in done
     ]
     minutes = number(_total(done, "seconds") / 60, 1)

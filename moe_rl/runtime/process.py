@@ -49,10 +49,16 @@ def keep_freed_memory() -> bool:
     return all(taken)
 
 
+_BUILD = {"family": "cpu family", "model": "model", "stepping": "stepping"}
+
+
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    """The processor's name and build, as far as the system tells."""
+    with contextlib.suppress(OSError, KeyError):
+        first, _, _ = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")
+        lines = [line.partition(":") for line in first.splitlines()]
+        facts = {name.strip(): value.strip() for name, _, value in lines}
+        # A virtual machine may hide the model in the name, and not in these.
+        build = (f"{word} {facts[key]}" for word, key in _BUILD.items())
+        return f"{facts['model name']} ({', '.join(build)})"
     return platform.processor() or "cpu"
