@@ -307,7 +307,11 @@ def find_arm(name: str) -> Arm:
         light, dark = known.colour, known.dark_colour
     label = f"{arm_label(base)} {_MORE[more]}" if more in _MORE else own
     change = _with(algorithm="grpo", loss=name) if OWN_LOSS.fullmatch(name) else _with()
-    return Arm(name=own, label=label, colour=light, dark_colour=dark, paper="", change=change)
+    # What is added is a question to the arm that it is added to: it is none of GRPO's family.
+    return Arm(
+        name=own, label=label, colour=light, dark_colour=dark, paper="", change=change,
+        compare_with=(base or "grpo",),
+    )  # fmt: skip
 
 
 def arm_label(name: str) -> str:

@@ -247,8 +247,7 @@ def card(name: str) -> Card:
     """
     from moe_rl.losses.custom import choose_algorithm
 
-    if name not in ARMS:
-        check_arms([name])
+    check_arms([name])
     arm, base = find_arm(name), RunConfig()
     config = arm.change(base, "R3")
     algorithm = choose_algorithm(config.algorithm, config.loss)

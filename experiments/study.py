@@ -100,6 +100,8 @@ class StudyPlan:
     def write(self, root: Path, command: str) -> None:
         """Write study.json into the study folder `root`; `command` says how to make it again.
 
+        A folder whose study has no other runs than this one goes on with this plan.
+
         Raises:
             ConfigError: the folder holds another study, or files that are no study.
         """
@@ -122,11 +124,14 @@ class StudyPlan:
             theirs = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else plan
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{file}: no study ({error}); give a new folder") from error
+        if theirs.get("name") == self.name and all(run in runs for run in theirs.get("runs", [])):
+            theirs = plan  # a plan that has grown since goes on in its folder
         for key, ours in plan.items():
             if theirs.get(key) != ours:
+                which = "other runs" if key == "runs" else f"{key}={theirs.get(key)!r}"
+                wanted = "" if key == "runs" else f", this one has {ours!r}"
                 raise ConfigError(
-                    f"out={str(root)!r}: holds a study with {key}={theirs.get(key)!r}, this one "
-                    f"has {ours!r}; give another folder"
+                    f"out={str(root)!r}: holds a study with {which}{wanted}; give another folder"
                 )
         root.mkdir(parents=True, exist_ok=True)
         told = {"analysis": self.analysis, "command": command, "tests": self.tests}

@@ -301,10 +301,10 @@ class RunConfig(Settings):
                 f"old_passes={self.old_passes} with old_logprobs=rollout: no old log-probs are "
                 "computed; use old_logprobs=trainer, or old_passes=1"
             )
-        if self.router_noise_passes != "all" and not self.router_noise:
+        if self.router_noise_passes != "all" and not (self.router_noise or self.hidden_noise):
             yield (
-                f"router_noise_passes={self.router_noise_passes} with router_noise=0: there is no "
-                "noise to put there; set router_noise"
+                f"router_noise_passes={self.router_noise_passes} with router_noise=0 and "
+                "hidden_noise=0: there is no noise to put there; set one of them"
             )
         if self.router_noise_passes == "old" and self.old_logprobs == "rollout":
             yield (

@@ -34,7 +34,7 @@ from moe_rl.presets import PRESETS, preset
         ({"task": "dataset"}, "task=dataset: no file to read"),
         ({"dataset": "rows.jsonl"}, "dataset='rows.jsonl' with task=running_sum"),
         ({"old_passes": 8, "old_logprobs": "rollout"}, "use old_logprobs=trainer"),
-        ({"router_noise_passes": "update"}, "no noise to put there"),
+        ({"router_noise_passes": "update"}, "there is no noise to put there"),
         (
             {"router_noise_passes": "old", "router_noise": 0.3, "old_logprobs": "rollout"},
             "there is no old pass",
@@ -84,6 +84,10 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
     max_leaves=6,
 )
+
+
+def test_noise_on_hidden_states_is_placed_too() -> None:
+    RunConfig(hidden_noise=1.2, router_noise_passes="rollout")
 
 
 @settings(max_examples=200)

@@ -113,7 +113,8 @@ def before_collapse(frame: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame
 
 def _window_end(measures: pd.DataFrame) -> NDArray[np.float64]:
     seeds = ["setting", "seed"]
-    first = measures[measures["arm"].isin(MAIN_ARMS)].groupby(seeds)["collapse_step"].min()
+    main = measures[measures["arm"].isin(MAIN_ARMS) & measures["complete"].astype(bool)]
+    first = main.groupby(seeds)["collapse_step"].min()
     of_seed = first.reindex(pd.MultiIndex.from_frame(measures[seeds])).to_numpy(float)
     return np.fmin(measures["collapse_step"].to_numpy(float), of_seed)
 

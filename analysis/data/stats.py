@@ -96,8 +96,8 @@ def student_interval(values: ArrayLike) -> Interval:
 def sign_flip_p_value(differences: ArrayLike) -> float:
     """Two-sided p value of the paired sign-flip permutation test of "mean difference = 0".
 
-    All 2^n sign assignments up to n = 14 (exact, never below 2^(1-n)), else 2^14 random ones. NaN
-    for n = 0.
+    All 2^n sign assignments up to n = `EXACT_SIGN_FLIPS` (exact, never below 2^(1-n)), else as many
+    random ones as there are at that n. NaN for n = 0.
     """
     values = finite(differences)
     if len(values) < 2:

@@ -41,6 +41,8 @@ def tolerance(steps: pd.DataFrame, measures: pd.DataFrame) -> Figure:
         # One place a noise, of arms that replay nothing: their first rollouts differ by chance
         # alone, and replay takes away what is to be measured.
         live = table[table["routing_replay"] == "disabled"]
+        if set(live["router_noise"]) != set(table["router_noise"]):
+            live = table  # no such arm has run at some noise
         places = live.groupby("router_noise")[column].mean()
         if column == KL:
             places = _on_log_axis(axes, places)

@@ -29,7 +29,7 @@ def make_answers(results: Path = RESULTS) -> dict[str, list[str]]:
 
 
 def _answers(results: Path, study: str, question: str) -> list[str]:
-    """What one study says to one question, of the settings where GRPO fails."""
+    """What one study says to one question, but where GRPO is stable and nothing is to be cured."""
     said = dict(answers(pool([results / study])[0].runs))[question]
     told = [words for words in said if "no failure to explain" not in words]
     return [f"{study}: {words}" for words in told if "nothing to cure" not in words]

@@ -19,11 +19,11 @@ from moe_rl.analysis.verdicts.verdicts import (
     MAJORITY,
     MIN_SEEDS,
     NOT_REPRODUCED,
-    REPRODUCED,
     Judgement,
     both,
     judge_fraction,
     judge_interval,
+    seeds,
 )
 from moe_rl.experiments.arms import arm_label
 
@@ -93,7 +93,7 @@ def gspo_needs_none(runs: pd.DataFrame) -> Judgement:
     gain, replay_gain = pairs["gspo"] - pairs["grpo"], pairs[other] - pairs["grpo"]
     finding = judge_interval(student_interval(gain - KEPT * replay_gain), low=0.0)
     verdict, reason = both(finding, _collapse_share(runs, "gspo", majority=False))
-    if verdict == REPRODUCED and not fails(runs, "grpo"):
+    if finding.interval.n and not fails(runs, "grpo"):
         verdict, reason = INCONCLUSIVE, "GRPO is stable here: no arm needs replay"
     ours = f"gain over GRPO {gain.mean():+.2f}, {arm_label(other)} {replay_gain.mean():+.2f}"
     return _with_ours(replace(finding, verdict=verdict, reason=reason), ours)
@@ -243,7 +243,7 @@ def deeper_is_worse(study_runs: pd.DataFrame) -> Judgement:
     same steps for both, as churn follows the learning rate. Needs runs at two depths, and without
     router noise, which makes churn itself.
     """
-    runs = _quiet(study_runs, "grpo", "router_noise")
+    runs = _quiet(study_runs, "grpo", "router_noise").dropna(subset="churn_early")
     gaps: list[float] = []
     for _, group in runs.groupby(list(ALIKE), dropna=False):
         depths = sorted(group["num_layers"].dropna().unique())
@@ -307,7 +307,7 @@ def keeps(runs: pd.DataFrame, mild: pd.DataFrame, arm: str) -> Judgement:
     finding = judge_interval(student_interval(pairs["hard"] - pairs["mild"]), low=-MILD_MARGIN)
     k = int(_arm(runs, arm)["collapsed"].sum())
     if k and finding.interval.n >= MIN_SEEDS:
-        return replace(finding, verdict=NOT_REPRODUCED, reason=f"{k} seeds collapsed")
+        return replace(finding, verdict=NOT_REPRODUCED, reason=f"{seeds(k)} collapsed")
     return finding
 
 

@@ -44,7 +44,7 @@ def judge_interval(interval: Interval, low: float = -math.inf, high: float = mat
         verdict, reason = INCONCLUSIVE, "not measured"
     elif interval.n < MIN_SEEDS:
         verdict = INCONCLUSIVE
-        reason = f"{_seeds(interval.n)}; an interval over seeds needs {MIN_SEEDS}"
+        reason = f"{seeds(interval.n)}; an interval over seeds needs {MIN_SEEDS}"
     elif low <= interval.low and interval.high <= high:
         verdict, reason = REPRODUCED, f"interval {region}"
     elif interval.high < low or interval.low > high:
@@ -63,7 +63,7 @@ def judge_fraction(k: int, n: int, *, majority: bool, what: str) -> Judgement:
     not reproduced when wholly on the other side. `what` names the event, for the reason.
     """
     interval = wilson_interval(k, n)
-    counted = f"{what} in {k} of {_seeds(n)}"
+    counted = f"{what} in {k} of {seeds(n)}"
     if n == 0:
         verdict, reason = INCONCLUSIVE, "not measured"
     elif n < MIN_SEEDS:
@@ -109,5 +109,6 @@ def _region(low: float, high: float) -> str:
     return f"within {low:g} to {high:g}"
 
 
-def _seeds(n: int) -> str:
+def seeds(n: int) -> str:
+    """A number of seeds in words."""
     return f"{n} seed" if n == 1 else f"{n} seeds"

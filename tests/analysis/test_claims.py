@@ -60,6 +60,8 @@ def test_where_grpo_is_stable_nothing_is_restored_and_nobody_needs_replay():
     for judge in (rules.replay_restores, rules.gspo_needs_none):
         finding = judge(_runs(*arms))
         assert finding.verdict == INCONCLUSIVE and "GRPO is stable here" in finding.reason
+    mixed = [*arms[:2], _arm("gspo", final=[0.9, 0.2, 0.9, 0.2, 0.9])]
+    assert "GRPO is stable here" in rules.gspo_needs_none(_runs(*mixed)).reason
 
 
 @pytest.mark.parametrize(
@@ -231,6 +233,11 @@ def test_a_control_explains_nothing_where_nothing_fails_or_it_was_not_run(arm, j
 def test_deeper_is_worse_compares_depths_that_are_otherwise_equal(deep, verdict):
     runs = _runs(_arm("grpo"), _arm("grpo", num_layers=12, churn_early=deep))
     assert rules.deeper_is_worse(runs).verdict == verdict
+
+
+def test_a_depth_that_recorded_no_churn_is_not_compared():
+    runs = _runs(_arm("grpo"), _arm("grpo", num_layers=12, churn_early=float("nan")))
+    assert "not measured" in rules.deeper_is_worse(runs).reason
 
 
 def test_depths_with_another_learning_rate_are_not_compared():

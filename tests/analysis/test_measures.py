@@ -84,6 +84,13 @@ def test_coverage_is_of_all_updates_and_nan_without_replay(tmp_path):
     assert math.isnan(arms.loc["grpo", "replay_coverage"])
 
 
+def test_an_incomplete_run_ends_the_window_of_no_other(tmp_path):
+    root = synthetic.write_study(tmp_path, arms=["grpo", "gspo"], seeds=1, steps=24, updates=1)
+    (root / "runs/staleness/grpo/seed1/summary.json").unlink()
+    measures = run_measures(load_study(root)).set_index("arm")
+    assert measures.loc["grpo", "collapsed"] and math.isnan(measures.loc["gspo", "window_end"])
+
+
 def test_arms_are_compared_over_the_steps_before_the_first_collapse_of_the_main_ones(tmp_path):
     root = synthetic.write_study(tmp_path, arms=["grpo", "gspo"], seeds=2, steps=24, updates=1)
     study = load_study(root)

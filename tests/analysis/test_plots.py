@@ -20,6 +20,7 @@ from moe_rl.analysis.plots import (
     routing,
     summary,
     tails,
+    tolerance,
     training,
 )
 from moe_rl.analysis.plots.style import (
@@ -275,6 +276,23 @@ def test_a_response_is_read_where_names_differ_in_their_last_number_and_x_grows(
     assert axes.get_title() == "noise-LN" and len(axes.collections[0].get_offsets()) == 4
     unknown = _measures(*({**run, "churn_early": np.nan} for run in runs))
     assert not response.DEPTH.families(unknown)
+
+
+@pytest.mark.parametrize("arms", [("grpo", "grpo+replay"), ("grpo+replay",)])
+def test_the_tolerance_of_arms_that_replay_is_drawn_where_no_other_has_run(arms):
+    runs = [
+        {"setting": f"s{noise}", "arm": arm, "seed": 1, "router_noise": noise, "final": 0.5,
+         "learning_rate": 1e-3, "updates_per_rollout": 8,
+         "routing_replay": "R3" if "replay" in arm else "disabled"}
+        for noise in (0.1, 0.2, 0.3) for arm in arms if (arm, noise) != ("grpo", 0.3)
+    ]  # fmt: skip
+    steps = pd.DataFrame(
+        {**{key: run[key] for key in ("setting", "arm", "seed")}, "step": 0,
+         tolerance.KL: run["router_noise"], tolerance.ROUTERS: run["router_noise"]}
+        for run in runs
+    )  # fmt: skip
+    kl, _ = tolerance.tolerance(steps, _measures(*runs)).axes
+    assert {len(dots.get_offsets()) for dots in kl.collections} <= {2, 3}
 
 
 def test_restarts_are_of_the_runs_that_collapsed():

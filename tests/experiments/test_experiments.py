@@ -1,5 +1,6 @@
 """Studies: what they run, and what they refuse before anything runs."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from moe_rl.analysis.verdicts.verdicts import MIN_SEEDS
 from moe_rl.commands.reproduce import Reproduce
 from moe_rl.config import ConfigError
 from moe_rl.experiments import collapse_map
-from moe_rl.experiments.arms import ARMS, MAIN_ARMS, TWIST_ARM, arm_config
+from moe_rl.experiments.arms import ARMS, MAIN_ARMS, TWIST_ARM, arm_config, find_arm
 from moe_rl.experiments.bench.training import useful_operations
 from moe_rl.experiments.executors.local import LocalExecutor
 from moe_rl.experiments.quick import quick
@@ -70,6 +71,20 @@ def test_another_study_in_the_folder_is_refused_and_kept(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="holds a study"):
         quick().write(tmp_path / "map", "moe-rl reproduce")
     assert (tmp_path / "map" / "study.json").read_bytes() == before
+
+
+def test_a_study_that_has_grown_goes_on_in_its_folder(tmp_path: Path) -> None:
+    small_map().write(tmp_path / "map", "moe-rl map")
+    small_map(seeds=(1, 2)).write(tmp_path / "map", "moe-rl map")
+    assert json.loads((tmp_path / "map" / "study.json").read_text())["seeds"] == [1, 2]
+    with pytest.raises(ConfigError, match=r"seeds=\[1, 2\], this one has \[1\]; give another"):
+        small_map().write(tmp_path / "map", "moe-rl map")
+
+
+def test_what_a_variant_adds_is_a_question_to_the_arm_that_it_is_added_to() -> None:
+    assert find_arm("gspo+rollout-old").compare_with == ("gspo",)
+    assert find_arm("grpo+rollout-old+R3").compare_with == ("grpo+rollout-old",)
+    assert find_arm("own.py:mine").compare_with == find_arm("before-same").compare_with == ("grpo",)
 
 
 def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
