@@ -84,6 +84,17 @@ def test_coverage_is_of_all_updates_and_nan_without_replay(tmp_path):
     assert math.isnan(arms.loc["grpo", "replay_coverage"])
 
 
+def test_a_run_that_collapses_before_the_main_arms_has_a_window_of_its_own(tmp_path):
+    early = {"mine": synthetic.Profile(collapse_at=0.2, final=0.0)}
+    root = synthetic.write_study(
+        tmp_path, arms=["grpo", "mine"], seeds=1, steps=24, updates=1, profiles=early
+    )
+    measures = run_measures(load_study(root)).set_index("arm")
+    own = measures.loc["mine", "collapse_step"]
+    assert own < measures.loc["grpo", "collapse_step"] == measures.loc["grpo", "window_end"]
+    assert measures.loc["mine", "window_end"] == own
+
+
 def test_an_incomplete_run_ends_the_window_of_no_other(tmp_path):
     root = synthetic.write_study(tmp_path, arms=["grpo", "gspo"], seeds=1, steps=24, updates=1)
     (root / "runs/staleness/grpo/seed1/summary.json").unlink()

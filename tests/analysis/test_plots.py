@@ -89,7 +89,10 @@ def test_non_finite_numbers_leave_gaps(study):
     updates = study.updates.copy()
     updates.loc[updates["step"] == 2, "grad_norm"] = math.inf
     updates.loc[updates["step"] == 3, "grad_norm"] = math.nan
-    settle(training.gradient_norm(updates))
+    figure = training.gradient_norm(updates)
+    settle(figure)
+    heights = [line.get_ydata() for line in figure.axes[0].lines]
+    assert heights and not any(np.isinf(np.asarray(line, dtype=float)).any() for line in heights)
 
 
 def test_drawing_leaves_matplotlib_as_it_was(study):

@@ -21,7 +21,7 @@ from moe_rl.analysis import (
 )
 from moe_rl.analysis.data.measures import run_measures
 from moe_rl.analysis.report.figures import SETTING_FIGURES, STUDY_FIGURES, has_map
-from moe_rl.analysis.report.first_page import answers
+from moe_rl.analysis.report.first_page import answers, twist_setting
 from moe_rl.analysis.report.page import bounds
 from moe_rl.analysis.report.tables import cures_table, paired_tests
 from moe_rl.analysis.verdicts.verdicts import NOT_REPRODUCED, REPRODUCED
@@ -289,6 +289,14 @@ def test_the_twist_is_told_where_its_arms_were_run(tmp_path, one_figure, html):
     assert "GRPO does not collapse: reproduced." in page
 
 
+def test_the_twist_is_told_of_the_first_setting_in_which_grpo_fails(tmp_path):
+    fails = _done(tmp_path)
+    stable = fails.assign(setting="calm", unstable=False)
+    assert twist_setting(pd.concat([stable, fails])) == "staleness"
+    assert twist_setting(stable) == "calm"
+    assert twist_setting(fails[fails["arm"] == "grpo"]) is None
+
+
 def test_the_arms_against_grpo_are_one_family_of_tests(tmp_path):
     tests = paired_tests(_done(tmp_path)).set_index("b")
     family = tests[tests["a"] == "grpo"]
@@ -296,6 +304,18 @@ def test_the_arms_against_grpo_are_one_family_of_tests(tmp_path):
     assert (family["p_holm"] == len(family) * 2 / 2**5).all()
     assert tests.loc[tests["a"] != "grpo", "p_holm"].isna().all()
     assert (family["wins"] == 5).all() and (family["reading"] == "above").all()
+
+
+def test_arms_on_fewer_seeds_are_a_family_of_their_own_and_a_wide_interval_is_open(tmp_path):
+    measures = _done(tmp_path)
+    own = measures["arm"] == "gspo"
+    fewer = measures[~(own & (measures["seed"] == 5))]
+    tests = paired_tests(fewer).set_index(["a", "b"])
+    assert tests.loc[("grpo", "gspo"), "p_holm"] == 2 / 2**4
+    assert tests.loc[("grpo", "dense"), "p_holm"] == (len(TWIST) - 3) * 2 / 2**5
+    wide = measures["final"].mask(own, measures["seed"].map(lambda seed: 0.3 * (seed % 2)))
+    found = paired_tests(measures.assign(final=wide)).set_index(["a", "b"])
+    assert found.loc[("grpo", "gspo"), "reading"] == "open"
 
 
 def test_the_tests_of_a_plan_are_made_where_their_runs_are(tmp_path, one_figure):
