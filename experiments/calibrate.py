@@ -17,6 +17,7 @@ import torch
 
 from moe_rl.batch import RolloutBatch, response_positions
 from moe_rl.config import ConfigError, RunConfig
+from moe_rl.metrics.published import MOE_ROUTERS
 from moe_rl.policy.forward import ForwardOptions, response_pass
 from moe_rl.policy.pass_noise import PassNoise
 from moe_rl.policy.policy import Policy
@@ -29,7 +30,7 @@ from moe_rl.tasks import Task, task_of
 from moe_rl.training.cold_start import starting_policy
 
 Of = Literal["routers", "tokens"]
-R3_SHARES: dict[Of, float] = {"routers": 0.10, "tokens": 0.94}
+R3_SHARES: dict[Of, float] = {"routers": MOE_ROUTERS, "tokens": 0.94}
 """Shares that differ between rollout and training engine, R3 paper (arXiv 2510.11370)."""
 
 _SMALLEST_NOISE, _LARGEST_NOISE = 1e-4, 64.0

@@ -19,7 +19,7 @@ class Pool(Command):
     """Study folders, or folders of experiments/results; each seed of a setting in one of them, and
     the newest plan last. Of the configs what runs.csv has is compared."""
     out: Path
-    """Folder for study.json, the tables and the figure; may be a folder of tables of this study."""
+    """Folder for study.json, the tables and figures; may be a folder of tables of this study."""
 
     def run(self) -> int:
         """Write them, and print the arms and verdicts."""
@@ -33,11 +33,11 @@ class Pool(Command):
         tables = write_pool(study, plan, self.out)
         print(terminal_table(tables["arms"]))
         print(terminal_verdicts(tables["claims"]))
-        machines = sorted(set(study.runs["machine"].dropna())) if "machine" in study.runs else []
+        machines = sorted(set(study.runs["machine"].dropna()))
         if len(machines) > 1:
             print(
                 f"runs of {len(machines)} machines ({'; '.join(machines)}): their cold starts and "
                 "rounding differ, which no interval here knows; `moe-rl compare` tells how far"
             )
-        print(f"{len(study.runs)} complete runs, tables and figure: {self.out}")
+        print(f"{len(study.runs)} complete runs, tables and figures: {self.out}")
         return 0
