@@ -38,7 +38,8 @@ def page(results: Path = RESULTS) -> str:
     """The text of docs/verdicts.md."""
     rows = pd.concat([_study(folder) for folder in sorted(results.iterdir())], ignore_index=True)
     rows = rows[(rows["n"] > 0) & ~rows["reason"].str.startswith("not judged")]
-    return "\n".join([HEAD, *(_claim(rows[rows["key"] == c.key], c.text, c.rule) for c in CLAIMS)])
+    parts = [HEAD, *(_claim(rows[rows["key"] == c.key], c.text, c.rule) for c in CLAIMS)]
+    return "\n".join(parts).replace("\u2212", "-")  # minus signs: text files here are ASCII
 
 
 def _study(folder: Path) -> pd.DataFrame:
