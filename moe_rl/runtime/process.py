@@ -49,7 +49,7 @@ def keep_freed_memory() -> bool:
     return all(taken)
 
 
-_BUILD = {"family": "cpu family", "model": "model", "stepping": "stepping"}
+_BUILD = {"cpu family": "family", "model": "model", "stepping": "stepping"}
 
 
 def cpu_name() -> str:
@@ -59,6 +59,6 @@ def cpu_name() -> str:
         lines = [line.partition(":") for line in first.splitlines()]
         facts = {name.strip(): value.strip() for name, _, value in lines}
         # A virtual machine may hide the model in the name, and not in these.
-        build = (f"{word} {facts[key]}" for word, key in _BUILD.items())
-        return f"{facts['model name']} ({', '.join(build)})"
+        build = [f"{word} {facts[key]}" for key, word in _BUILD.items() if key in facts]
+        return facts["model name"] + (f" ({', '.join(build)})" if build else "")
     return platform.processor() or "cpu"
