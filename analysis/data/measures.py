@@ -34,12 +34,10 @@ CHAIN = [
 # Of all steps, collapsed by then or not.
 WHOLE = ["skipped", "pass_at_1", "pass_at_k", "operations"]
 _SUMMARY = ["seconds", "seconds_per_step", "instruments_share", "machine"]
-OUTCOME = [*KEYS, "complete", *(field.name for field in dataclasses.fields(Outcome))]
-COLUMNS = list(
-    dict.fromkeys(
-        [*KEYS, "complete", *CONFIG_COLUMNS, *OUTCOME, *_SUMMARY, "window_end", *CHAIN, *WHOLE]
-    )
-)
+OUTCOME = [field.name for field in dataclasses.fields(Outcome)]
+COLUMNS = [
+    *KEYS, "complete", *CONFIG_COLUMNS, *OUTCOME, *_SUMMARY, "window_end", *CHAIN, *WHOLE
+]  # fmt: skip
 """The columns of `run_measures`."""
 
 

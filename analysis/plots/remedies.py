@@ -1,9 +1,7 @@
 """Every arm of a study side by side, in every setting: reward over time and final reward."""
 
-from functools import partial
 from typing import Literal
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -73,10 +71,9 @@ def final_rewards(measures: pd.DataFrame, settings: list[str]) -> Figure:
         axes.set_ylim(len(arms) - 0.4, -0.6)
         axes.set_xlim(-0.04, max(1.04, 1.04 * float(done["final"].max())))
     figure.supxlabel("final reward", fontsize=8)
-    dot = partial(Line2D, [], [], color=style.MUTED, linestyle="", marker="o", markersize=3.5)
     handles = [
-        dot(label="seed"),
-        dot(label="seed that collapsed", markerfacecolor="none"),
+        style.dot("seed", color=style.MUTED),
+        style.dot("seed that collapsed", color=style.MUTED, markerfacecolor="none"),
         Line2D([], [], label="IQM, 95%", color=style.MUTED, linewidth=3, alpha=0.5),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
@@ -90,8 +87,7 @@ def _arm_row(axes: Axes, runs: pd.DataFrame, row: int, arm: str) -> None:
         return
     runs = runs.sort_values("seed")
     ink = style.colour(arm)
-    # Seeds that end at the same reward, most of all at 0, would hide each other.
-    places = row + np.linspace(-0.27, 0.27, len(runs)) if len(runs) > 1 else [row]
+    places = style.seed_places(row, len(runs))
     faces = ["none" if collapsed else ink for collapsed in runs["collapsed"]]
     total = bootstrap_interval(runs["final"])
     axes.plot(

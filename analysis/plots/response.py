@@ -89,7 +89,4 @@ def _arm(axes: Axes, runs: pd.DataFrame, y: str, arm: str, shift: float) -> None
 
 
 def _tick(value: float, _position: int | None = None) -> str:
-    if value < 1000:
-        return f"{value:.2g}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}\u00b7{style.plain_number(10.0 ** int(exponent))}"
+    return style.plain_number(float(f"{value:.2g}"), digits=1)

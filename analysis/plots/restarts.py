@@ -1,13 +1,11 @@
 """Runs that were started again from before and from after their collapse."""
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from moe_rl.analysis.plots import style
-from moe_rl.analysis.verdicts.rules import RESTARTS
+from moe_rl.analysis.verdicts.rules import RESTARTS, least_of_restarts
 
 ROW = 0.24  # inches a way of restarting
 SAVED, DOWN = "#009e73", "#d55e00"
@@ -18,17 +16,23 @@ WAYS = {
 
 
 def restarted(measures: pd.DataFrame) -> pd.DataFrame:
-    """The restarts of the grpo runs that collapsed, with `when`, `way` and `peak_before`.
+    """The restarts of the grpo runs that collapsed, with `when`, `way` and `least`.
 
-    `peak_before` is the highest reward of the run that was started again. `measures` is
+    `least` is half of the highest reward of the run that was started again. `measures` is
     `run_measures(study)`.
     """
     done = measures[measures["complete"]]
-    first = done[(done["arm"] == "grpo") & done["collapsed"].astype(bool)]
-    peaks = first.set_index(["setting", "seed"])["peak"].rename("peak_before")
-    again = done[done["arm"].str.startswith(RESTARTS)].join(peaks, on=["setting", "seed"])
+    again = done[done["arm"].str.startswith(RESTARTS)]
+    settings = done[done["setting"].isin(again["setting"])].groupby("setting")
+    least = {
+        (setting, seed): half
+        for setting, runs in settings
+        for seed, half in least_of_restarts(runs).items()
+    }
+    places = zip(again["setting"], again["seed"], strict=True)
     parts = again["arm"].str.split("-", n=1, expand=True).reindex(columns=[0, 1])
-    return again.assign(when=parts[0], way=parts[1]).dropna(subset="peak_before")
+    again = again.assign(when=parts[0], way=parts[1], least=[least.get(place) for place in places])
+    return again.dropna(subset="least").astype({"least": float})
 
 
 @style.styled
@@ -46,12 +50,9 @@ def restarts(measures: pd.DataFrame) -> Figure:
         axes.set_ylim(len(ways) - 0.4, -0.6)
         axes.set_xlim(-0.04, 1.04)
     figure.supxlabel("final reward of the restart", fontsize=8)
+    down = "seed that stays below half of the first run's peak"
     handles = [
-        Line2D([], [], linestyle="", marker="o", markersize=3.5, color=SAVED, label="seed"),
-        Line2D(
-            [], [], linestyle="", marker="o", markersize=3.5, color=DOWN, markerfacecolor="none",
-            label="seed that stays below half of the first run's peak",
-        ),
+        style.dot("seed", color=SAVED), style.dot(down, color=DOWN, markerfacecolor="none")
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return figure
@@ -59,8 +60,8 @@ def restarts(measures: pd.DataFrame) -> Figure:
 
 def _row(axes: Axes, runs: pd.DataFrame, row: int) -> None:
     runs = runs.sort_values("seed")
-    places = row + np.linspace(-0.27, 0.27, len(runs)) if len(runs) > 1 else np.array([row])
-    down = (runs["final"] < runs["peak_before"] / 2).to_numpy(bool)
+    places = style.seed_places(row, len(runs))
+    down = (runs["final"] < runs["least"]).to_numpy(bool)
     for inks, some, face in ((SAVED, ~down, SAVED), (DOWN, down, "none")):
         axes.scatter(
             runs["final"][some], places[some], s=9, facecolors=face, edgecolors=inks,

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
 
 from moe_rl.experiments.arms import (
     ARMS,
@@ -221,6 +222,19 @@ def line_figure(
     return figure, axes, [arm_label(arm) for arm in arms if arm not in drawn]
 
 
+def seed_places(row: int, count: int) -> NDArray[np.float64]:
+    """Heights in a row of a panel at which the dots of an arm's seeds stand, one below the other.
+
+    Seeds that end at the same reward, most of all at 0, would hide each other.
+    """
+    return row + (np.linspace(-0.27, 0.27, count) if count > 1 else np.zeros(count))
+
+
+def dot(label: str, **look: Any) -> Line2D:
+    """A dot for a legend."""
+    return Line2D([], [], label=label, linestyle="", marker="o", markersize=3.5, **look)
+
+
 def legend(figure: Figure, arms: list[str]) -> None:
     """One legend above the figure, arms in their order."""
     handles = [Line2D([], [], label=find_arm(arm).label, **line_style(arm)) for arm in arms]
@@ -261,13 +275,16 @@ RAISED = str.maketrans(
 )
 
 
-def plain_number(value: float, _position: int | None = None) -> str:
-    """0.001 to 1000 as they are, beyond as (2 times) 10 with a raised exponent; no math fonts."""
+def plain_number(value: float, _position: int | None = None, *, digits: int = 0) -> str:
+    """0.001 to 1000 as they are, beyond as (2 times) 10 with a raised exponent; no math fonts.
+
+    `digits` are the decimals of the factor.
+    """
     if value <= 0:
         return ""
     if 0.000999 < value < 1001:
         return f"{value:g}"
-    mantissa, exponent = f"{value:.0e}".split("e")
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
     times = "" if mantissa == "1" else f"{mantissa}\u00b7"
     return f"{times}10{str(int(exponent)).translate(RAISED)}"
 

@@ -11,6 +11,7 @@ from moe_rl.analysis.report.finals import RESULTS
 from moe_rl.analysis.report.first_page import COMMITTED, QUESTIONS, answers
 from moe_rl.analysis.report.page import bounds
 from moe_rl.analysis.report.pool import pool
+from moe_rl.analysis.report.tables import cures_table
 from moe_rl.analysis.warning.signals import SIGNALS
 from moe_rl.analysis.warning.thresholds import read_thresholds
 from moe_rl.run_folder.log import write_json
@@ -30,7 +31,8 @@ def make_answers(results: Path = RESULTS) -> dict[str, list[str]]:
 
 def _answers(results: Path, study: str, question: str) -> list[str]:
     """What one study says to one question, but where GRPO is stable and nothing is to be cured."""
-    said = dict(answers(pool([results / study])[0].runs))[question]
+    measures = pool([results / study])[0].runs
+    said = dict(answers(measures, cures_table(measures)))[question]
     told = [words for words in said if "no failure to explain" not in words]
     return [f"{study}: {words}" for words in told if "nothing to cure" not in words]
 
@@ -39,8 +41,8 @@ def _watch() -> str:
     rules = read_thresholds()
     best = max((rule for rule in rules.signals if rule.warns), key=lambda rule: rule.auc)
     return (
-        f"warning: of the first {rules.horizon} steps the {SIGNALS[best.signal].label} of the "
-        f"gradient tells best (AUC {best.auc:.2f} {bounds(best.auc_low, best.auc_high)} over "
+        f"warning: of the first {rules.horizon} steps the {SIGNALS[best.signal].label} "
+        f"tells best (AUC {best.auc:.2f} {bounds(best.auc_low, best.auc_high)} over "
         f"settings); on settings left out its alarm came before {best.hits} of {best.collapses} "
         f"collapses and in {best.false_alarms} of {best.survivors} runs without."
     )

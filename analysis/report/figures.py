@@ -110,14 +110,14 @@ def measure_figures(measures: pd.DataFrame) -> list[FigureSpec]:
         for key, title, caption, what in _RESPONSES
         if what.families(measures)
     ]
-    return responses + ([RESTARTS] if len(restarts.restarted(measures)) else [])
+    return responses + ([RESTARTS_FIGURE] if len(restarts.restarted(measures)) else [])
 
 
 def _response(what: response.Response) -> Callable[[StudyRuns, pd.DataFrame], Figure]:
     return lambda _, measures: response.response(measures, what)
 
 
-RESTARTS = FigureSpec(
+RESTARTS_FIGURE = FigureSpec(
     key="restarts",
     title="Can a run be saved?",
     caption="Runs of GRPO that collapsed, started again from a checkpoint before their collapse "

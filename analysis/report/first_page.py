@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -40,19 +40,21 @@ SIGNALS = {
 }
 
 
-def answers(measures: pd.DataFrame) -> list[tuple[str, list[str]]]:
+def answers(measures: pd.DataFrame, cures: pd.DataFrame) -> list[tuple[str, list[str]]]:
     """The questions that a reader comes with, each with its answers, a paragraph a setting.
 
-    `measures` is `run_measures(study)`; incomplete runs do not count.
+    `measures` is `run_measures(study)`, of which incomplete runs do not count, and `cures` is
+    `cures_table(measures)`, empty where there is no mild setting.
     """
     done = measures[measures["complete"]]
-    per_setting: tuple[Callable[[str, pd.DataFrame, pd.DataFrame], str], ...] = (_cause, _cures)
     settings = [(str(name), own) for name, own in done.groupby("setting", sort=False)]
-    found = [
-        (question, [words for name, own in settings if (words := answer(name, own, done))])
-        for question, answer in zip(QUESTIONS, per_setting, strict=False)
-    ]
-    return [*found, (QUESTIONS[-1], [_watch(done)])]
+    verdicts: dict[str, dict[str, str]] = {}
+    for row in cures.to_dict("records"):
+        verdicts.setdefault(row["setting"], {})[row["arm"]] = row["verdict"]
+    causes = [_cause(name, own) for name, own in settings]
+    cured = [_cures(name, own, verdicts.get(name, {})) for name, own in settings]
+    told = [list(filter(None, causes)), list(filter(None, cured)), [_watch(done)]]
+    return list(zip(QUESTIONS, told, strict=True))
 
 
 def committed_answers() -> dict[str, list[str]]:
@@ -61,7 +63,7 @@ def committed_answers() -> dict[str, list[str]]:
     return found
 
 
-def _cause(setting: str, runs: pd.DataFrame, _done: pd.DataFrame) -> str:
+def _cause(setting: str, runs: pd.DataFrame) -> str:
     """GRPO on the MoE against GRPO on the dense control."""
     moe, dense = (runs[runs["arm"] == arm] for arm in ("grpo", "dense"))
     if moe.empty or dense.empty:
@@ -75,11 +77,11 @@ def _cause(setting: str, runs: pd.DataFrame, _done: pd.DataFrame) -> str:
     return f"{MOE[finding.verdict]} in {setting}{why}: {counts}."
 
 
-def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
+def _cures(setting: str, runs: pd.DataFrame, verdicts: Mapping[str, str]) -> str:
     """Every arm on GRPO's model but restarts, judged by what it loses to the setting.
 
-    Beside a mild setting an arm is enough that ends near its own reward there (`rules.keeps`), else
-    one that ends above GRPO (`rules.restores`).
+    An arm that a mild setting has too is judged by what it loses against that (`verdicts`, by arm,
+    of `cures_table`), any other by what it gains over GRPO (`rules.restores`).
     """
     grpo = runs[runs["arm"] == "grpo"]
     if grpo.empty:
@@ -91,23 +93,21 @@ def _cures(setting: str, runs: pd.DataFrame, done: pd.DataFrame) -> str:
     start = f"In {setting} ({model}{_disease(grpo)}, {updates:g} {many} a rollout)"
     others = (runs["arm"] != "grpo") & ~runs["arm"].str.startswith(rules.RESTARTS)
     alike = runs[(runs["num_experts"] == experts) & others]
-    name = rules.mild_setting(runs)
-    mild = done[done["setting"] == name]
-    ill = rules.fails(runs, "grpo") or (len(mild) and grpo["collapsed"].any())
-    if not ill:
+    if not (rules.fails(runs, "grpo") or (verdicts and grpo["collapsed"].any())):
         above = _above(runs, alike["arm"].unique())
         end = f"; above it on the same seeds: {above}." if above else ": nothing to cure."
         stable = f"near its peak in {(~grpo['unstable']).sum()} of {len(grpo)} seeds"
         return f"{start} GRPO ended at {_final(grpo)}, {stable}{end}"
-    by_mild = f" by {name}, within {rules.MILD_MARGIN:g} and without a collapse"
-    by_gain = " by the gain over GRPO" if len(mild) else ""
+    mild = rules.mild_setting(runs)
+    by_mild = f" by {mild}, within {rules.MILD_MARGIN:g} and without a collapse"
+    by_gain = " by the gain over GRPO" if verdicts else ""
     judged: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for arm, own in alike.groupby("arm"):
-        if (mild["arm"] == arm).any():
-            finding, by = rules.keeps(runs, mild, str(arm)), by_mild
+        if arm in verdicts:
+            verdict, by = verdicts[str(arm)], by_mild
         else:
-            finding, by = rules.restores(runs, str(arm)), by_gain
-        judged.setdefault((finding.verdict, by), []).append((_final(own), arm_label(str(arm))))
+            verdict, by = rules.restores(runs, str(arm)).verdict, by_gain
+        judged.setdefault((verdict, by), []).append((_final(own), arm_label(str(arm))))
     parts = [
         f"{word}{by}: "
         + ", ".join(f"{label} {final}" for final, label in sorted(judged[verdict, by])[::-1])

@@ -184,7 +184,7 @@ def _read_rows(folder: Path) -> pd.DataFrame:
 def _complete_runs(folder: Path) -> pd.DataFrame:
     """The rows of the complete runs of a part."""
     runs, table = _read_rows(folder), folder / "runs.csv"
-    missing = [name for name in OUTCOME if name not in runs]
+    missing = [name for name in (*KEYS, "complete", *OUTCOME) if name not in runs]
     if missing:
         raise AnalysisError(f"{table}: no column {missing[0]!r}; `moe-rl report` writes all")
     for name, kind in _KINDS.items():

@@ -68,7 +68,7 @@ def write_report(
         "planned": len(study.runs) + len(sections.absent_runs(study)),
         "headlines": [headline(name, *_rows_of(name, tables)[:3]) for name in names],
         "map_headline": map_headline(study, measures) if mapped else "",
-        "answers": answers(measures) if names else [],
+        "answers": answers(measures, tables.get("cures", pd.DataFrame())) if names else [],
         "committed": committed_answers(),
         "overview": _overview(study, measures, out) if names else None,
         "twist": _twist(study, tables, out),

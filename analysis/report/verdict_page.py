@@ -3,18 +3,18 @@
 python -m moe_rl.analysis.report.verdict_page > docs/verdicts.md
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from moe_rl.analysis.data.load import read_json
 from moe_rl.analysis.report.finals import RESULTS
 from moe_rl.analysis.report.page import bounds
 from moe_rl.analysis.verdicts.claims import CLAIMS
 from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 
-# Claims that compare the final rewards of two arms, and these: `paired.csv` has their p.
+# Claim -> the arm whose test against GRPO in `paired.csv` has its p.
 PAIRS = {
     "replay_restores": "grpo+replay",
     "bounded_branch_holds": "grpo+dual-clip",
@@ -46,7 +46,7 @@ def _study(folder: Path) -> pd.DataFrame:
     """The claims of one study, with its name and, where there is one, a corrected p."""
     if not (folder / "claims.csv").is_file():
         return pd.DataFrame()
-    if json.loads((folder / "study.json").read_text(encoding="utf-8"))["mode"] == "map":
+    if read_json(folder / "study.json")["mode"] == "map":
         return pd.DataFrame()  # three seeds a cell settle nothing
     claims = pd.read_csv(folder / "claims.csv")
     paired = pd.read_csv(folder / "paired.csv")
@@ -59,8 +59,8 @@ def _claim(rows: pd.DataFrame, text: str, rule: str) -> str:
     stable = rows["reason"].str.contains("is stable here")
     lines = [f"## {text}\n", f"{rule}\n"]
     shown = rows[~stable]
-    counts = [f"{(shown['verdict'] == v).sum()} {v}" for v in (REPRODUCED, NOT_REPRODUCED)]
-    counts.append(f"{(shown['verdict'] == INCONCLUSIVE).sum()} {INCONCLUSIVE}")
+    verdicts = (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE)
+    counts = [f"{(shown['verdict'] == verdict).sum()} {verdict}" for verdict in verdicts]
     lines.append(f"{', '.join(counts)}.\n" if len(shown) else "Not measured where it could be.\n")
     if len(shown):
         lines += ["| study | setting | seeds | measured | interval | p | verdict |"]

@@ -17,10 +17,10 @@ Measured = tuple[StudyRuns, pd.DataFrame]
 """A study and its `run_measures`."""
 
 
-def machines(measures: pd.DataFrame) -> str:
+def machines(measures: pd.DataFrame) -> list[str]:
     """The machines that made the complete runs of a study, as far as they are recorded."""
     found = measures.loc[measures["complete"], "machine"].dropna()
-    return " and ".join(sorted(set(found) - {""}))
+    return sorted(set(found) - {""})
 
 
 def arm_agreement(studies: Sequence[Measured]) -> pd.DataFrame:

@@ -265,11 +265,7 @@ def collapse_is_irreversible(runs: pd.DataFrame) -> Judgement:
     or had by then, say nothing and are left out. The other restarts of GRPO, at the whole rate and
     from after the collapse, are given beside it: they tell what a fresh optimiser alone does.
     """
-    grpo, again = _arm(runs, "grpo"), _arm(runs, RESTART_ARM)
-    # A restart makes the steps that were left.
-    started = grpo["steps"].max() - again["steps"].max()
-    fallen = grpo[grpo["collapsed"].astype(bool) & ~(grpo["collapse_step"] < started)]
-    least = fallen.set_index("seed")["peak"] / 2
+    least = least_of_restarts(runs)
     counts = {}
     for arm in (RESTART_ARM, *OTHER_RESTARTS):
         own = _arm(runs, arm)
@@ -282,6 +278,17 @@ def collapse_is_irreversible(runs: pd.DataFrame) -> Judgement:
     finding = judge_fraction(low, count, majority=True, what="restart below half of the peak")
     beside = [f"{arm} {k} of {n}" for arm, (k, n) in counts.items() if n]
     return _with_ours(finding, "; ".join([f"{low} of {count} below half of the peak", *beside]))
+
+
+def least_of_restarts(runs: pd.DataFrame) -> pd.Series:
+    """By seed of the grpo runs that collapsed after their restarts' step, half of their peak: a
+    restart that ends below it has not come back.
+    """
+    grpo, again = _arm(runs, "grpo"), _arm(runs, RESTART_ARM)
+    # A restart makes the steps that were left.
+    started = grpo["steps"].max() - again["steps"].max()
+    fallen = grpo[grpo["collapsed"].astype(bool) & ~(grpo["collapse_step"] < started)]
+    return fallen.set_index("seed")["peak"] / 2
 
 
 def restores(runs: pd.DataFrame, arm: str, baseline: str = "grpo") -> Judgement:

@@ -47,16 +47,18 @@ def runs(root: Path) -> list[RunConfig]:
         main, others = _split([arm for arm in ARMS if base is not stale or arm not in _GRPO_ITSELF])
         configs += of_arms(base, main, EIGHT_SEEDS)
         configs += of_arms(base, others, FIVE_SEEDS)
-    for base, name in ((small, "small-dense"), (mild, "mild-dense"), (stale, "stale-dense")):
-        dense = base.replace(setting=name, num_experts=base.model.experts_per_token)
-        if base is stale:
-            configs += of_arms(dense, _HOLD_IN_STALE, FIVE_SEEDS)
-            continue
-        main, others = _split(DENSE_ARMS)
-        configs += of_arms(dense, main, EIGHT_SEEDS)
-        if base is small:
-            configs += of_arms(dense, others, FIVE_SEEDS)
+    main, others = _split(DENSE_ARMS)
+    small_dense = _dense(small, "small-dense")
+    configs += of_arms(small_dense, main, EIGHT_SEEDS)
+    configs += of_arms(small_dense, others, FIVE_SEEDS)
+    configs += of_arms(_dense(mild, "mild-dense"), main, EIGHT_SEEDS)
+    configs += of_arms(_dense(stale, "stale-dense"), _HOLD_IN_STALE, FIVE_SEEDS)
     return configs
+
+
+def _dense(base: RunConfig, name: str) -> RunConfig:
+    """The setting for a dense model of equal active size."""
+    return base.replace(setting=name, num_experts=base.model.experts_per_token)
 
 
 def _split(arms: Sequence[str]) -> tuple[list[str], list[str]]:

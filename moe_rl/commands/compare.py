@@ -26,7 +26,8 @@ class Compare(Command):
 
         loaded = [load_measures(path) for path in self.studies]
         for number, (study, measures) in enumerate(loaded, 1):
-            print(f"{number}: {study.path} ({machines(measures) or 'machine not recorded'})")
+            made_by = " and ".join(machines(measures)) or "machine not recorded"
+            print(f"{number}: {study.path} ({made_by})")
         arms = arm_agreement(loaded)
         print(arms.to_string(index=False, float_format="{:.3f}".format))
         claims = verdict_agreement(loaded)

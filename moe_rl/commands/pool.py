@@ -25,6 +25,7 @@ class Pool(Command):
         """Write them, and print the arms and verdicts."""
         from moe_rl.analysis import terminal_table, terminal_verdicts
         from moe_rl.analysis.report.pool import pool, write_pool
+        from moe_rl.analysis.verdicts.agreement import machines
 
         if not self.parts:
             raise ConfigError("FOLDER: give at least one")
@@ -33,10 +34,10 @@ class Pool(Command):
         tables = write_pool(study, plan, self.out)
         print(terminal_table(tables["arms"]))
         print(terminal_verdicts(tables["claims"]))
-        machines = sorted(set(study.runs["machine"].dropna()))
-        if len(machines) > 1:
+        made_by = machines(study.runs)
+        if len(made_by) > 1:
             print(
-                f"runs of {len(machines)} machines ({'; '.join(machines)}): their cold starts and "
+                f"runs of {len(made_by)} machines ({'; '.join(made_by)}): their cold starts and "
                 "rounding differ, which no interval here knows; `moe-rl compare` tells how far"
             )
         print(f"{len(study.runs)} complete runs, tables and figures: {self.out}")

@@ -262,7 +262,7 @@ def test_a_legend_lies_inside_its_figure(width, count):
 
 def _measures(*rows):
     """Complete runs of `run_measures`, by setting, arm and seed, with other columns."""
-    base = {"complete": True, "collapsed": False, "peak": 0.8}
+    base = {"complete": True, "collapsed": False, "collapse_step": 12.0, "peak": 0.8, "steps": 20}
     return pd.DataFrame([base | row for row in rows])
 
 

@@ -231,9 +231,13 @@ def _done(tmp_path, **profiles):
     return run_measures(load_study(root))
 
 
+def _answers(measures):
+    return answers(measures, cures_table(measures))
+
+
 def test_the_first_page_answers_by_what_was_measured(tmp_path):
     measures = _done(tmp_path)
-    (_, (cause,)), (_, (cures,)), (_, (watch,)) = answers(measures)
+    (_, (cause,)), (_, (cures,)), (_, (watch,)) = _answers(measures)
     assert cause.startswith("Yes in staleness: GRPO on the MoE ended at 0.1")
     assert "unstable in 5 of 5" in cause and "in 0 of 5" in cause
     assert "Enough: GSPO 0.9" in cures and "Not enough" not in cures
@@ -242,13 +246,13 @@ def test_the_first_page_answers_by_what_was_measured(tmp_path):
     # Runs that keep to their peak may yet end below others.
     low = measures["arm"] == "grpo"
     below = measures.assign(final=measures["final"].mask(low, 0.5), unstable=False)
-    _, (_, (cures,)), _ = answers(below)
+    _, (_, (cures,)), _ = _answers(below)
     assert "near its peak in 5 of 5 seeds; above it on the same seeds: " in cures
     assert "GSPO by 0.4" in cures and "nothing to cure" not in cures
     # The same question with the reward of GRPO and of the dense control exchanged.
     names = {"grpo": "dense", "dense": "grpo"}
     swapped = measures.assign(arm=measures["arm"].replace(names))
-    (_, (cause,)), (_, (cures,)), _ = answers(swapped)
+    (_, (cause,)), (_, (cures,)), _ = _answers(swapped)
     assert cause.startswith("No in staleness") and "nothing to cure" in cures
 
 
@@ -256,7 +260,7 @@ def test_a_cure_is_enough_by_what_it_loses_to_a_mild_setting_where_there_is_one(
     hard = _done(tmp_path)
     mild = hard.assign(setting="mild-stale", final=hard["final"].where(hard["arm"] != "gspo", 1.2))
     mild.loc[mild["arm"] == "grpo", ["final", "unstable", "collapsed"]] = [0.9, False, False]
-    _, (_, (cures, at_mild)), _ = answers(pd.concat([hard, mild]))
+    _, (_, (cures, at_mild)), _ = _answers(pd.concat([hard, mild]))
     assert "Enough by mild-stale, within 0.1 and without a collapse: GRPO + dual clip" in cures
     assert "Not enough by mild-stale, within 0.1 and without a collapse: GSPO" in cures
     rows = cures_table(pd.concat([hard, mild])).set_index("arm")
@@ -267,14 +271,14 @@ def test_a_cure_is_enough_by_what_it_loses_to_a_mild_setting_where_there_is_one(
     assert rows.loc["gspo", "value"] == pytest.approx(lost)
     assert cures_table(hard).empty
     without = mild[mild["arm"] != "gspo"]
-    _, (_, (cures, _)), _ = answers(pd.concat([hard, without]))
+    _, (_, (cures, _)), _ = _answers(pd.concat([hard, without]))
     assert "Enough by the gain over GRPO: GSPO 0.9" in cures and "by mild-stale" in cures
     assert at_mild.startswith("In mild-stale (") and "peak in 5 of 5 seeds; above it" in at_mild
 
 
 def test_the_first_page_settles_nothing_on_few_seeds(tmp_path):
     measures = _done(tmp_path)
-    (_, (cause,)), (_, (cures,)), (_, (watch,)) = answers(measures[measures["seed"] < 3])
+    (_, (cause,)), (_, (cures,)), (_, (watch,)) = _answers(measures[measures["seed"] < 3])
     assert cause.startswith("Open in staleness (") and "a share of seeds needs 5" in cause
     assert "Enough" not in cures and "Open: GSPO" in cures
     assert watch.startswith("Not settled: 2 of 12 runs collapsed")
