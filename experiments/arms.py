@@ -6,12 +6,14 @@ The order of `ARMS` is the order of tables and legends. Importable without torch
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from zlib import crc32
 
 from moe_rl.config import OWN_LOSS, ConfigError, RoutingReplay, RunConfig
 
 Change = Callable[[RunConfig, RoutingReplay], RunConfig]
+Dash = str | tuple[int, tuple[float, ...]]
 
 _GSPO = "GSPO paper (arXiv 2507.18071)"
 
@@ -37,11 +39,12 @@ class Arm:
     """As in run folders, tables of data and `--arms`."""
     label: str
     """As figures and tables print it."""
-    colour: str = "#7570b3"
-    """On a light page: contrast of at least 3 to it; safe for common kinds of colour blindness."""
-    dark_colour: str = "#a9a4e0"
+    colour: str = ""
+    """On a light page: contrast of at least 3 to it; safe for common kinds of colour blindness.
+    Empty: a spare colour and dash that no other arm of the table has."""
+    dark_colour: str = ""
     """Its partner on a dark page."""
-    dash: str | tuple[int, tuple[float, ...]] = "-"
+    dash: Dash = "-"
     """matplotlib line style, the second channel beside the colour."""
     paper: str
     """Where the arm is from."""
@@ -238,7 +241,29 @@ _TABLE = (
         change=_with(algorithm="grpo", freeze_router=True),
     ),
 )
-ARMS = {arm.name: arm for arm in _TABLE}
+
+# Light and dark colours of the arms that have none of their own, and the dashes of their lines.
+SPARE_COLOURS = (("#7570b3", "#a9a4e0"), ("#4d4d00", "#b3b34d"), ("#1b6f6f", "#63c2c2"))
+_DASHES: tuple[Dash, ...] = (
+    "-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1, 1, 1)), (0, (2.5, 1)), (0, (8, 1, 1, 1, 1, 1)),
+)  # fmt: skip
+
+
+def _spare_look(index: int) -> dict[str, Any]:
+    """Colour and dash: what a table with that many arms before it has left."""
+    light, dark = SPARE_COLOURS[index % len(SPARE_COLOURS)]
+    return {
+        "colour": light,
+        "dark_colour": dark,
+        "dash": _DASHES[index // len(SPARE_COLOURS) % len(_DASHES)],
+    }
+
+
+_PLAIN = [arm.name for arm in _TABLE if not arm.colour]
+ARMS = {
+    arm.name: arm if arm.colour else replace(arm, **_spare_look(_PLAIN.index(arm.name)))
+    for arm in _TABLE
+}
 _NEEDS_ROUTER = {"grpo+replay", "grpo+trr", "gspo+replay", "rspo", "frozen-router"}
 DENSE_ARMS = tuple(
     name for name in ARMS if name not in _NEEDS_ROUTER and not name.startswith("dense")
@@ -260,15 +285,14 @@ _MORE = {
     "clip-0.02": "with a clip of 0.02",
     "clip-3e-4": "with GSPO's clip range",
 }
-# Such an arm has the colours of the arm of the table that the change is known by.
+# Such an arm has the colour of the arm of the table that the change is known by, and a dash by the
+# arm that it is added to.
 _LOOKS_LIKE = {
     "dual-clip": "grpo+dual-clip",
     "R2": "gspo+replay",
     "R3": "grpo+replay",
     "rollout-old": "grpo+rollout-old",
 }
-# Light and dark colours of other arms that are not in the table.
-SPARE_COLOURS = (("#7570b3", "#a9a4e0"), ("#4d4d00", "#b3b34d"), ("#1b6f6f", "#63c2c2"))
 
 
 def check_arms(names: Sequence[str]) -> None:
@@ -301,16 +325,16 @@ def find_arm(name: str) -> Arm:
         return ARMS[name]
     own = name.rpartition(":")[2]
     base, _, more = own.rpartition("+")
-    light, dark = SPARE_COLOURS[sum(own.encode()) % len(SPARE_COLOURS)]
+    look = _spare_look(crc32(own.encode()))
     if more in _LOOKS_LIKE:
         known = ARMS[_LOOKS_LIKE[more]]
-        light, dark = known.colour, known.dark_colour
+        dash = "-" if base == "grpo" else _DASHES[1 + crc32(base.encode()) % (len(_DASHES) - 1)]
+        look = {"colour": known.colour, "dark_colour": known.dark_colour, "dash": dash}
     label = f"{arm_label(base)} {_MORE[more]}" if more in _MORE else own
     change = _with(algorithm="grpo", loss=name) if OWN_LOSS.fullmatch(name) else _with()
     # What is added is a question to the arm that it is added to: it is none of GRPO's family.
     return Arm(
-        name=own, label=label, colour=light, dark_colour=dark, paper="", change=change,
-        compare_with=(base or "grpo",),
+        name=own, label=label, paper="", change=change, compare_with=(base or "grpo",), **look
     )  # fmt: skip
 
 

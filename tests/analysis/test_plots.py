@@ -1,6 +1,8 @@
 """Tests of analysis: what figures show, for data that log axes and medians dislike."""
 
 import math
+from pathlib import Path
+from typing import get_args
 
 import matplotlib as mpl
 import numpy as np
@@ -33,11 +35,14 @@ from moe_rl.analysis.plots.style import (
     in_blocks,
     lead_arms,
     legend,
+    line_style,
     plain_number,
     styled,
 )
 from moe_rl.analysis.report.svg import settle
-from moe_rl.experiments.arms import ARMS
+from moe_rl.config import StudyName
+from moe_rl.experiments.arms import ARMS, arm_key
+from moe_rl.experiments.studies import study_plan
 from moe_rl.metrics.ratios import SURVIVAL
 
 
@@ -101,8 +106,9 @@ def test_drawing_leaves_matplotlib_as_it_was(study):
     assert dict(mpl.rcParams) == before
 
 
-def test_arms_that_share_a_panel_have_their_own_colours_with_dark_partners():
+def test_arms_of_the_table_have_their_own_looks_and_colours_have_dark_partners():
     assert len({colour(arm) for arm in LEAD_ARMS}) == len(LEAD_ARMS)
+    assert len({str(line_style(arm)) for arm in ARMS}) == len(ARMS)
     assert {arm.colour for arm in ARMS.values()} <= set(DARK_PARTNERS)
     assert colour("an arm of yours") in DARK_PARTNERS
 
@@ -246,6 +252,14 @@ def test_a_panel_of_lines_keeps_the_main_arms_where_there_are_too_many():
     assert lead_arms(list(ARMS)) == [arm for arm in ARMS if arm in LEAD_ARMS]
     others = [arm for arm in ARMS if arm not in LEAD_ARMS]
     assert lead_arms(others) == others[:8]
+
+
+@pytest.mark.parametrize("name", get_args(StudyName))
+def test_no_two_arms_in_a_panel_of_a_study_look_alike(name):
+    configs = study_plan(name, Path("runs") / name).configs
+    for setting in {config.setting for config in configs}:
+        arms = lead_arms(sorted({c.arm for c in configs if c.setting == setting}, key=arm_key))
+        assert len({str(line_style(arm)) for arm in arms}) == len(arms), (setting, arms)
 
 
 @pytest.mark.parametrize("width", [WIDE, COLUMN])
