@@ -8,10 +8,11 @@ writes committed.json, which the wheel contains, from the tables in experiments/
 from pathlib import Path
 
 from moe_rl.analysis.report.finals import RESULTS
-from moe_rl.analysis.report.first_page import COMMITTED, QUESTIONS, answers
+from moe_rl.analysis.report.first_page import COMMITTED, NO_CURE, QUESTIONS, answers
 from moe_rl.analysis.report.page import bounds
 from moe_rl.analysis.report.pool import pool
 from moe_rl.analysis.report.tables import cures_table
+from moe_rl.analysis.verdicts.verdicts import STABLE
 from moe_rl.analysis.warning.signals import SIGNALS
 from moe_rl.analysis.warning.thresholds import read_thresholds
 from moe_rl.run_folder.log import write_json
@@ -33,8 +34,7 @@ def _answers(results: Path, study: str, question: str) -> list[str]:
     """What one study says to one question, but where GRPO is stable and nothing is to be cured."""
     measures = pool([results / study])[0].runs
     said = dict(answers(measures, cures_table(measures)))[question]
-    told = [words for words in said if "no failure to explain" not in words]
-    return [f"{study}: {words}" for words in told if "nothing to cure" not in words]
+    return [f"{study}: {words}" for words in said if STABLE not in words and NO_CURE not in words]
 
 
 def _watch() -> str:

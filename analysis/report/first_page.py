@@ -25,6 +25,7 @@ QUESTIONS = (
     "What would you watch?",
 )
 COMMITTED = Path(__file__).parent / "committed.json"
+NO_CURE = "nothing to cure"  # where GRPO is stable and no arm ends above it
 SHOWN_SIGNALS = 3
 # Links of the chain that a run logs as it goes, and their names in a sentence.
 SIGNALS = {
@@ -95,7 +96,7 @@ def _cures(setting: str, runs: pd.DataFrame, verdicts: Mapping[str, str]) -> str
     alike = runs[(runs["num_experts"] == experts) & others]
     if not (rules.fails(runs, "grpo") or (verdicts and grpo["collapsed"].any())):
         above = _above(runs, alike["arm"].unique())
-        end = f"; above it on the same seeds: {above}." if above else ": nothing to cure."
+        end = f"; above it on the same seeds: {above}." if above else f": {NO_CURE}."
         stable = f"near its peak in {(~grpo['unstable']).sum()} of {len(grpo)} seeds"
         return f"{start} GRPO ended at {_final(grpo)}, {stable}{end}"
     mild = rules.mild_setting(runs)

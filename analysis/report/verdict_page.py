@@ -12,7 +12,13 @@ from moe_rl.analysis.data.load import read_json
 from moe_rl.analysis.report.finals import RESULTS
 from moe_rl.analysis.report.page import bounds
 from moe_rl.analysis.verdicts.claims import CLAIMS
-from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from moe_rl.analysis.verdicts.verdicts import (
+    INCONCLUSIVE,
+    NOT_JUDGED,
+    NOT_REPRODUCED,
+    REPRODUCED,
+    STABLE,
+)
 
 # Claim -> the arm whose test against GRPO in `paired.csv` has its p.
 PAIRS = {
@@ -37,7 +43,7 @@ that was to be cured is stable.
 def page(results: Path = RESULTS) -> str:
     """The text of docs/verdicts.md."""
     rows = pd.concat([_study(folder) for folder in sorted(results.iterdir())], ignore_index=True)
-    rows = rows[(rows["n"] > 0) & ~rows["reason"].str.startswith("not judged")]
+    rows = rows[(rows["n"] > 0) & ~rows["reason"].str.startswith(NOT_JUDGED)]
     parts = [HEAD, *(_claim(rows[rows["key"] == c.key], c.text, c.rule) for c in CLAIMS)]
     return "\n".join(parts).replace("\u2212", "-")  # minus signs: text files here are ASCII
 
@@ -56,7 +62,7 @@ def _study(folder: Path) -> pd.DataFrame:
 
 
 def _claim(rows: pd.DataFrame, text: str, rule: str) -> str:
-    stable = rows["reason"].str.contains("is stable here")
+    stable = rows["reason"].str.contains(STABLE)
     lines = [f"## {text}\n", f"{rule}\n"]
     shown = rows[~stable]
     verdicts = (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE)

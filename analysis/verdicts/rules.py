@@ -18,7 +18,9 @@ from moe_rl.analysis.verdicts.verdicts import (
     INCONCLUSIVE,
     MAJORITY,
     MIN_SEEDS,
+    NOT_JUDGED,
     NOT_REPRODUCED,
+    STABLE,
     Judgement,
     both,
     judge_fraction,
@@ -51,7 +53,7 @@ def grpo_collapses(runs: pd.DataFrame) -> Judgement:
     """
     finding = _collapse_share(runs, "grpo", majority=True)
     if is_dense(_arm(runs, "grpo")):
-        return replace(finding, verdict=INCONCLUSIVE, reason="not judged: the model is dense")
+        return replace(finding, verdict=INCONCLUSIVE, reason=f"{NOT_JUDGED}: the model is dense")
     return finding
 
 
@@ -94,7 +96,7 @@ def gspo_needs_none(runs: pd.DataFrame) -> Judgement:
     finding = judge_interval(student_interval(gain - KEPT * replay_gain), low=0.0)
     verdict, reason = both(finding, _collapse_share(runs, "gspo", majority=False))
     if finding.interval.n and not fails(runs, "grpo"):
-        verdict, reason = INCONCLUSIVE, "GRPO is stable here: no arm needs replay"
+        verdict, reason = INCONCLUSIVE, f"GRPO {STABLE}: no arm needs replay"
     ours = f"gain over GRPO {gain.mean():+.2f}, {arm_label(other)} {replay_gain.mean():+.2f}"
     return _with_ours(replace(finding, verdict=verdict, reason=reason), ours)
 
@@ -167,7 +169,7 @@ def tolerates_engine_likelihoods(runs: pd.DataFrame) -> Judgement:
     own = _arm(runs, "gspo+rollout-old")
     exact = own["rollout_precision"].fillna("float32") == "float32"
     if finding.interval.n and exact.all() and not _noisy(own, NOISES).any():
-        reason = "not judged: engine and trainer agree here"
+        reason = f"{NOT_JUDGED}: engine and trainer agree here"
         return replace(finding, verdict=INCONCLUSIVE, reason=reason)
     return finding
 
@@ -211,7 +213,7 @@ def gspo_converges_faster(runs: pd.DataFrame) -> Judgement:
     cost = _pairs(runs, other, "gspo", column="operations").mean()
     finding = judge_interval(gain, low=0.0)
     if gain.n and not cost["gspo"] <= MAX_COST * cost[other]:
-        reason = "not judged: GSPO spent more operations, or none were counted"
+        reason = f"{NOT_JUDGED}: GSPO spent more operations, or none were counted"
         finding = replace(finding, verdict=INCONCLUSIVE, reason=reason)
     ours = f"pass@1 {gain.value:+.2f} at {cost['gspo'] / cost[other]:.2f} times the operations"
     return _with_ours(finding, ours)
@@ -300,7 +302,7 @@ def restores(runs: pd.DataFrame, arm: str, baseline: str = "grpo") -> Judgement:
         needed = f"{arm_label(baseline)} and {arm_label(arm)}"
         return replace(finding, reason=f"not measured: needs both {needed} on the same seeds")
     if not fails(runs, baseline):
-        reason = f"{arm_label(baseline)} is stable here: there is nothing to restore"
+        reason = f"{arm_label(baseline)} {STABLE}: there is nothing to restore"
         return replace(finding, verdict=INCONCLUSIVE, reason=reason)
     return finding
 
@@ -386,7 +388,7 @@ def _unless_noise(
     """What the noise itself makes, or cannot reach, says nothing about training."""
     if finding.interval.n == 0 or not _noisy(_arm(runs, arm), noises or NOISES).any():
         return finding
-    return replace(finding, verdict=INCONCLUSIVE, reason=f"not judged: {why} here")
+    return replace(finding, verdict=INCONCLUSIVE, reason=f"{NOT_JUDGED}: {why} here")
 
 
 def _control(runs: pd.DataFrame, arm: str) -> Judgement:
@@ -404,7 +406,7 @@ def _control(runs: pd.DataFrame, arm: str) -> Judgement:
     if stable.verdict == NOT_REPRODUCED:
         verdict, reason = NOT_REPRODUCED, stable.reason
     elif failing.verdict == NOT_REPRODUCED:
-        verdict, reason = INCONCLUSIVE, "GRPO is stable here: no failure to explain"
+        verdict, reason = INCONCLUSIVE, f"GRPO {STABLE}: no failure to explain"
     else:
         verdict, reason = both(stable, failing)
     return Judgement(verdict=verdict, reason=reason, ours=ours, interval=stable.interval)

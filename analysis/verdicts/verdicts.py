@@ -23,6 +23,9 @@ NOT_REPRODUCED = "not reproduced"
 INCONCLUSIVE = "inconclusive"
 
 NOT_MEASURED = Interval()
+# What the reason of a verdict says where the question does not arise.
+NOT_JUDGED = "not judged"  # at its beginning
+STABLE = "is stable here"
 MIN_SEEDS = 5
 MAJORITY = 0.5  # of seeds: above it an arm "does" something
 
