@@ -70,10 +70,7 @@ def _response(
         values = values[values[column] > 0]
     if values.empty:
         return
-    xs = np.array([levels.index(noise) for noise in values["router_noise"]]) + offset
-    axes.scatter(xs, values[column], s=7, color=style.colour(arm), alpha=0.45, linewidths=0)
-    medians = values.groupby("router_noise")[column].median()
-    at = np.array([levels.index(noise) for noise in medians.index]) + offset
-    if len(at) == 1:
-        at, medians = np.array([-0.4, len(levels) - 0.6]), medians.repeat(2)
-    axes.plot(at, medians, **style.line_style(arm))
+    at = values["router_noise"].map(levels.index) + offset
+    medians = style.draw_response(axes, at, values[column], arm)
+    if len(medians) == 1:
+        axes.plot([-0.4, len(levels) - 0.6], medians.repeat(2), **style.line_style(arm))

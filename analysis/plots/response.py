@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -64,7 +63,9 @@ def response(measures: pd.DataFrame, what: Response) -> Figure:
     figure, panels = style.grid(len(families), columns=3, height=2.2, sharex=False)
     for axes, (name, own) in zip(panels, families.items(), strict=True):
         for index, arm in enumerate(arms):
-            _arm(axes, own[own["arm"] == arm], what.y, arm, 1 + 0.03 * (index - len(arms) / 2))
+            runs = own[own["arm"] == arm]
+            shift = 1 + 0.03 * (index - len(arms) / 2)
+            style.draw_response(axes, runs["at"] * shift, runs[what.y], arm)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator(sorted(own["at"].unique())))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -78,14 +79,6 @@ def response(measures: pd.DataFrame, what: Response) -> Figure:
     figure.supylabel(what.y_label, fontsize=8)
     style.legend(figure, arms)
     return figure
-
-
-def _arm(axes: Axes, runs: pd.DataFrame, y: str, arm: str, shift: float) -> None:
-    axes.scatter(
-        runs["at"] * shift, runs[y], s=7, color=style.colour(arm), alpha=0.45, linewidths=0
-    )
-    medians = runs.groupby("at")[y].median()
-    axes.plot(medians.index * shift, medians, **style.line_style(arm))
 
 
 def _tick(value: float, _position: int | None = None) -> str:

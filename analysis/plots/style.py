@@ -182,6 +182,17 @@ def draw_arm(
     return True
 
 
+def draw_response(axes: Axes, x: pd.Series, y: pd.Series, arm: str) -> pd.Series:
+    """A dot for every seed and a line that joins the medians of an arm, by place on the x axis.
+
+    Returns the medians, by place.
+    """
+    axes.scatter(x, y, s=7, color=colour(arm), alpha=0.45, linewidths=0)
+    medians = y.groupby(x).median()
+    axes.plot(medians.index, medians, **line_style(arm))
+    return medians
+
+
 def in_blocks(table: pd.DataFrame, values: pd.Series) -> tuple[pd.DataFrame, int]:
     """The rows of a table, or their means over blocks of as few as leave `MOST_POINTS`.
 

@@ -51,10 +51,7 @@ def tolerance(steps: pd.DataFrame, measures: pd.DataFrame) -> Figure:
             axes.xaxis.set_major_formatter(FuncFormatter(style.percent))
         for arm in arms:
             own = table[table["arm"] == arm]
-            at = own["router_noise"].map(places)
-            axes.scatter(at, own["final"], s=7, color=style.colour(arm), alpha=0.45, linewidths=0)
-            medians = own.groupby("router_noise")["final"].median()
-            axes.plot(places[medians.index], medians, **style.line_style(arm))
+            style.draw_response(axes, own["router_noise"].map(places), own["final"], arm)
         _marks(axes, MARKS[column])
         axes.set_xlabel(title)
         axes.set_ylim(-0.03, 1.24)

@@ -23,6 +23,7 @@ from moe_rl.runtime.process import prepare_process
 from moe_rl.tasks import task_of
 from moe_rl.training.cold_start import saved_policy
 from moe_rl.training.crash import CONFIG, CRASH, load_experience
+from moe_rl.training.evaluation import evaluate_policy
 from moe_rl.training.learner import Learner, Passed
 from moe_rl.training.state import POLICY, load_value_head
 from moe_rl.training.trainer import Trainer
@@ -90,7 +91,10 @@ def debug_crash(bundle: Path) -> CrashReport:
     with _first_module(policy.model) as module:
         if experience is None:
             with contextlib.suppress(FloatingPointError):
-                trainer.experience(crash["step"])
+                if crash["update"] == config.updates_per_rollout:
+                    evaluate_policy(policy, task, config, crash["step"], trainer.ranks)
+                else:
+                    trainer.experience(crash["step"])
             report.found += module
         else:
             passed = trainer.learner.gradients(experience, crash["step"], crash["update"])

@@ -17,6 +17,7 @@ from moe_rl.training.crash import NonFinite
 from moe_rl.training.debug_crash import debug_crash
 from moe_rl.training.learner import Learner, Passed
 from moe_rl.training.run import train
+from moe_rl.training.trainer import Trainer
 
 
 def tiny(**changes: Any) -> RunConfig:
@@ -134,6 +135,15 @@ def test_a_rollout_that_cannot_be_sampled_is_redone_too(tmp_path: Path, cold: Pa
     """With one update a rollout, the explosion is first seen by the next rollout."""
     bundle = diverged(tmp_path / "run", cold, updates_per_rollout=1)
     assert bundle.name == "00001-00" and not (bundle / "rollout.safetensors").exists()
+    assert debug_crash(bundle).found
+
+
+def test_an_evaluation_that_met_it_is_redone(
+    tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = diverged(tmp_path / "run", cold, updates_per_rollout=1, evaluate_every=1)
+    assert bundle.name == "00000-01"
+    monkeypatch.setattr(Trainer, "experience", None)  # the rollout was fine
     assert debug_crash(bundle).found
 
 
