@@ -108,8 +108,12 @@ def lead_arms(arms: list[str], most: int = MOST_LINES) -> list[str]:
 
 
 def wrapped(text: str, width: int) -> str:
-    """A title in lines of at most `width` characters, so that it keeps to its panel."""
-    return textwrap.fill(text, width, break_on_hyphens=False)
+    """A title in lines of at most `width` characters, so that it keeps to its panel.
+
+    Lines end at spaces and behind underscores.
+    """
+    lines = textwrap.fill(text.replace("_", "_ "), width, break_on_hyphens=False)
+    return lines.replace("_ ", "_")
 
 
 def has(frame: pd.DataFrame, *columns: str) -> bool:

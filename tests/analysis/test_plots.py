@@ -38,6 +38,7 @@ from moe_rl.analysis.plots.style import (
     line_style,
     plain_number,
     styled,
+    wrapped,
 )
 from moe_rl.analysis.report.svg import settle
 from moe_rl.config import StudyName
@@ -252,6 +253,11 @@ def test_a_panel_of_lines_keeps_the_main_arms_where_there_are_too_many():
     assert lead_arms(list(ARMS)) == [arm for arm in ARMS if arm in LEAD_ARMS]
     others = [arm for arm in ARMS if arm not in LEAD_ARMS]
     assert lead_arms(others) == others[:8]
+
+
+def test_the_name_of_a_map_s_cell_breaks_behind_an_underscore():
+    assert wrapped("stale_lr0.00035_m32_noise0", 17) == "stale_lr0.00035_\nm32_noise0"
+    assert wrapped("GRPO + dual clip", 10) == "GRPO +\ndual clip"
 
 
 @pytest.mark.parametrize("name", get_args(StudyName))
