@@ -128,7 +128,8 @@ def test_replay_removes_the_routing_part_when_less_than_half_the_variance_is_lef
     [
         (0.9, 1e15, REPRODUCED),
         (0.7, 1e15, NOT_REPRODUCED),
-        (0.9, 2e15, INCONCLUSIVE),
+        (0.9, 1.04e15, REPRODUCED),
+        (0.9, 1.06e15, INCONCLUSIVE),
         (0.9, float("nan"), INCONCLUSIVE),
         (float("nan"), 1e15, INCONCLUSIVE),
     ],
@@ -146,6 +147,10 @@ def test_the_slope_of_the_sequence_variance_is_that_of_the_power_law(power, verd
     assert finding.verdict == verdict and finding.interval.value == pytest.approx(power)
     one_length = rules.sequence_variance_falls(_runs(arms[0], arms[0]))
     assert one_length.verdict == INCONCLUSIVE and one_length.ours == "not measured"
+    near = _arm("grpo", response_length=1.4 * 9.0, sequence_var=1e-4)
+    assert rules.sequence_variance_falls(_runs(arms[0], near)).interval.n == 0
+    enough = _arm("grpo", response_length=1.6 * 9.0, sequence_var=1e-4)
+    assert rules.sequence_variance_falls(_runs(arms[0], enough)).interval.n == SEEDS
     for other in ({"num_layers": 8}, {"digits_per_token": 2}):
         longer = _arm("grpo", response_length=33.0, sequence_var=1e-4, **other)
         assert rules.sequence_variance_falls(_runs(arms[0], longer)).interval.n == 0

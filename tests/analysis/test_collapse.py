@@ -59,6 +59,12 @@ def test_one_nan_in_a_good_run_is_no_collapse():
     assert not outcome([0.8] * 30 + [math.nan] + [0.8] * 30).collapsed
 
 
+@pytest.mark.parametrize(("steps", "last"), [(7, 1), (20, 2), (40, 5), (64, 8)])
+def test_the_final_reward_is_the_mean_of_the_last_eighth(steps, last):
+    reward = np.linspace(0.0, 1.0, steps) ** 2
+    assert outcome(reward).final == pytest.approx(reward[-last:].mean())
+
+
 def test_times_are_step_numbers():
     result = outcome([0.8] * 24 + [0.1] * 24, np.arange(100, 148))
     assert result.collapse_step == 126 and 100 <= result.peak_step < 124
@@ -128,8 +134,9 @@ def test_the_frontier_takes_the_median_seed_and_shows_the_range():
         [
             _runs({1e-4: 0.0, 2e-4: 0.0, 4e-4: 0.9}, seeds=(1, 2)),
             _runs({1e-4: 0.0, 2e-4: 0.9, 4e-4: 0.9}, seeds=(3,)),
+            _runs({1e-4: 0.9}, seeds=(4,)),
         ]
     )
     row = stability_frontier(runs).iloc[0]
     assert row["frontier"] == 2e-4
-    assert (row["seed_low"], row["seed_high"], row["seeds"]) == (1e-4, 2e-4, 3)
+    assert (row["seed_low"], row["seed_high"], row["seeds"]) == (0.0, 2e-4, 3)

@@ -2,13 +2,15 @@
 
 import json
 import math
+from statistics import mean, median
 
+import numpy as np
 import pandas as pd
 import pytest
 import synthetic
 
 from moe_rl.analysis.data.load import load_study
-from moe_rl.analysis.data.measures import CHAIN, run_measures, summarize
+from moe_rl.analysis.data.measures import CHAIN, WHOLE, run_measures, summarize
 from moe_rl.analysis.verdicts.attribution import COVARIANCE, ROUTING, WEIGHT, shares_by_run
 from moe_rl.experiments.arms import arm_key
 
@@ -34,6 +36,73 @@ def test_dense_has_no_churn_and_no_routing_share(study):
 
 def test_arms_come_in_the_order_of_the_experiment(study):
     assert summarize(study)["arm"].tolist() == sorted(synthetic.PROFILES, key=arm_key)
+
+
+def test_every_link_of_the_chain_is_the_statistic_of_its_definition(tmp_path):
+    """On numbers that all differ: which rows, which column, and a mean, a median or a sum."""
+    root = synthetic.write_study(tmp_path, arms=["grpo", "gspo"], seeds=2, steps=40, updates=3)
+    study, draw = load_study(root), np.random.default_rng(0)
+    skewed = {
+        "updates": [
+            "routing/churn", "routing/router_disagreement", "routing/token_disagreement",
+            "ratio/token_ess", "ratio/token_var", "ratio/sequence_var", "ratio/mean",
+            "ratio/survival_10", "rollout_ratio/survival_10", "branch/negative_above",
+            "branch/largest_token", "clip_ratio/region", "grad_norm", "skipped", "replay/coverage",
+            ROUTING, WEIGHT, COVARIANCE,
+        ],
+        "steps": ["response_length", "pass_at_1", "pass_at_k", "operations"],
+    }  # fmt: skip
+    for table, names in skewed.items():
+        frame = getattr(study, table)
+        for name in names:
+            frame[name] = draw.lognormal(size=len(frame))
+    study.updates.loc[study.updates.index % 7 == 0, "branch/largest_token"] = 0.0  # no gradient
+    measures = run_measures(study).set_index(["arm", "seed"])
+    assert measures["collapsed"].tolist() == [True, True, False, False]
+    for (arm, seed), found in measures.iterrows():
+        updates = _rows(study.updates, arm, seed)
+        steps = _rows(study.steps, arm, seed)
+        end = measures.loc[("grpo", seed), "collapse_step"]
+        before = [row for row in updates if row["step"] < end]
+        moved = [row for row in before if row["branch/largest_token"] > 0]
+        last = [row for row in before if row["update"] == 2]
+        per_rollout = [[r for r in before if r["step"] == step] for step in range(int(end))]
+        parts = {name: sum(row[name] for row in before) for name in (ROUTING, WEIGHT, COVARIANCE)}
+        want = {
+            "churn_one": mean(r["routing/churn"] for r in before if r["update"] == 1),
+            "churn_last": mean(r["routing/churn"] for r in last),
+            "churn_early": mean(
+                r["routing/churn"] for r in updates if r["step"] < 40 // 5 and r["update"] == 2
+            ),
+            "router_disagreement": mean(r["routing/router_disagreement"] for r in last),
+            "token_disagreement": mean(r["routing/token_disagreement"] for r in last),
+            "token_var": median(mean(r["ratio/token_var"] for r in rows) for rows in per_rollout),
+            "sequence_var": median(
+                mean(r["ratio/sequence_var"] for r in rows) for rows in per_rollout
+            ),
+            "token_ess": mean(r["ratio/token_ess"] for r in before),
+            "mean_ratio": mean(r["ratio/mean"] for r in before),
+            "survival_10": mean(r["ratio/survival_10"] for r in before),
+            "rollout_survival_10": mean(r["rollout_ratio/survival_10"] for r in before),
+            "negative_above": median(r["branch/negative_above"] for r in moved),
+            "largest_token": median(r["branch/largest_token"] for r in moved),
+            "clip_share": mean(r["clip_ratio/region"] for r in before),
+            "grad_norm": median(r["grad_norm"] for r in before),
+            "routing_share": parts[ROUTING]
+            / (parts[ROUTING] + parts[WEIGHT] + 2 * parts[COVARIANCE]),
+            "response_length": mean(r["response_length"] for r in steps if r["step"] < end),
+            "replay_coverage": mean(r["replay/coverage"] for r in updates),
+            "skipped": sum(r["skipped"] for r in updates),
+            "pass_at_1": steps[-1]["pass_at_1"],
+            "pass_at_k": steps[-1]["pass_at_k"],
+            "operations": sum(r["operations"] for r in steps),
+        }
+        assert set(want) == {*CHAIN, *WHOLE}
+        assert found[list(want)].to_dict() == pytest.approx(want), (arm, seed)
+
+
+def _rows(frame, arm, seed):
+    return frame[(frame["arm"] == arm) & (frame["seed"] == seed)].to_dict("records")
 
 
 def test_the_chain_is_measured_before_the_collapse(tmp_path):

@@ -57,6 +57,10 @@ def test_a_straddling_interval_says_how_many_seeds_would_clear_it():
     finding = judge_interval(_interval(-0.05, 0.25), low=0.0)
     assert "about 12 seeds" in finding.reason
     assert "seeds would" not in judge_interval(_interval(-0.2, 0.2), low=0.0).reason
+    # Its bound on the edge itself: one more seed at least.
+    assert "about 6 seeds" in judge_interval(_interval(-1e-9, 0.2), low=0.0).reason
+    # A quarter of the half width from the edge: sixteen times the seeds.
+    assert "about 80 seeds" in judge_interval(_interval(-0.75, 1.25), low=0.0).reason
 
 
 def test_nothing_measured_is_inconclusive():
