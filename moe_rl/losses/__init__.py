@@ -5,6 +5,7 @@ aggregate(gspo_loss(inputs), inputs, "sequence_mean").backward()
 """
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -129,8 +130,8 @@ def resolve_options(
         or_else: what to do about a range of the other scale, for the message.
 
     Raises:
-        ValueError: an option that the loss does not have or that is not above 0, or a clip range
-            out of bounds or on the other side of SCALE_BOUNDARY.
+        ValueError: an option that the loss does not have or that is not above 0, bounds that leave
+            nothing, or a clip range out of bounds or on the other side of SCALE_BOUNDARY.
     """
     chosen = {key: value for key, value in given.items() if value is not None}
     options = algorithm.options
@@ -144,6 +145,16 @@ def resolve_options(
                 f"{key}={value:g}: not above 0; the default of {name} is {options[key]:g}"
             )
     options |= chosen
+    lowest, highest = options.get("lowest", 0.0), options.get("highest", math.inf)
+    if algorithm.sha256 is None and lowest >= highest:
+        raise ValueError(
+            f"lowest={lowest:g}: not below highest={highest:g}; {name} would drop every token"
+        )
+    if algorithm.loss is dual_clip_loss and options["bound"] <= 1:
+        raise ValueError(
+            f"bound={options['bound']:g}: not above 1, so that {name} would bound ratios that have "
+            "not risen; the default is 3"
+        )
     check_clip_bounds(options.get("clip_low", 0.0), options.get("clip_high", 0.0))
     for key in ("clip_low", "clip_high"):
         value = options.get(key, 0.0)

@@ -89,6 +89,22 @@ def test_an_option_that_is_not_positive_is_refused(name: str, option: str, value
         resolve_options(name, ALGORITHMS[name], {option: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dual_clip", {"bound": 0.5}, r"bound=0\.5: not above 1"),
+        ("dual_clip", {"bound": 1.0}, "bound=1: not above 1"),
+        ("icepop", {"lowest": 5.0}, r"lowest=5: not below highest=5"),
+        ("icepop", {"lowest": 2.0, "highest": 0.5}, r"lowest=2: not below highest=0\.5"),
+    ],
+)
+def test_bounds_that_leave_nothing_are_refused(
+    name: str, options: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_options(name, ALGORITHMS[name], options)
+
+
 @pytest.mark.parametrize("name", CLIPPED)
 def test_a_clip_range_on_the_scale_of_the_other_ratio_is_refused(name: str) -> None:
     algorithm = ALGORITHMS[name]
