@@ -72,6 +72,36 @@ def test_equal_configs_give_bitwise_equal_metrics(
     assert untimed(first[2]) == untimed(second[2])
 
 
+@pytest.mark.parametrize(
+    ("changes", "old_passes"),
+    [({}, 1), ({"old_logprobs": "rollout"}, 0), ({"old_passes": 3}, 3)],
+)
+def test_a_step_says_what_its_rollout_was_and_what_it_cost(
+    changes: dict, old_passes: int, tmp_path: Path, cold: Path
+) -> None:
+    config = tiny(sft_steps=20, **changes).named()  # responses of several lengths
+    trainer = trainer_of(config, tmp_path, cold)
+    experience, found = trainer.experience(0)
+    batch = experience.batch
+    lengths = [int(row.sum()) for row in batch.response_mask]
+    assert len(set(lengths)) > 1
+    assert found["response_length"] == pytest.approx(sum(lengths) / len(lengths))
+    assert found["truncated"] == pytest.approx(sum(batch.truncated.tolist()) / len(lengths))
+    # A prompt is read once a group. Forward 2 a parameter, and 6 with the gradient: once to sample,
+    # in each old pass, and in the update.
+    tokens = int(batch.prompt_mask.sum()) + sum(lengths)
+    assert found["operations"] == 2 * trainer.policy.active_parameters * tokens * (4 + old_passes)
+
+
+def test_the_final_reward_is_that_of_the_last_eighth_of_the_steps(
+    tmp_path: Path, cold: Path
+) -> None:
+    steps, _, summary = run(tiny(steps=17, instruments=False), tmp_path, cold)
+    rewards = [step["reward"] for step in steps]
+    assert summary["final_reward"] == pytest.approx(sum(rewards[-2:]) / 2)
+    assert len({*rewards[-2:], summary["final_reward"]}) == 3
+
+
 def test_another_seed_gives_another_run(tmp_path: Path, cold: Path) -> None:
     first, _, _ = run(tiny(seed=1), tmp_path / "a", cold)
     second, _, _ = run(tiny(seed=2), tmp_path / "b", cold)
