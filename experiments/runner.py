@@ -114,10 +114,11 @@ def check_study(configs: Sequence[RunConfig], root: Path, *, jobs: int | None) -
         raise ConfigError(f"jobs={jobs}: must be at least 1")
     check_can_be_made(root, "out")
     folders = [run_folder(root, config) for config in configs]
-    for folder in folders:
+    for folder, config in zip(folders, configs, strict=True):
         if folders.count(folder) > 1:
             raise ConfigError(
-                f"{folder}: two runs of the study would share it; name each value once"
+                f"arm {config.named().arm} with seed {config.seed} is asked for twice: both runs "
+                f"would share {folder}; name each value once"
             )
     for folder, config in zip(folders, configs, strict=True):
         check_run_folder(folder, config)

@@ -47,7 +47,7 @@ def test_a_loss_from_a_file_is_an_arm_from_the_command_to_the_report(
     ("arms", "words"),
     [
         (["gsop"], "arms='gsop': no such arm; nearest are gspo"),
-        (["grpo", "grpo"], "two runs of the study would share it"),
+        (["grpo", "grpo"], "arm grpo with seed 21 is asked for twice: both runs would share"),
         (["own.py:other"], "own.py has no function 'other'; did you mean 'halved'?"),
         (["bad.py:one"], "bad.py:one': returned [] for inputs of shape [6, 5]"),
     ],

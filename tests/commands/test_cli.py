@@ -52,7 +52,7 @@ def test_train_writes_a_complete_run_and_knows_it_again(tmp_path: Path) -> None:
         (["reproduce", "--jobs", "0"], "jobs=0"),
         (["reproduce", "--out", "a_file"], "out='a_file': a file is in the way"),
         (["map", "--arms", "grpo", "nope"], "nope"),
-        (["map", "--learning-rates", "1e-3", "1.0000000001e-3", "--dry-run"], "share it"),
+        (["map", "--learning-rates", "1e-3", "1.0000000001e-3", "--dry-run"], "asked for twice"),
         (["calibrate", "--share", "2", "--preset", "tiny"], "share=2.0"),
         (["churn", "empty.npz"], "TRACE_B"),
         (["churn", "a.npz", "b.npz", "--plot", "x.bmp"], "plot='x.bmp'"),

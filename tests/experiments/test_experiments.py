@@ -58,7 +58,7 @@ def test_close_learning_rates_have_folders_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_value_named_twice_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="share it"):
+    with pytest.raises(ConfigError, match="seed 1 is asked for twice: both runs would share"):
         check_study(small_map(seeds=(1, 1)).configs, tmp_path, jobs=1)
 
 
