@@ -6,6 +6,7 @@ each number is taken again token by token, from passes that all differ.
 
 import math
 from dataclasses import dataclass
+from statistics import fmean, pstdev, pvariance
 
 import pytest
 import torch
@@ -105,8 +106,10 @@ def chosen(record: Tensor | None, sequence: int, token: int, layer: int) -> set[
     return set(record[sequence, PROMPT + token - 1, layer].tolist())
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def margin(logits: Tensor) -> float:
+    """How far one router [E] is from another choice."""
+    ordered = sorted(logits.tolist(), reverse=True)
+    return ordered[CHOSEN - 1] - ordered[CHOSEN]
 
 
 def updated(scene: Scene, **changes: object) -> dict[str, object]:
@@ -125,16 +128,16 @@ def test_churn_compares_the_update_s_routes_with_the_old_policy_s(scene: Scene) 
         for b, t in scene.tokens
         for layer in range(LAYERS)
     }
-    per_layer = [mean([v for (*_, at), v in left.items() if at == n]) for n in range(LAYERS)]
-    per_position = [mean([v for (_, at, _), v in left.items() if at == n]) for n in range(LENGTH)]
+    per_layer = [fmean([v for (*_, at), v in left.items() if at == n]) for n in range(LAYERS)]
+    per_position = [fmean([v for (_, at, _), v in left.items() if at == n]) for n in range(LENGTH)]
     flipped = [any(left[b, t, layer] for layer in range(LAYERS)) for b, t in scene.tokens]
     assert found["routing/churn_per_layer"] == pytest.approx(per_layer)
-    assert found["routing/churn"] == pytest.approx(mean(per_layer))
+    assert found["routing/churn"] == pytest.approx(fmean(per_layer))
     assert found["routing/churn_per_position"] == pytest.approx(per_position)
     assert found["routing/router_disagreement"] == pytest.approx(
-        mean([v > 0 for v in left.values()])
+        fmean([v > 0 for v in left.values()])
     )
-    assert found["routing/token_disagreement"] == pytest.approx(mean(flipped))
+    assert found["routing/token_disagreement"] == pytest.approx(fmean(flipped))
 
 
 def test_branches_know_the_tokens_whose_routers_flipped(scene: Scene) -> None:
@@ -166,11 +169,8 @@ def test_margin_and_shift_are_of_the_update_s_routers(scene: Scene) -> None:
     found = updated(scene, by_logits=by_logits)
     assert scene.new.router_logits is not None and scene.old.router_logits is not None
     for layer in range(LAYERS):
-        gaps = []
-        for b, t in scene.tokens:
-            ordered = sorted(scene.new.router_logits[b, t, layer].tolist(), reverse=True)
-            gaps.append(ordered[CHOSEN - 1] - ordered[CHOSEN])
-        want = mean(gaps) if by_logits[layer] else math.nan
+        gaps = [margin(scene.new.router_logits[b, t, layer]) for b, t in scene.tokens]
+        want = fmean(gaps) if by_logits[layer] else math.nan
         got = found["routing/margin_per_layer"]
         assert isinstance(got, list) and got[layer] == pytest.approx(want, nan_ok=True)
     new = scene.new.router_logits.double().log_softmax(-1)
@@ -182,8 +182,8 @@ def test_margin_and_shift_are_of_the_update_s_routers(scene: Scene) -> None:
             for layer in range(LAYERS)
             for e in chosen(scene.old.routed_experts, b, t, layer)
         ]
-        gammas.append(math.exp(-mean(moved)))
-    assert found["routing/shift"] == pytest.approx(mean(gammas))
+        gammas.append(math.exp(-fmean(moved)))
+    assert found["routing/shift"] == pytest.approx(fmean(gammas))
 
 
 @pytest.mark.parametrize("replayed", [False, True])
@@ -208,7 +208,7 @@ def test_where_gate_weights_are_replayed_the_parts_are_of_the_ids(scene: Scene) 
 def test_the_value_loss_is_a_mean_over_response_tokens(scene: Scene) -> None:
     losses = torch.rand(BATCH, LENGTH, generator=scene.draw)
     found = updated(scene, value_losses=losses)
-    assert found["value/loss"] == pytest.approx(mean([float(losses[at]) for at in scene.tokens]))
+    assert found["value/loss"] == pytest.approx(fmean([float(losses[at]) for at in scene.tokens]))
 
 
 def test_a_rollout_s_routing_is_the_old_policy_s(scene: Scene) -> None:
@@ -225,21 +225,18 @@ def test_a_rollout_s_routing_is_the_old_policy_s(scene: Scene) -> None:
                 counts[expert] += 1
             mass.append(sum(own[e] for e in chosen(scene.old.routed_experts, b, t, layer)))
             spread.append(-sum(r * math.log(r) for r in own))
-            ordered = sorted(scene.old.router_logits[b, t, layer].tolist(), reverse=True)
-            gaps.append(ordered[CHOSEN - 1] - ordered[CHOSEN])
-        average = mean([float(count) for count in counts])
-        deviation = math.sqrt(mean([(count - average) ** 2 for count in counts]))
+            gaps.append(margin(scene.old.router_logits[b, t, layer]))
         want = {
-            "margin": mean(gaps) if by_logits[layer] else math.nan,
-            "confidence": mean(mass),
-            "entropy": mean(spread),
-            "load_cv": deviation / average,
-            "max_vio": max(counts) / average - 1,
-            "dead_experts": mean([float(count == 0) for count in counts]),
+            "margin": fmean(gaps) if by_logits[layer] else math.nan,
+            "confidence": fmean(mass),
+            "entropy": fmean(spread),
+            "load_cv": pstdev(counts) / fmean(counts),
+            "max_vio": max(counts) / fmean(counts) - 1,
+            "dead_experts": fmean(count == 0 for count in counts),
         }
         got = {name: found[f"routing/{name}_per_layer"][layer] for name in want}
         assert got == pytest.approx(want, rel=1e-5, nan_ok=True)
-    entropy = mean([float(scene.old.entropy[at]) for at in scene.tokens])
+    entropy = fmean([float(scene.old.entropy[at]) for at in scene.tokens])
     assert found["entropy"] == pytest.approx(entropy)
 
 
@@ -253,7 +250,7 @@ def test_the_mismatch_is_of_the_trainer_and_the_engine(scene: Scene) -> None:
         for b, t in scene.tokens
         for layer in range(LAYERS)
     ]
-    assert found["mismatch/router_disagreement"] == pytest.approx(mean([float(d) for d in differ]))
+    assert found["mismatch/router_disagreement"] == pytest.approx(fmean(differ))
 
 
 def test_explained_variance_is_of_rewards_and_not_defined_where_they_are_equal(
@@ -264,11 +261,8 @@ def test_explained_variance_is_of_rewards_and_not_defined_where_they_are_equal(
     reward = [float(rewards[b]) for b, _ in scene.tokens]
     missed = [float(rewards[b] - values[b, t]) for b, t in scene.tokens]
 
-    def variance(numbers: list[float]) -> float:
-        return mean([(number - mean(numbers)) ** 2 for number in numbers])
-
     found = value_metrics(scene.batch, values, rewards)
-    want = 1 - variance(missed) / variance(reward)
+    want = 1 - pvariance(missed) / pvariance(reward)
     assert found == {"value/explained_variance": pytest.approx(want)}
     (nothing,) = value_metrics(scene.batch, values, torch.ones(BATCH)).values()
     assert math.isnan(nothing)
