@@ -8,7 +8,7 @@ Needs pandas, numpy and matplotlib; never torch, transformers or the trainer.
 from moe_rl.analysis.data.load import AnalysisError, AnalysisWarning, StudyRuns, load_study
 from moe_rl.analysis.data.measures import run_measures, summarize, terminal_table
 from moe_rl.analysis.report.report import write_report
-from moe_rl.analysis.verdicts.claims import claims_table, terminal_verdicts
+from moe_rl.analysis.verdicts.claims import claims_table, open_claims, terminal_verdicts
 
 __all__ = [
     "AnalysisError",
@@ -16,6 +16,7 @@ __all__ = [
     "StudyRuns",
     "claims_table",
     "load_study",
+    "open_claims",
     "run_measures",
     "summarize",
     "terminal_table",

@@ -120,10 +120,7 @@ class StudyPlan:
             "seeds": seeds,
             "runs": runs,
         }
-        try:
-            theirs = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else plan
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{file}: no study ({error}); give a new folder") from error
+        theirs = read_plan(root) or plan
         if theirs.get("name") == self.name and all(run in runs for run in theirs.get("runs", [])):
             theirs = plan  # a plan that has grown since goes on in its folder
         for key, ours in plan.items():
@@ -136,3 +133,16 @@ class StudyPlan:
         root.mkdir(parents=True, exist_ok=True)
         told = {"analysis": self.analysis, "command": command, "tests": self.tests}
         write_json(file, {"schema": SCHEMA} | plan | told)
+
+
+def read_plan(root: Path) -> dict[str, Any]:
+    """What study.json in the study folder `root` holds; empty where there is none.
+
+    Raises:
+        ConfigError: the file is no study.
+    """
+    file = root / "study.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{file}: no study ({error}); give a new folder") from error

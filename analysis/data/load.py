@@ -49,6 +49,7 @@ class StudyRuns:
         (nested ones under their own name), and the numbers of summary.json as `summary_<name>`.
     steps: one row a rollout step, columns as in steps.jsonl, with the keys and config columns.
     updates: one row an optimiser update, columns as in updates.jsonl, likewise.
+    analysis: the plan of the analysis in words, written before the runs.
     tests: the plan's own comparisons.
     planned: every (setting, arm, seed) of study.json; those found where there is no study.json.
     configs: the whole nested config of each (setting, arm, seed).
@@ -67,6 +68,7 @@ class StudyRuns:
     planned: list[RunKey]
     configs: dict[RunKey, dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    analysis: str = ""
     tests: list[Comparison] = field(default_factory=list)
 
     def setting(self, name: str) -> "StudyRuns":
@@ -152,6 +154,7 @@ def load_study(path: str | Path) -> StudyRuns:
         name=study.get("name", root.resolve().name),
         mode=study.get("mode", "single"),
         command=study.get("command", ""),
+        analysis=study.get("analysis", ""),
         settings=settings,
         arms=sorted({row["arm"] for row in rows}, key=arm_key),
         runs=pd.DataFrame(rows),

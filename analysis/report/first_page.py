@@ -150,7 +150,7 @@ def _dense_cure(runs: pd.DataFrame) -> str:
     dense, cured = (runs[runs["arm"] == arm] for arm in ("dense", "dense-gspo"))
     if dense.empty or cured.empty:
         return ""
-    verdict = rules.cure_is_not_routing(runs).verdict
+    verdict = rules.gspo_restores_dense(runs).verdict
     return (
         f"On the dense control, where nothing is routed, GSPO ended at {_final(cured)} and GRPO at "
         f"{_final(dense)}; that the cure is not about routing is {verdict}."

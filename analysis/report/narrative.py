@@ -10,8 +10,14 @@ from moe_rl.analysis.data.load import StudyRuns
 from moe_rl.analysis.plots.frontier import CELL_KEYS
 from moe_rl.analysis.plots.style import lead_arms, short_number
 from moe_rl.analysis.report.page import NONE, bounds, number
-from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
-from moe_rl.experiments.arms import MAIN_ARMS, arm_label
+from moe_rl.analysis.verdicts.verdicts import (
+    INCONCLUSIVE,
+    NOT_JUDGED,
+    NOT_REPRODUCED,
+    REPRODUCED,
+    STABLE,
+)
+from moe_rl.experiments.arms import ARMS, MAIN_ARMS, arm_label
 
 CONTROL_SENTENCES = {
     REPRODUCED: "The dense control ends near its peak in the same setting: the failure belongs to "
@@ -44,7 +50,8 @@ def headline(setting: str, measures: pd.DataFrame, arms: pd.DataFrame, claims: p
 def _arm_sentence(row: dict[str, Any]) -> str:
     interval = bounds(row["final_low"], row["final_high"])
     name = arm_label(row["arm"])
-    words = f"{name[0].upper()}{name[1:]} ended at {row['final']:.2f}"
+    begin = name[0].upper() + name[1:] if row["arm"] in ARMS else name  # a user's name is as given
+    words = f"{begin} ended at {row['final']:.2f}"
     words += f" {interval}" if interval else ""
     if math.isfinite(row["drawdown"]) and row["drawdown"] > 0.05:
         words += f" after a peak of {number(row['peak'])}"
@@ -81,15 +88,18 @@ def _control_sentence(claims: pd.DataFrame) -> str:
 
 
 def _verdict_sentence(claims: pd.DataFrame) -> str:
-    """The paper's claims that were measured by verdict, those that were reproduced first and by
+    """The paper's claims that could be judged by verdict, those that were reproduced first and by
     name.
     """
-    paper = claims[claims["source"].str.startswith("GSPO") & (claims["n"] > 0)]
+    asked = claims["source"].str.startswith("GSPO") & (claims["n"] > 0)
+    paper = claims[asked & ~claims["reason"].str.contains(f"{NOT_JUDGED}|{STABLE}")]
+    if paper.empty:
+        return "none of the paper's claims can be judged."
     named = {
         verdict: paper.loc[paper["verdict"] == verdict, "claim"].tolist()
         for verdict in (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE)
     }
-    words = f"{len(named[REPRODUCED])} of the paper's {len(paper)} claims that were measured are "
+    words = f"{len(named[REPRODUCED])} of the paper's {len(paper)} claims that could be judged are "
     words += "reproduced"
     words += f": {'; '.join(named[REPRODUCED])}." if named[REPRODUCED] else "."
     if named[NOT_REPRODUCED]:

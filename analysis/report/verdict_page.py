@@ -34,16 +34,22 @@ above its table (`analysis/verdicts/rules.py`); [results.md](results.md) reads t
 
 Studies share trainings, so that rows are not independent, and verdicts are not corrected for their
 number. Where a claim is a test of an arm against GRPO, p is the exact sign-flip test's after Holm's
-correction over the arms of that setting on equally many seeds. Left out are settings where noise
-makes the answer or cannot reach it ("not judged"), and, but for their names, those in which the arm
-that was to be cured is stable.
+correction over the arms of that setting on equally many seeds; a claim that its interval reproduces
+while p is above 0.05 is "reproduced before correction". (Five seeds have no p below 0.0625.) A
+claim that compares settings has one row for all that it compares. Left out are settings where noise
+or the model decides the answer beforehand ("not judged"), and, but for their names, those in which
+the arm that was to be cured is stable.
 """
+SIGNIFICANT = 0.05
+UNCORRECTED = "reproduced before correction"
 
 
 def page(results: Path = RESULTS) -> str:
     """The text of docs/verdicts.md."""
     rows = pd.concat([_study(folder) for folder in sorted(results.iterdir())], ignore_index=True)
     rows = rows[(rows["n"] > 0) & ~rows["reason"].str.startswith(NOT_JUDGED)]
+    weak = (rows["verdict"] == REPRODUCED) & (rows["p_holm"] > SIGNIFICANT)
+    rows = _once_for_all_settings(rows.assign(verdict=rows["verdict"].mask(weak, UNCORRECTED)))
     parts = [HEAD, *(_claim(rows[rows["key"] == c.key], c.text, c.rule) for c in CLAIMS)]
     return "\n".join(parts).replace("\u2212", "-")  # minus signs: text files here are ASCII
 
@@ -61,12 +67,25 @@ def _study(folder: Path) -> pd.DataFrame:
     return claims.assign(study=folder.name, p_holm=[against_grpo.get(key) for key in keys])
 
 
+def _once_for_all_settings(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row for the settings of a study that a claim compares with each other."""
+    over_settings = rows["key"].isin([claim.key for claim in CLAIMS if claim.alike])
+    shared = rows[over_settings].groupby(["study", "key", "ours"], sort=False)["setting"]
+    names = shared.transform(", ".join).reindex(rows.index).fillna(rows["setting"])
+    return rows.assign(setting=names).drop_duplicates(["study", "key", "setting"])
+
+
 def _claim(rows: pd.DataFrame, text: str, rule: str) -> str:
     stable = rows["reason"].str.contains(STABLE)
     lines = [f"## {text}\n", f"{rule}\n"]
     shown = rows[~stable]
-    verdicts = (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE)
-    counts = [f"{(shown['verdict'] == verdict).sum()} {verdict}" for verdict in verdicts]
+    found = shown["verdict"].value_counts()
+    verdicts = (REPRODUCED, UNCORRECTED, NOT_REPRODUCED, INCONCLUSIVE)
+    counts = [
+        f"{found.get(verdict, 0)} {verdict}"
+        for verdict in verdicts
+        if verdict in found or verdict != UNCORRECTED
+    ]
     lines.append(f"{', '.join(counts)}.\n" if len(shown) else "Not measured where it could be.\n")
     if len(shown):
         lines += ["| study | setting | seeds | measured | interval | p | verdict |"]
@@ -78,7 +97,8 @@ def _claim(rows: pd.DataFrame, text: str, rule: str) -> str:
 
 
 def _row(row: dict[str, Any]) -> str:
-    verdict = row["verdict"] if row["verdict"] == INCONCLUSIVE else f"**{row['verdict']}**"
+    open_ = row["verdict"] in (INCONCLUSIVE, UNCORRECTED)
+    verdict = row["verdict"] if open_ else f"**{row['verdict']}**"
     p_value = f"{row['p_holm']:.2g}" if pd.notna(row["p_holm"]) else ""
     cells = [row["study"], row["setting"], row["n"], row["ours"]]
     cells += [bounds(row["low"], row["high"]), p_value, verdict]

@@ -14,7 +14,13 @@ import pandas as pd
 from moe_rl.analysis.data.load import StudyRuns
 from moe_rl.analysis.data.measures import run_measures
 from moe_rl.analysis.verdicts import rules
-from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, Judgement
+from moe_rl.analysis.verdicts.verdicts import (
+    INCONCLUSIVE,
+    MIN_SEEDS,
+    NOT_JUDGED,
+    STABLE,
+    Judgement,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +147,10 @@ CLAIMS = [
         judge=rules.replay_removes_routing,
     ),
     Claim(
-        text="Without noise the cure is not about routing",
+        text="Without noise GSPO restores a dense model too",
         source=_OURS,
         paper="not run",
-        judge=rules.cure_is_not_routing,
+        judge=rules.gspo_restores_dense,
     ),
     Claim(
         text="The variance of the sequence ratio falls with response length",
@@ -154,6 +160,8 @@ CLAIMS = [
         alike=rules.ALIKE_BUT_LENGTH,
     ),
 ]
+
+MAIN_CLAIMS = ("grpo_collapses", "replay_restores", "gspo_needs_none")
 
 
 def _alike(measures: pd.DataFrame, own: pd.DataFrame, columns: tuple[str, ...]) -> pd.DataFrame:
@@ -193,6 +201,17 @@ def claims_table(study: StudyRuns, measures: pd.DataFrame | None = None) -> pd.D
                 }
             )
     return pd.DataFrame(rows)
+
+
+def open_claims(claims: pd.DataFrame) -> list[str]:
+    """The main claims in rows of `claims_table` that more seeds may settle: inconclusive over as
+    many seeds as a verdict needs, where GRPO is not stable.
+    """
+    asked = claims["key"].isin(MAIN_CLAIMS) & ~claims["reason"].str.contains(
+        f"{NOT_JUDGED}|{STABLE}"
+    )
+    rows = claims[asked & (claims["n"] >= MIN_SEEDS) & (claims["verdict"] == INCONCLUSIVE)]
+    return list(dict.fromkeys(rows["claim"]))
 
 
 def terminal_verdicts(claims: pd.DataFrame) -> str:

@@ -51,10 +51,7 @@ def grpo_collapses(runs: pd.DataFrame) -> Judgement:
     """Share of grpo seeds that collapse: reproduced when its Wilson interval is above 1/2. Not
     judged for a dense model, which the claim is not about.
     """
-    finding = _collapse_share(runs, "grpo", majority=True)
-    if is_dense(_arm(runs, "grpo")):
-        return replace(finding, verdict=INCONCLUSIVE, reason=f"{NOT_JUDGED}: the model is dense")
-    return finding
+    return _unless_dense(_collapse_share(runs, "grpo", majority=True), runs)
 
 
 def replay_restores(runs: pd.DataFrame) -> Judgement:
@@ -104,7 +101,7 @@ def gspo_needs_none(runs: pd.DataFrame) -> Judgement:
 def churn_after_one_update(runs: pd.DataFrame) -> Judgement:
     """Churn of grpo one optimiser step after the old policy: reproduced when its interval lies
     within a factor of two of 10% (5% to 20%). The paper's literal reading. Not judged under router
-    noise, which makes the churn.
+    noise, which makes the churn, nor for a dense model.
     """
     return _churn(runs, "churn_one")
 
@@ -112,17 +109,21 @@ def churn_after_one_update(runs: pd.DataFrame) -> Judgement:
 def churn_over_rollout(runs: pd.DataFrame) -> Judgement:
     """Churn of grpo at the last update of a rollout: reproduced when its interval lies within a
     factor of two of 10% (5% to 20%). The loose reading: new against old policy, all updates. Not
-    judged under router noise, which makes the churn.
+    judged under router noise, which makes the churn, for a dense model, nor where a rollout has one
+    update, whose pass is the old policy's.
     """
-    return _churn(runs, "churn_last")
+    finding = _churn(runs, "churn_last")
+    if finding.interval.n and (_arm(runs, "grpo")["updates_per_rollout"] == 1).all():
+        return _not_judged(finding, "one update a rollout")
+    return finding
 
 
 def routing_drives_ratio(runs: pd.DataFrame) -> Judgement:
     """Share of Var(log w) of grpo that is due to routing: reproduced when its interval is above
-    one half. Not judged under noise, which is put into one of the parts.
+    one half. Not judged under noise, which is put into one of the parts, nor for a dense model.
     """
     interval = student_interval(_arm(runs, "grpo")["routing_share"].astype(float))
-    finding = _unless_noise(judge_interval(interval, low=0.5), runs)
+    finding = _unless_dense(_unless_noise(judge_interval(interval, low=0.5), runs), runs)
     return _with_ours(finding, f"{interval.value:.0%} of the variance")
 
 
@@ -169,12 +170,11 @@ def tolerates_engine_likelihoods(runs: pd.DataFrame) -> Judgement:
     own = _arm(runs, "gspo+rollout-old")
     exact = own["rollout_precision"].fillna("float32") == "float32"
     if finding.interval.n and exact.all() and not _noisy(own, NOISES).any():
-        reason = f"{NOT_JUDGED}: engine and trainer agree here"
-        return replace(finding, verdict=INCONCLUSIVE, reason=reason)
+        return _not_judged(finding, "engine and trainer agree here")
     return finding
 
 
-def cure_is_not_routing(runs: pd.DataFrame) -> Judgement:
+def gspo_restores_dense(runs: pd.DataFrame) -> Judgement:
     """GSPO mends what has no routing to mend: final reward of dense-gspo minus dense, same seeds,
     without noise: reproduced when the interval of the mean is above 0.05 and most dense-gspo seeds
     do not collapse. Where the dense control itself ends within 20% of its peak in most seeds, there
@@ -213,8 +213,7 @@ def gspo_converges_faster(runs: pd.DataFrame) -> Judgement:
     cost = _pairs(runs, other, "gspo", column="operations").mean()
     finding = judge_interval(gain, low=0.0)
     if gain.n and not cost["gspo"] <= MAX_COST * cost[other]:
-        reason = f"{NOT_JUDGED}: GSPO spent more operations, or none were counted"
-        finding = replace(finding, verdict=INCONCLUSIVE, reason=reason)
+        finding = _not_judged(finding, "GSPO spent more operations, or none were counted")
     ours = f"pass@1 {gain.value:+.2f} at {cost['gspo'] / cost[other]:.2f} times the operations"
     return _with_ours(finding, ours)
 
@@ -375,7 +374,7 @@ def _churn(runs: pd.DataFrame, column: str) -> Judgement:
     low, high = PAPER_CHURN / CHURN_FACTOR, PAPER_CHURN * CHURN_FACTOR
     finding = judge_interval(interval, low=low, high=high)
     finding = _unless_noise(finding, runs, "router_noise", why="router noise makes it")
-    return _with_ours(finding, f"{interval.value:.1%}")
+    return _with_ours(_unless_dense(finding, runs), f"{interval.value:.1%}")
 
 
 def _unless_noise(
@@ -388,7 +387,16 @@ def _unless_noise(
     """What the noise itself makes, or cannot reach, says nothing about training."""
     if finding.interval.n == 0 or not _noisy(_arm(runs, arm), noises or NOISES).any():
         return finding
-    return replace(finding, verdict=INCONCLUSIVE, reason=f"{NOT_JUDGED}: {why} here")
+    return _not_judged(finding, f"{why} here")
+
+
+def _unless_dense(finding: Judgement, runs: pd.DataFrame) -> Judgement:
+    """Where nothing is routed a claim about routing is not at stake."""
+    return _not_judged(finding, "the model is dense") if is_dense(_arm(runs, "grpo")) else finding
+
+
+def _not_judged(finding: Judgement, why: str) -> Judgement:
+    return replace(finding, verdict=INCONCLUSIVE, reason=f"{NOT_JUDGED}: {why}")
 
 
 def _control(runs: pd.DataFrame, arm: str) -> Judgement:

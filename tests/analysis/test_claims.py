@@ -6,7 +6,7 @@ import synthetic
 
 from moe_rl.analysis.data.load import load_study
 from moe_rl.analysis.verdicts import rules
-from moe_rl.analysis.verdicts.claims import CLAIMS, claims_table, terminal_verdicts
+from moe_rl.analysis.verdicts.claims import CLAIMS, claims_table, open_claims, terminal_verdicts
 from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 
 SEEDS = 5
@@ -77,7 +77,7 @@ def test_what_router_noise_makes_is_not_judged(judge):
 RESCUES = [
     ("grpo", "grpo+dual-clip", rules.bounded_branch_holds),
     ("grpo", "grpo+rollout-old", rules.sampling_denominator_holds),
-    ("dense", "dense-gspo", rules.cure_is_not_routing),
+    ("dense", "dense-gspo", rules.gspo_restores_dense),
 ]
 
 
@@ -113,7 +113,7 @@ def test_a_cure_keeps_what_it_reaches_in_the_mild_setting(final, collapsed, verd
 def test_a_cure_that_is_not_routing_is_judged_without_noise_alone(kind):
     noise = {kind: 0.1}
     arms = [_arm("dense", **noise, **FAILS), _arm("dense-gspo", **noise)]
-    finding = rules.cure_is_not_routing(_runs(*arms))
+    finding = rules.gspo_restores_dense(_runs(*arms))
     assert finding.verdict == INCONCLUSIVE and "not judged" in finding.reason
 
 
@@ -272,8 +272,22 @@ def test_noise_that_no_router_sees_reaches_the_dense_control_and_makes_no_churn(
 
 
 def test_a_dense_model_says_nothing_about_a_moe():
-    finding = rules.grpo_collapses(_arm("grpo", **FAILS, num_experts=2))
-    assert finding.verdict == INCONCLUSIVE and "dense" in finding.reason
+    dense = _arm("grpo", **FAILS, num_experts=2)
+    for judge in (
+        rules.grpo_collapses,
+        rules.churn_after_one_update,
+        rules.churn_over_rollout,
+        rules.routing_drives_ratio,
+    ):
+        finding = judge(dense)
+        assert (
+            finding.verdict == INCONCLUSIVE and finding.reason == "not judged: the model is dense"
+        )
+
+
+def test_churn_over_one_update_is_none_and_is_not_judged():
+    finding = rules.churn_over_rollout(_arm("grpo", updates_per_rollout=1, churn_last=0.0))
+    assert finding.verdict == INCONCLUSIVE and "one update a rollout" in finding.reason
 
 
 def test_irreversibility_needs_restarted_runs():
@@ -373,6 +387,20 @@ def test_a_study_in_which_nothing_fails_reproduces_no_collapse(tmp_path):
     )
     table = claims_table(load_study(root)).set_index("key")
     assert table.loc["grpo_collapses", "verdict"] == NOT_REPRODUCED
+
+
+def test_open_are_the_main_claims_that_more_seeds_may_settle():
+    row = {"key": "grpo_collapses", "claim": "it falls", "n": 5, "verdict": INCONCLUSIVE}
+    row |= {"reason": "4 of 5 seeds"}
+    others = [
+        {"verdict": REPRODUCED},
+        {"n": 3},
+        {"key": "dense_is_stable"},
+        {"reason": "GRPO is stable here: there is nothing to restore"},
+        {"reason": "not judged: the model is dense"},
+    ]
+    assert open_claims(pd.DataFrame([row, row])) == ["it falls"]
+    assert open_claims(pd.DataFrame([row | other for other in others])) == []
 
 
 def test_the_terminal_says_why_a_verdict_is_inconclusive_and_how_many_seeds_it_needs():

@@ -12,7 +12,7 @@ from moe_rl.experiments import collapse_map
 from moe_rl.experiments.arms import ARMS, MAIN_ARMS, TWIST_ARM, arm_config, find_arm
 from moe_rl.experiments.bench.training import useful_operations
 from moe_rl.experiments.executors.local import LocalExecutor
-from moe_rl.experiments.quick import quick
+from moe_rl.experiments.quick import quick, twice_as_many
 from moe_rl.experiments.runner import check_study, run_all, run_folder
 from moe_rl.experiments.study import FIVE_SEEDS, StudyPlan
 from moe_rl.presets import preset
@@ -98,6 +98,11 @@ def test_the_quick_study_is_the_main_arms_on_enough_seeds_for_a_verdict() -> Non
     twist = (TWIST_ARM, FIVE_SEEDS[0])
     assert sorted(runs) == sorted([twist, *((a, s) for s in FIVE_SEEDS for a in MAIN_ARMS)])
     assert len(FIVE_SEEDS) >= MIN_SEEDS
+
+
+def test_more_seeds_are_as_many_that_were_not_asked_for() -> None:
+    assert twice_as_many(FIVE_SEEDS) == (*FIVE_SEEDS, 26, 27, 28, 29, 30)
+    assert twice_as_many((9, 4)) == (9, 4, 10, 11)
 
 
 def test_named_arms_run_with_every_seed() -> None:
