@@ -153,7 +153,7 @@ def _dense_cure(runs: pd.DataFrame) -> str:
     verdict = rules.gspo_restores_dense(runs).verdict
     return (
         f"On the dense control, where nothing is routed, GSPO ended at {_final(cured)} and GRPO at "
-        f"{_final(dense)}; that the cure is not about routing is {verdict}."
+        f"{_final(dense)}; that GSPO restores a dense model too is {verdict}."
     )
 
 

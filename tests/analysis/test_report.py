@@ -241,7 +241,9 @@ def test_the_first_page_answers_by_what_was_measured(tmp_path):
     assert cause.startswith("Yes in staleness: GRPO on the MoE ended at 0.1")
     assert "unstable in 5 of 5" in cause and "in 0 of 5" in cause
     assert "Enough: GSPO 0.9" in cures and "Not enough" not in cures
-    assert "(no noise, 2 updates a rollout)" in cures and "routing is inconclusive" in cures
+    assert (
+        "(no noise, 2 updates a rollout)" in cures and "a dense model too is inconclusive" in cures
+    )
     assert watch.startswith("Before their collapse the 5 runs that collapsed differ from the 25")
     # Runs that keep to their peak may yet end below others.
     low = measures["arm"] == "grpo"
