@@ -49,4 +49,5 @@ def quick(
 
 def twice_as_many(seeds: Sequence[int]) -> tuple[int, ...]:
     """The seeds, and as many again that follow the largest."""
-    return (*seeds, *range(max(seeds) + 1, max(seeds) + 1 + len(seeds)))
+    after = max(seeds, default=0) + 1
+    return (*seeds, *range(after, after + len(seeds)))

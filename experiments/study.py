@@ -120,7 +120,7 @@ class StudyPlan:
             "seeds": seeds,
             "runs": runs,
         }
-        theirs = read_plan(root) or plan
+        theirs = read_plan(root) if file.is_file() else plan
         if theirs.get("name") == self.name and all(run in runs for run in theirs.get("runs", [])):
             theirs = plan  # a plan that has grown since goes on in its folder
         for key, ours in plan.items():

@@ -10,13 +10,8 @@ from moe_rl.analysis.data.load import StudyRuns
 from moe_rl.analysis.plots.frontier import CELL_KEYS
 from moe_rl.analysis.plots.style import lead_arms, short_number
 from moe_rl.analysis.report.page import NONE, bounds, number
-from moe_rl.analysis.verdicts.verdicts import (
-    INCONCLUSIVE,
-    NOT_JUDGED,
-    NOT_REPRODUCED,
-    REPRODUCED,
-    STABLE,
-)
+from moe_rl.analysis.verdicts.claims import in_question
+from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from moe_rl.experiments.arms import ARMS, MAIN_ARMS, arm_label
 
 CONTROL_SENTENCES = {
@@ -92,7 +87,7 @@ def _verdict_sentence(claims: pd.DataFrame) -> str:
     name.
     """
     asked = claims["source"].str.startswith("GSPO") & (claims["n"] > 0)
-    paper = claims[asked & ~claims["reason"].str.contains(f"{NOT_JUDGED}|{STABLE}")]
+    paper = claims[asked & in_question(claims)]
     if paper.empty:
         return "none of the paper's claims can be judged."
     named = {

@@ -203,13 +203,18 @@ def claims_table(study: StudyRuns, measures: pd.DataFrame | None = None) -> pd.D
     return pd.DataFrame(rows)
 
 
+def in_question(claims: pd.DataFrame) -> pd.Series:
+    """Whether the question of each row of `claims_table` arises where it was asked: nothing decides
+    it beforehand, and there is something to cure.
+    """
+    return ~claims["reason"].str.contains(f"{NOT_JUDGED}|{STABLE}")
+
+
 def open_claims(claims: pd.DataFrame) -> list[str]:
     """The main claims in rows of `claims_table` that more seeds may settle: inconclusive over as
-    many seeds as a verdict needs, where GRPO is not stable.
+    many seeds as a verdict needs.
     """
-    asked = claims["key"].isin(MAIN_CLAIMS) & ~claims["reason"].str.contains(
-        f"{NOT_JUDGED}|{STABLE}"
-    )
+    asked = claims["key"].isin(MAIN_CLAIMS) & in_question(claims)
     rows = claims[asked & (claims["n"] >= MIN_SEEDS) & (claims["verdict"] == INCONCLUSIVE)]
     return list(dict.fromkeys(rows["claim"]))
 

@@ -8,6 +8,7 @@ import pytest
 
 from moe_rl.commands import reproduce
 from moe_rl.commands.options import StudyOptions
+from moe_rl.config import ConfigError
 from moe_rl.experiments.quick import quick
 from moe_rl.experiments.study import StudyPlan
 
@@ -58,6 +59,17 @@ def test_without_more_seeds_it_says_which_would_continue(
     (named,) = re.findall(r"--seeds ([\d ]+)", capsys.readouterr().out)
     assert [int(seed) for seed in named.split()] == TEN
     quick(seeds=TEN).write(out, "moe-rl reproduce")  # the plan that is named goes on there
+
+
+def test_no_seeds_are_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run is left: give at least one arm and one seed"):
+        reproduce.Reproduce(seeds=(), out=tmp_path / "study").run()
+
+
+def test_a_plan_of_nothing_is_not_taken_for_this_study(tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds a study with name=None"):
+        quick().write(tmp_path, "moe-rl reproduce")
 
 
 def test_a_dry_run_and_too_few_seeds_are_one_look(tmp_path: Path, looks: list[list[int]]) -> None:
