@@ -37,9 +37,9 @@ def trainer_of(config: RunConfig, cold: Path) -> Trainer:
 
 
 def test_a_value_head_learns_to_foretell_the_rewards_of_a_rollout(cold: Path) -> None:
-    # Where responses to one prompt differ their first tokens cannot tell the reward, and the loss has
-    # a floor near the bound below. Cold samples are alike: over four seeds and three arithmetics of
-    # one processor it fell to 0.07 to 0.25 of the first loss.
+    # Where responses to one prompt differ their first tokens cannot tell the reward, and the loss
+    # has a floor near the bound below. Cold samples are alike: over four seeds and three
+    # arithmetics of one processor it fell to 0.07 to 0.25 of the first loss.
     options = {"value_coef": 1.0, "value_clip": 10.0}
     config = tiny(seed=1, temperature=0.25, attribution_every=0, loss_options=options)
     trainer = trainer_of(config, cold)
