@@ -15,6 +15,7 @@ RATIOS = (2, 10, 100, 1000)  # moe_rl.metrics.ratios.SURVIVAL, which needs torch
 OWN, ENGINE = "ratio/survival", "rollout_ratio/survival"
 TWIST_ARMS = ("grpo", "grpo+dual-clip", "grpo+rollout-old")
 """One loss, and one thing of it changed: its unbounded branch, or the ratio's denominator."""
+MOST_MEANS = 5  # lines of text that the corner above the bound holds
 
 
 @style.styled
@@ -23,7 +24,7 @@ def survival(updates: pd.DataFrame, measures: pd.DataFrame) -> Figure:
 
     Means over the updates before the first collapse of a main arm on the same seed. Left: the ratio
     of the loss; right: the same numerator over the rollout engine's log-probs. The lowest tick
-    stands for 0.
+    stands for 0. Numbers are each arm's mean w, the median over seeds.
     """
     rows = before_collapse(updates, measures)
     arms = style.arms_in(updates)
@@ -105,6 +106,22 @@ def _tail(axes: Axes, rows: pd.DataFrame, prefix: str, arms: list[str], floor: f
     axes.yaxis.set_major_formatter(
         FuncFormatter(lambda value, _: "0" if value <= floor * 1.01 else style.plain_number(value))
     )
+    _means(axes, rows, prefix, arms)
     missing = [arm_label(arm) for arm, own in zip(arms, drawn, strict=True) if not own]
     if missing:
         style.footnote(axes, f"not measured: {', '.join(missing)}")
+
+
+def _means(axes: Axes, rows: pd.DataFrame, prefix: str, arms: list[str]) -> None:
+    """The mean of w beside its tail, which says whether the denominator is who sampled."""
+    column = prefix.replace("survival", "mean")
+    if column not in rows or len(arms) > MOST_MEANS:
+        return
+    means = rows.groupby(["arm", "seed"])[column].mean().groupby("arm").median()
+    for line, arm in enumerate(arm for arm in arms if arm in means):
+        text = f"mean w {style.plain_number(float(f'{means[arm]:.3g}'), digits=1)}"
+        y = 0.97 - 0.07 * line
+        axes.text(
+            0.97, y, text, fontsize=7, ha="right", va="top",
+            color=style.colour(arm), transform=axes.transAxes,
+        )  # fmt: skip

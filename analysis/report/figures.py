@@ -132,10 +132,11 @@ TWIST_FIGURE = FigureSpec(
     title="One thing changed",
     caption="GRPO as in the paper, with its unbounded branch bounded (dual clip), and with the "
     "sampling engine's log-probs in the ratio's denominator. Left: reward. Middle: share of tokens "
-    "whose ratio exceeds t, before the first collapse of a main arm on the same seed; the lowest "
-    "tick stands for 0, and in the shaded region lies no ratio over the policy that sampled, "
-    "unless it learnt from these very tokens. Right: share of the gradient's mass, the sum of "
-    "|dL/dlogprob| over tokens, in the branch that the paper's surrogate leaves unbounded. "
+    "whose ratio exceeds t, before the first collapse of a main arm on the same seed, and its mean "
+    "(median over seeds); the lowest tick stands for 0, and in the shaded region lies no ratio "
+    "over the policy that sampled, unless it learnt from these very tokens. Right: share of the "
+    "gradient's mass, the sum of |dL/dlogprob| over tokens, in the branch that the paper's "
+    "surrogate leaves unbounded. "
     f"{SEEDS}",
     draw=lambda study, measures: tails.twist(study.steps, study.updates, measures),
     needs=("reward", "ratio/survival_10", branches.UNBOUNDED),
@@ -195,7 +196,8 @@ SETTING_FIGURES = [
         "collapse; log scales, the lowest tick stands for 0. Left: over the old log-probs that the "
         "loss divides by; right: over those of the engine that sampled. There the share cannot "
         "exceed 1/t (dashed; Markov's inequality for a ratio of mean 1) for any policy that has "
-        f"not learnt from these very tokens, whatever routing does. {SEEDS}",
+        "not learnt from these very tokens, whatever routing does. Numbers: the mean of w, median "
+        f"over seeds. {SEEDS}",
         draw=lambda study, measures: tails.survival(study.updates, measures),
         needs=("ratio/survival_10", "rollout_ratio/survival_10"),
     ),

@@ -1,12 +1,13 @@
 """The first page of the report: three questions and one twist, answered by the data alone."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pydantic import TypeAdapter
 
 from moe_rl.analysis.data.load import is_dense
 from moe_rl.analysis.data.stats import iqm, separation
@@ -16,8 +17,7 @@ from moe_rl.analysis.verdicts import rules
 from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, MIN_SEEDS, NOT_REPRODUCED, REPRODUCED
 from moe_rl.experiments.arms import arm_label
 
-# Verdict -> how the first page answers "is the cure enough?" and "is it because of the MoE?".
-ENOUGH = {REPRODUCED: "Enough", NOT_REPRODUCED: "Not enough", INCONCLUSIVE: "Open"}
+# Verdict -> the answer to "is it because of the MoE?".
 MOE = {REPRODUCED: "Yes", NOT_REPRODUCED: "No", INCONCLUSIVE: "Open"}
 QUESTIONS = (
     "Does GRPO collapse because the model is a MoE?",
@@ -41,8 +41,35 @@ SIGNALS = {
 }
 
 
-def answers(measures: pd.DataFrame, cures: pd.DataFrame) -> list[tuple[str, list[str]]]:
-    """The questions that a reader comes with, each with its answers, a paragraph a setting.
+@dataclass(frozen=True)
+class Cell:
+    """What becomes of one arm in one setting."""
+
+    final: float  # interquartile mean of the final reward over seeds
+    verdict: str = ""  # REPRODUCED where the arm is enough; none for GRPO, which is to be cured
+    by_gain: bool = False  # judged by the gain over GRPO, as the mild setting lacks the arm
+
+
+@dataclass(frozen=True)
+class Cures:
+    """Which arm is enough for which disease: a column a setting in which GRPO fails."""
+
+    settings: list[str]
+    rows: list[tuple[str, list[Cell | None]]]  # arm and its cells; None: not run there
+    mild: bool  # arms are compared with themselves in a mild setting
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a study says to one question."""
+
+    question: str
+    words: list[str]  # a paragraph a setting
+    cures: Cures | None = None
+
+
+def answers(measures: pd.DataFrame, cures: pd.DataFrame) -> list[Answer]:
+    """The questions that a reader comes with, each with its answers.
 
     `measures` is `run_measures(study)`, of which incomplete runs do not count, and `cures` is
     `cures_table(measures)`, empty where there is no mild setting.
@@ -53,15 +80,20 @@ def answers(measures: pd.DataFrame, cures: pd.DataFrame) -> list[tuple[str, list
     for row in cures.to_dict("records"):
         verdicts.setdefault(row["setting"], {})[row["arm"]] = row["verdict"]
     causes = [_cause(name, own) for name, own in settings]
-    cured = [_cures(name, own, verdicts.get(name, {})) for name, own in settings]
-    told = [list(filter(None, causes)), list(filter(None, cured)), [_watch(done)]]
-    return list(zip(QUESTIONS, told, strict=True))
+    fates = [_fate(name, own, verdicts.get(name, {})) for name, own in settings]
+    columns = {name: _column(own, verdicts.get(name, {})) for name, own in settings}
+    cause, cure, watch = QUESTIONS
+    return [
+        Answer(cause, list(filter(None, causes))),
+        Answer(cure, list(filter(None, fates)), _cures(columns, bool(verdicts))),
+        Answer(watch, [_watch(done)]),
+    ]
 
 
-def committed_answers() -> dict[str, list[str]]:
+def committed_answers() -> dict[str, Answer]:
     """The same questions, as committed.py answers them from the studies of this repository."""
-    found: dict[str, list[str]] = json.loads(COMMITTED.read_text(encoding="utf-8"))
-    return found
+    found = TypeAdapter(list[Answer]).validate_json(COMMITTED.read_bytes())
+    return {answer.question: answer for answer in found}
 
 
 def _cause(setting: str, runs: pd.DataFrame) -> str:
@@ -75,51 +107,77 @@ def _cause(setting: str, runs: pd.DataFrame) -> str:
         f"on the dense control at {_final(dense)} and in {_count(dense, 'unstable')}"
     )
     why = f" ({finding.reason})" if finding.verdict == INCONCLUSIVE else ""
-    return f"{MOE[finding.verdict]} in {setting}{why}: {counts}."
+    return f"{MOE[finding.verdict]} in {setting}, {_circumstances(moe)}: {counts}{why}."
 
 
-def _cures(setting: str, runs: pd.DataFrame, verdicts: Mapping[str, str]) -> str:
-    """Every arm on GRPO's model but restarts, judged by what it loses to the setting.
+def _fate(setting: str, runs: pd.DataFrame, verdicts: Mapping[str, str]) -> str:
+    """What is wrong in a setting, what became of GRPO there, and what of a dense model."""
+    grpo = runs[runs["arm"] == "grpo"]
+    if grpo.empty:
+        return ""
+    start = f"In {setting} ({_circumstances(grpo)})"
+    if not _is_ill(runs, verdicts):
+        above = _above(runs, _compared(runs)["arm"].unique())
+        end = f"; above it on the same seeds: {above}." if above else f": {NO_CURE}."
+        stable = f"near its peak in {(~grpo['unstable']).sum()} of {len(grpo)} seeds"
+        return f"{start} GRPO ended at {_final(grpo)}, {stable}{end}"
+    fell = f"{start} GRPO ended at {_final(grpo)} and collapsed in {_count(grpo, 'collapsed')}."
+    return f"{fell} {_dense_cure(runs)}".rstrip()
+
+
+def _is_ill(runs: pd.DataFrame, verdicts: Mapping[str, str]) -> bool:
+    """Where GRPO fails, or one of its runs collapses beside a mild setting, there is a disease."""
+    grpo = runs[runs["arm"] == "grpo"]
+    return rules.fails(runs, "grpo") or bool(verdicts and grpo["collapsed"].any())
+
+
+def _compared(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of other arms on GRPO's model, but those that start again from a checkpoint."""
+    experts = runs.loc[runs["arm"] == "grpo", "num_experts"]
+    others = (runs["arm"] != "grpo") & ~runs["arm"].str.startswith(rules.RESTARTS)
+    return runs[others & runs["num_experts"].isin(experts)]
+
+
+def _column(runs: pd.DataFrame, verdicts: Mapping[str, str]) -> dict[str, Cell]:
+    """Every arm on GRPO's model, judged; nothing where there is nothing to cure.
 
     An arm that a mild setting has too is judged by what it loses against that (`verdicts`, by arm,
     of `cures_table`), any other by what it gains over GRPO (`rules.restores`).
     """
     grpo = runs[runs["arm"] == "grpo"]
-    if grpo.empty:
-        return ""
-    updates, experts = (grpo[name].iloc[0] for name in ("updates_per_rollout", "num_experts"))
-    dense = is_dense(grpo)
-    model = "a dense model, " if dense else ""
+    if grpo.empty or not _is_ill(runs, verdicts):
+        return {}
+    cells = {"grpo": Cell(_iqm(grpo))}
+    for arm, own in _compared(runs).groupby("arm"):
+        name = str(arm)
+        verdict = verdicts.get(name) or rules.restores(runs, name).verdict
+        cells[name] = Cell(_iqm(own), verdict, by_gain=name not in verdicts)
+    return cells
+
+
+def _cures(columns: Mapping[str, Mapping[str, Cell]], mild: bool) -> Cures | None:
+    """The columns side by side; arms that are enough most often come first, below GRPO."""
+    ill = {setting: cells for setting, cells in columns.items() if len(cells) > 1}
+    rows = {
+        arm: [cells.get(arm) for cells in ill.values()]
+        for arm in dict.fromkeys(arm for cells in ill.values() for arm in cells)
+    }
+
+    def merit(arm: str) -> tuple[bool, int, int, float]:
+        cells = [cell for cell in rows[arm] if cell]
+        said = [cell.verdict for cell in cells]
+        mean = sum(cell.final for cell in cells) / len(cells)
+        return arm == "grpo", said.count(REPRODUCED), -said.count(NOT_REPRODUCED), mean
+
+    order = sorted(rows, key=merit, reverse=True)
+    return Cures(list(ill), [(arm, rows[arm]) for arm in order], mild) if ill else None
+
+
+def _circumstances(runs: pd.DataFrame) -> str:
+    updates = runs["updates_per_rollout"].iloc[0]
+    model = "a dense model, " if is_dense(runs) else ""
     many = "update" if updates == 1 else "updates"
-    start = f"In {setting} ({model}{_disease(grpo)}, {updates:g} {many} a rollout)"
-    others = (runs["arm"] != "grpo") & ~runs["arm"].str.startswith(rules.RESTARTS)
-    alike = runs[(runs["num_experts"] == experts) & others]
-    if not (rules.fails(runs, "grpo") or (verdicts and grpo["collapsed"].any())):
-        above = _above(runs, alike["arm"].unique())
-        end = f"; above it on the same seeds: {above}." if above else f": {NO_CURE}."
-        stable = f"near its peak in {(~grpo['unstable']).sum()} of {len(grpo)} seeds"
-        return f"{start} GRPO ended at {_final(grpo)}, {stable}{end}"
-    mild = rules.mild_setting(runs)
-    by_mild = f" by {mild}, within {rules.MILD_MARGIN:g} and without a collapse"
-    by_gain = " by the gain over GRPO" if verdicts else ""
-    judged: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for arm, own in alike.groupby("arm"):
-        if arm in verdicts:
-            verdict, by = verdicts[str(arm)], by_mild
-        else:
-            verdict, by = rules.restores(runs, str(arm)).verdict, by_gain
-        judged.setdefault((verdict, by), []).append((_final(own), arm_label(str(arm))))
-    parts = [
-        f"{word}{by}: "
-        + ", ".join(f"{label} {final}" for final, label in sorted(judged[verdict, by])[::-1])
-        + "."
-        for verdict, word in ENOUGH.items()
-        for by in (by_mild, by_gain)
-        if (verdict, by) in judged
-    ]
-    fell = f"collapsed in {_count(grpo, 'collapsed')}"
-    sentences = [f"{start} GRPO ended at {_final(grpo)} and {fell}.", *parts, _dense_cure(runs)]
-    return "\n".join(sentence for sentence in sentences if sentence)
+    return f"{model}{_disease(runs)}, {updates:g} {many} a rollout"
 
 
 def _disease(runs: pd.DataFrame) -> str:
@@ -146,9 +204,9 @@ def _above(runs: pd.DataFrame, arms: Iterable[str]) -> str:
 
 
 def _dense_cure(runs: pd.DataFrame) -> str:
-    """GSPO where there is no routing at all."""
+    """GSPO where there is no routing at all, and GRPO fails."""
     dense, cured = (runs[runs["arm"] == arm] for arm in ("dense", "dense-gspo"))
-    if dense.empty or cured.empty:
+    if cured.empty or not rules.fails(runs, "dense"):
         return ""
     verdict = rules.gspo_restores_dense(runs).verdict
     return (
@@ -221,6 +279,11 @@ def twist_words(setting: str, arms: pd.DataFrame, claims: pd.DataFrame) -> str:
         if len(values):
             listed = [f"{print_value(v)} ({arm_label(str(a))})" for a, v in values.items()]
             sentences.append(words.format(", ".join(listed)))
+    if _heavier_and_holds(rows):
+        sentences.append(
+            "With dual clip the ratios have the heavier tail and the run holds: what ends GRPO is "
+            "what a large ratio weighs, not that it is there."
+        )
     keys = ["bounded_branch_holds", "sampling_denominator_holds"]
     for row in claims[claims["key"].isin(keys)].to_dict("records"):
         if math.isfinite(row["value"]):
@@ -228,8 +291,21 @@ def twist_words(setting: str, arms: pd.DataFrame, claims: pd.DataFrame) -> str:
     return " ".join(sentences)
 
 
+def _heavier_and_holds(rows: pd.DataFrame) -> bool:
+    """Dual clip keeps its runs over ratios that are larger in the mean than those of GRPO."""
+    if not {"grpo", "grpo+dual-clip"} <= set(rows.index):
+        return False
+    grpo, bounded = rows.loc["grpo"], rows.loc["grpo+dual-clip"]
+    holds = bounded["collapsed"] == 0 and grpo["collapsed"] == grpo["runs"]
+    return bool(holds and bounded["mean_ratio"] > grpo["mean_ratio"])
+
+
+def _iqm(runs: pd.DataFrame) -> float:
+    return float(iqm(np.asarray(runs["final"], dtype=float)))
+
+
 def _final(runs: pd.DataFrame) -> str:
-    return f"{float(iqm(np.asarray(runs['final'], dtype=float))):.2f}"
+    return f"{_iqm(runs):.2f}"
 
 
 def _count(runs: pd.DataFrame, column: str) -> str:

@@ -236,6 +236,8 @@ def test_tails_lie_where_they_were_measured_and_zeros_on_a_tick_of_their_own(stu
         assert any(np.allclose(line, np.maximum(want, floor)) for line in drawn)
         assert floor in axes.get_yticks()
         assert axes.yaxis.get_major_formatter()(floor) == "0"
+        mean = at[f"{prefix}/mean"].mean()
+        assert f"mean w {mean:.3g}" in [text.get_text() for text in axes.texts]
     assert (np.array(engine.lines[0].get_ydata()) == 1 / np.array(tails.RATIOS)).all()
 
 

@@ -24,7 +24,7 @@ from moe_rl.analysis.report.figures import SETTING_FIGURES, STUDY_FIGURES, has_m
 from moe_rl.analysis.report.first_page import answers, twist_setting
 from moe_rl.analysis.report.page import bounds
 from moe_rl.analysis.report.tables import cures_table, paired_tests
-from moe_rl.analysis.verdicts.verdicts import NOT_REPRODUCED, REPRODUCED
+from moe_rl.analysis.verdicts.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 
 
 @pytest.fixture
@@ -235,36 +235,58 @@ def _answers(measures):
     return answers(measures, cures_table(measures))
 
 
+def _cells(answer):
+    """Arm -> verdict and whether it was judged by its gain, of the first setting that is ill."""
+    return {
+        arm: (cells[0].verdict, cells[0].by_gain)
+        for arm, cells in answer.cures.rows
+        if cells[0] is not None
+    }
+
+
 def test_the_first_page_answers_by_what_was_measured(tmp_path):
     measures = _done(tmp_path)
-    (_, (cause,)), (_, (cures,)), (_, (watch,)) = _answers(measures)
-    assert cause.startswith("Yes in staleness: GRPO on the MoE ended at 0.1")
-    assert "unstable in 5 of 5" in cause and "in 0 of 5" in cause
-    assert "Enough: GSPO 0.9" in cures and "Not enough" not in cures
-    assert (
-        "(no noise, 2 updates a rollout)" in cures and "a dense model too is inconclusive" in cures
+    why, cure, watch = _answers(measures)
+    (cause,), (fate,) = why.words, cure.words
+    assert cause.startswith(
+        "Yes in staleness, no noise, 2 updates a rollout: GRPO on the MoE ended"
     )
-    assert watch.startswith("Before their collapse the 5 runs that collapsed differ from the 25")
+    assert "unstable in 5 of 5" in cause and "in 0 of 5" in cause
+    assert cure.cures.settings == ["staleness"] and cure.cures.rows[0][0] == "grpo"
+    assert _cells(cure)["gspo"] == (REPRODUCED, True) and "dense" not in _cells(cure)
+    assert "(no noise, 2 updates a rollout)" in fate and "dense" not in fate
+    assert watch.words[0].startswith(
+        "Before their collapse the 5 runs that collapsed differ from the 25"
+    )
     # Runs that keep to their peak may yet end below others.
     low = measures["arm"] == "grpo"
     below = measures.assign(final=measures["final"].mask(low, 0.5), unstable=False)
-    _, (_, (cures,)), _ = _answers(below)
-    assert "near its peak in 5 of 5 seeds; above it on the same seeds: " in cures
-    assert "GSPO by 0.4" in cures and "nothing to cure" not in cures
+    _, cure, _ = _answers(below)
+    assert "near its peak in 5 of 5 seeds; above it on the same seeds: " in cure.words[0]
+    assert "GSPO by 0.4" in cure.words[0] and "nothing to cure" not in cure.words[0]
+    assert cure.cures is None
+    # A dense control that falls as well, and GSPO on it that does not.
+    ill = measures["arm"] == "dense"
+    fallen = measures.assign(
+        unstable=measures["unstable"] | ill, final=measures["final"].mask(ill, 0)
+    )
+    assert "that GSPO restores a dense model too is reproduced" in _answers(fallen)[1].words[0]
     # The same question with the reward of GRPO and of the dense control exchanged.
     names = {"grpo": "dense", "dense": "grpo"}
     swapped = measures.assign(arm=measures["arm"].replace(names))
-    (_, (cause,)), (_, (cures,)), _ = _answers(swapped)
-    assert cause.startswith("No in staleness") and "nothing to cure" in cures
+    why, cure, _ = _answers(swapped)
+    assert why.words[0].startswith("No in staleness") and "nothing to cure" in cure.words[0]
 
 
 def test_a_cure_is_enough_by_what_it_loses_to_a_mild_setting_where_there_is_one(tmp_path):
     hard = _done(tmp_path)
     mild = hard.assign(setting="mild-stale", final=hard["final"].where(hard["arm"] != "gspo", 1.2))
     mild.loc[mild["arm"] == "grpo", ["final", "unstable", "collapsed"]] = [0.9, False, False]
-    _, (_, (cures, at_mild)), _ = _answers(pd.concat([hard, mild]))
-    assert "Enough by mild-stale, within 0.1 and without a collapse: GRPO + dual clip" in cures
-    assert "Not enough by mild-stale, within 0.1 and without a collapse: GSPO" in cures
+    _, cure, _ = _answers(pd.concat([hard, mild]))
+    at_mild = cure.words[1]
+    assert cure.cures.mild and cure.cures.settings == ["staleness"]
+    assert _cells(cure)["grpo+dual-clip"] == (REPRODUCED, False)
+    assert _cells(cure)["gspo"] == (NOT_REPRODUCED, False)
     rows = cures_table(pd.concat([hard, mild])).set_index("arm")
     assert set(rows["mild"]) == {"mild-stale"} and "mild-stale" not in set(rows["setting"])
     assert rows.loc["grpo+dual-clip", "verdict"] == REPRODUCED
@@ -273,17 +295,29 @@ def test_a_cure_is_enough_by_what_it_loses_to_a_mild_setting_where_there_is_one(
     assert rows.loc["gspo", "value"] == pytest.approx(lost)
     assert cures_table(hard).empty
     without = mild[mild["arm"] != "gspo"]
-    _, (_, (cures, _)), _ = _answers(pd.concat([hard, without]))
-    assert "Enough by the gain over GRPO: GSPO 0.9" in cures and "by mild-stale" in cures
+    _, cure, _ = _answers(pd.concat([hard, without]))
+    assert _cells(cure)["gspo"] == (REPRODUCED, True)
+    assert _cells(cure)["grpo+dual-clip"] == (REPRODUCED, False)
     assert at_mild.startswith("In mild-stale (") and "peak in 5 of 5 seeds; above it" in at_mild
+
+
+def test_cures_stand_in_one_table_those_that_are_enough_most_often_first(tmp_path):
+    """An arm that a setting lacks leaves its cell empty; GRPO, which is to be cured, heads them."""
+    first = _done(tmp_path)
+    second = first[first["arm"] != "gspo"].assign(setting="again")
+    _, cure, _ = _answers(pd.concat([first, second]))
+    arms = [arm for arm, _ in cure.cures.rows]
+    assert cure.cures.settings == ["staleness", "again"] and arms[0] == "grpo"
+    assert arms[-1] == "gspo" and cure.cures.rows[-1][1][1] is None  # enough in one, not run in two
 
 
 def test_the_first_page_settles_nothing_on_few_seeds(tmp_path):
     measures = _done(tmp_path)
-    (_, (cause,)), (_, (cures,)), (_, (watch,)) = _answers(measures[measures["seed"] < 3])
-    assert cause.startswith("Open in staleness (") and "a share of seeds needs 5" in cause
-    assert "Enough" not in cures and "Open: GSPO" in cures
-    assert watch.startswith("Not settled: 2 of 12 runs collapsed")
+    why, cure, watch = _answers(measures[measures["seed"] < 3])
+    assert why.words[0].startswith("Open in staleness, ")
+    assert "a share of seeds needs 5" in why.words[0]
+    assert _cells(cure)["gspo"][0] == INCONCLUSIVE
+    assert watch.words[0].startswith("Not settled: 2 of 12 runs collapsed")
 
 
 def test_the_twist_is_told_where_its_arms_were_run(tmp_path, one_figure, html):
