@@ -56,7 +56,7 @@ report: $(INSTALLED) ## redraw the report of a finished study from its files: RU
 	@$(BIN)/moe-rl report "$(RUN)" $(ARGS)
 
 test: $(INSTALLED_TEST) $(INSTALLED_MEGABLOCKS) ## run the test suite
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(INSTALLED_TEST) ## format, lint and types, changing nothing
 	@$(BIN)/ruff format --check --output-format concise . || \

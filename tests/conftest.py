@@ -42,6 +42,9 @@ def policy() -> Policy:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Files with slow tests first: begun last, one would run alone while other processes wait.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     for item in items:
         if item.get_closest_marker("sweep") and "sweep" not in config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="runs with -m sweep alone"))

@@ -4,13 +4,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from moe_rl.analysis.plots import style
 from moe_rl.analysis.plots.branches import STACK
 
-_LINES = (("#d55e00", "-", "o"), ("#0072b2", "--", "s"), ("#6a51a3", "-.", "^"))
+_LINES = (
+    ("#d55e00", "-", "o"),
+    ("#0072b2", "--", "s"),
+    ("#6a51a3", "-.", "^"),
+    ("#009e73", ":", "D"),
+    ("#56b4e9", "-", "v"),
+)
+MOST_BESIDE = len(_LINES)  # batches that one figure holds
 
 
 @style.styled
@@ -18,8 +26,55 @@ def engine_against_trainer(scatter: Sequence[Sequence[float]]) -> Figure:
     """Probability of each sampled token by the engine (x) and by the trainer (y), log axes."""
     figure = Figure(figsize=(style.COLUMN, 3.0), layout="constrained")
     axes = figure.subplots()
+    _scatter(axes, scatter, _lowest([scatter]))
+    axes.set_xlabel("probability by the engine")
+    axes.set_ylabel("probability by the trainer")
+    return figure
+
+
+@style.styled
+def tails(pairs: Sequence[Mapping[str, Any]]) -> Figure:
+    """Left: P(w > t) beside 1/t. Right: F(tau), the share of tokens off by more than a factor."""
+    figure, (left, right) = style.grid(2, columns=2, height=2.4, sharex=False, sharey=False)
+    _tails(left, right, pairs)
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+@style.styled
+def side_by_side(batches: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Engine against trainer of several batches (name -> what inspection.json holds), above their
+    tails, trainer over engine.
+    """
+    heights = [style.WIDE / len(batches) + 0.5, 2.6]  # panels as high as wide, and their words
+    figure = Figure(figsize=(style.WIDE, sum(heights)), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
+    scatters = [found["scatter"] for found in batches.values()]
+    panels = upper.subplots(1, len(scatters), squeeze=False, sharey=True)[0]
+    for axes, scatter, name in zip(panels, scatters, batches, strict=True):
+        _scatter(axes, scatter, _lowest(scatters))
+        axes.set_title(name)
+    upper.supxlabel("probability by the engine", fontsize=8)
+    panels[0].set_ylabel("by the trainer")
+    left, right = lower.subplots(1, 2)
+    _tails(left, right, [_engine_pair(found) | {"name": name} for name, found in batches.items()])
+    lower.legend(loc="outside lower center", ncols=len(batches) + 1)
+    return figure
+
+
+def _engine_pair(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer over the engine, before the updates where both were recorded."""
+    return dict(next(pair for pair in found["pairs"] if pair["denominator"] == "rollout_logprobs"))
+
+
+def _lowest(scatters: Sequence[Sequence[Sequence[float]]]) -> float:
+    """The decade at or below the smallest probability."""
+    smallest = min(min(point) for scatter in scatters for point in scatter)
+    return float(10.0 ** np.floor(np.log10(max(smallest, 1e-12))))
+
+
+def _scatter(axes: Axes, scatter: Sequence[Sequence[float]], low: float) -> None:
     points = np.clip(np.array(scatter, dtype=float), 1e-12, 1.0)
-    low = 10.0 ** np.floor(np.log10(points.min()))
     axes.plot([low, 1], [low, 1], color=style.GHOST, linewidth=0.8, zorder=1)
     for factor in (0.5, 2.0):  # F(2) counts what lies outside
         axes.plot([low, 1], [low * factor, factor], color=style.GHOST, linewidth=0.6, linestyle=":")
@@ -32,17 +87,11 @@ def engine_against_trainer(scatter: Sequence[Sequence[float]]) -> Figure:
     axes.set_xlim(low, 1.2)
     axes.set_ylim(low, 1.2)
     axes.set_aspect("equal")
-    axes.set_xlabel("probability by the engine")
-    axes.set_ylabel("probability by the trainer")
     _plain(axes.xaxis)
     _plain(axes.yaxis)
-    return figure
 
 
-@style.styled
-def tails(pairs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Left: P(w > t) beside 1/t. Right: F(tau), the share of tokens off by more than a factor."""
-    figure, (left, right) = style.grid(2, columns=2, height=2.4, sharex=False, sharey=False)
+def _tails(left: Axes, right: Axes, pairs: Sequence[Mapping[str, Any]]) -> None:
     ts = [t for t, _ in pairs[0]["survival"]]
     left.plot(ts, [1 / t for t in ts], color=style.INK, linewidth=1, linestyle="--", label="1/t")
     shares = [s for pair in pairs for key in ("survival", "extreme") for _, s in pair[key] if s > 0]
@@ -66,8 +115,6 @@ def tails(pairs: Sequence[Mapping[str, Any]]) -> Figure:
     left.set_ylabel("P(w > t)")
     right.set_xlabel("factor tau")
     right.set_ylabel("F(tau)")
-    figure.legend(loc="outside upper center", ncols=2)
-    return figure
 
 
 @style.styled

@@ -1,5 +1,6 @@
 """The page of one recorded batch: what stands out, its ratios and their tails, its routes."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,26 @@ _LEVELS = {
 _PASSED = {True: "pass", False: "FAIL", None: "\u2013"}
 
 
-def write_inspection_page(out: Path, found: dict[str, Any], *, name: str) -> Path:
+def write_inspection_page(
+    out: Path,
+    found: dict[str, Any],
+    *,
+    name: str,
+    beside: Mapping[str, dict[str, Any]] | None = None,
+) -> Path:
     """Write `out`/index.html and its figures from what inspection.json holds; returns the page.
 
-    The same inspection gives byte for byte the same files.
+    `beside` are other inspections, by name, that this one is drawn beside. The same inspections
+    give byte for byte the same files.
     """
     drawn = []
     if found["scatter"]:
         drawn.append(
             ("scatter", "Engine and trainer", plots.engine_against_trainer(found["scatter"]))
         )
+    if beside:
+        together = plots.side_by_side({**beside, out.name: found})
+        drawn.append(("beside", "Beside other batches", together))
     if found["by_layer"]:
         drawn.append(("layers", "Routers that differ", plots.routers_by_layer(found["by_layer"])))
     if found["pairs"]:

@@ -141,7 +141,12 @@ def _compare(batch: RecordedBatch, found: Inspection) -> None:
         found.metrics |= mismatch_statistics(trainer, engine, mask)
         pairs = torch.stack([engine[mask], trainer[mask]], dim=1).double().exp()
         step = max(1, -(-len(pairs) // POINTS))
-        found.scatter = [(a, b) for a, b in pairs[::step].tolist()]
+        found.scatter = [(_short(a), _short(b)) for a, b in pairs[::step].tolist()]
+
+
+def _short(probability: float) -> float:
+    """Five digits: more than a picture shows, a third of the file."""
+    return float(f"{probability:.5g}")
 
 
 def _pair(top: Tensor, bottom: Tensor, mask: Tensor, names: tuple[str, str, str]) -> Pair:

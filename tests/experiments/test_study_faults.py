@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from moe_rl.config import RunConfig
 from moe_rl.experiments.runner import run_folder
 from moe_rl.presets import preset
@@ -16,7 +18,7 @@ from moe_rl.run_folder.log import OUTPUT, is_complete
 from moe_rl.training.run import train
 
 _SECONDS = 180
-_STEPS = 40
+_STEPS = 16
 # As `moe-rl reproduce` does: failures on standard error, exit code 1 if there are any.
 _STUDY = """
 import json, sys
@@ -37,7 +39,7 @@ sys.exit(bool(failures))
 
 
 def configs() -> list[RunConfig]:
-    base = preset("tiny").replace(steps=_STEPS, sft_steps=50, save_every=_STEPS)
+    base = preset("tiny").replace(steps=_STEPS, sft_steps=10, save_every=_STEPS)
     return [base.replace(seed=seed).named() for seed in (1, 2)]
 
 
@@ -67,6 +69,7 @@ def process_that_writes(file: Path) -> int:
     raise AssertionError(f"no process writes {file}")
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     train(configs()[0].replace(steps=1), tmp_path / "warm", cold_start_cache=tmp_path / "cold")
     root = tmp_path / "study"
@@ -84,6 +87,7 @@ def test_a_killed_run_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     assert all(is_complete(folder) for folder in folders)
 
 
+@pytest.mark.slow
 def test_a_stopped_study_goes_on_from_the_runs_checkpoints(tmp_path: Path) -> None:
     train(configs()[0], tmp_path / "whole", cold_start_cache=tmp_path / "cold")
     root = tmp_path / "study"

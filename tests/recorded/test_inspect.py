@@ -462,6 +462,30 @@ def test_the_command_writes_the_page_and_its_exit_code_says_what_it_found(
         assert all(f">{law}<" in page for law in TRACE_LAWS)
 
 
+def test_a_batch_is_drawn_beside_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the names of their folders; what cannot be drawn is refused before anything is written."""
+    path = as_ours(spoilt("versions"), tmp_path)
+    given = ["inspect", str(path), "--num-experts", str(E), "--out"]
+    for name in ("first", "second"):
+        assert main([*given, str(tmp_path / name)]) == 0
+    beside = ["--beside", str(tmp_path / "first"), str(tmp_path / "second")]
+    assert main([*given, str(tmp_path / "third"), *beside]) == 0
+    drawn = (tmp_path / "third" / "figures" / "beside.svg").read_text()
+    assert all(f">{name}<" in drawn for name in ("first", "second", "third"))
+    (tmp_path / "no").mkdir()
+    (tmp_path / "no" / "inspection.json").write_text('{"schema": 1, "scatter": []}')
+    capsys.readouterr()
+    for out, others, words in (
+        ("fourth", ["no"], "no inspection of engine and trainer"),
+        ("fourth", ["nowhere"], "no inspection of engine and trainer"),
+        ("first", ["first"], "names differ"),
+    ):
+        folders = [str(tmp_path / other) for other in others]
+        assert main([*given, str(tmp_path / out), "--beside", *folders]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "fourth").exists()
+
+
 def test_trl_s_log_is_read_by_our_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [
         {"step": n, "reward": n / 20, "clip_ratio/region_mean": 0.1, "branch/negative_above": 0.3}

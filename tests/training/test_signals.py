@@ -16,7 +16,7 @@ from moe_rl.experiments.bench.soak import differences, race
 from moe_rl.presets import preset
 
 _SECONDS = 120
-_STEPS = 60
+_STEPS = 24
 
 
 def command(folder: Path, *more: str) -> list[str]:
@@ -58,6 +58,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_step_and_the_resumed_run_is_bitwise_the_same(
     number: signal.Signals, code: int, whole: Path
@@ -90,6 +91,7 @@ def test_a_run_killed_at_random_moments_is_bitwise_the_same(tmp_path: Path) -> N
     assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_a_run_that_nobody_reads_any_more_fails(whole: Path) -> None:
     """`moe-rl train | head -n 1`, or a `tee` that has died: no run that is complete."""
     folder = whole.parent / "unread"
