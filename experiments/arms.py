@@ -104,7 +104,7 @@ _TABLE = (
     Arm(
         name="dr-grpo",
         label="Dr. GRPO",
-        paper="Dr. GRPO (arXiv 2503.20783)",
+        paper="Dr. GRPO (arXiv 2503.20783), 3.2",
         change=_with(algorithm="dr_grpo"),
     ),
     Arm(
@@ -158,13 +158,13 @@ _TABLE = (
     Arm(
         name="gmpo",
         label="GMPO",
-        paper="GMPO (arXiv 2507.20673)",
+        paper="GMPO (arXiv 2507.20673), eq. 4",
         change=_with(algorithm="gmpo"),
     ),
     Arm(
         name="sapo",
         label="SAPO",
-        paper="SAPO (arXiv 2511.20347)",
+        paper="SAPO (arXiv 2511.20347), eq. 5-6",
         change=_with(algorithm="sapo"),
     ),
     Arm(
@@ -178,7 +178,7 @@ _TABLE = (
         label="GSPO",
         colour="#009e73",
         dark_colour="#2fc79a",
-        paper=_GSPO,
+        paper=f"{_GSPO}, 4.1, eq. 5-7",
         change=_with(algorithm="gspo"),
         compare_with=("grpo", "grpo+replay"),
     ),

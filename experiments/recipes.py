@@ -36,6 +36,8 @@ class Recipe:
     """Arguments of GRPOConfig that give the same."""
     slime: str = NONE
     """Options that give the same."""
+    given: str = ""
+    """What its loss's formula is taken with, where the arm is no loss of its own."""
     denominator: str = ""
     """Whose probability it is, where the config does not say."""
     no_op: str = ""
@@ -53,6 +55,7 @@ _GSPO = Recipe(
     trl='importance_sampling_level="sequence", loss_type="grpo", epsilon=3e-4, epsilon_high=4e-4',
     slime="--advantage-estimator gspo --eps-clip 3e-4 --eps-clip-high 4e-4",
 )
+_RECORDED = "e_it the recorded experts (R2: of the old pass, R3: of the engine)"
 _HEAD = """# Recipe cards
 
 What each arm computes, whose probability stands in the ratio's denominator, and which options of
@@ -84,14 +87,23 @@ RECIPES: dict[str, Recipe] = {
     "grpo+rollout-old": Recipe(
         verl=f"{CORRECTION}.bypass_mode=true {CORRECTION}.rollout_is=null, and those of grpo",
         slime=f"--use-rollout-logprobs {_GRPO.slime}",
+        given="w_it = exp(logprobs_it - rollout_logprobs_it)",
         no_op="where engine and trainer agree",
     ),
-    "grpo+mean-old": Recipe(no_op="where all passes of the old policy give the same"),
-    "grpo+trr": Recipe(no_op="where all passes give experts the same weights"),
+    "grpo+mean-old": Recipe(
+        given="exp(old_logprobs_it) = 1/8 sum_k pi_k(y_it), the mean over 8 passes k",
+        no_op="where all passes of the old policy give the same",
+    ),
+    "grpo+trr": Recipe(
+        given="w_it = pi(y_it | e_it, g_it) / pi_old(y_it | e_it, g_it), e_it the experts and "
+        "g_it the gate weights that the engine recorded",
+        no_op="where all passes give experts the same weights",
+    ),
     "grpo+replay": Recipe(
         verl="actor.router_replay.mode=R2 (or R3), and those of grpo",
         trl='RoutingReplayGRPOTrainer of moe_rl.integrations.trl, routing_replay="R2" (or "R3")',
         slime="--use-routing-replay (R2) or --use-rollout-routing-replay (R3), and those of grpo",
+        given=f"w_it = pi(y_it | e_it) / pi_old(y_it | e_it), {_RECORDED}",
         no_op="in a dense model, or where all passes choose the same experts",
     ),
     "dr-grpo": Recipe(
@@ -100,6 +112,8 @@ RECIPES: dict[str, Recipe] = {
         trl='loss_type="dr_grpo", scale_rewards="none", epsilon=0.2, epsilon_high=0.27',
         slime="--disable-grpo-std-normalization, with a --custom-pg-loss-reducer-function-path of "
         "your own that divides by a constant",
+        given="A_i = r_i - mean of the group's r, L = 1/(N T) sum_it l_it, N responses of at "
+        "most T tokens",
         no_op="on responses of full length, up to the scale of each group's advantages",
     ),
     "ppo": Recipe(
@@ -174,6 +188,7 @@ RECIPES: dict[str, Recipe] = {
         trl='RoutingReplayGRPOTrainer of moe_rl.integrations.trl, routing_replay="R2" (or "R3"), '
         "and those of gspo",
         slime="--use-routing-replay (R2) or --use-rollout-routing-replay (R3), and those of gspo",
+        given=f"s_i of w_it = pi(y_it | e_it) / pi_old(y_it | e_it), {_RECORDED}",
         no_op="in a dense model, or where all passes choose the same experts",
     ),
     "policy-gradient": Recipe(
@@ -183,13 +198,17 @@ RECIPES: dict[str, Recipe] = {
     "positive-only": Recipe(),
     "dense": Recipe(
         **dict.fromkeys(("verl", "trl", "slime"), "a dense model, and those of grpo"),
+        given="a dense model, which has as many experts as are active",
         no_op="never: it is another model",
     ),
     "dense-gspo": Recipe(
         **dict.fromkeys(("verl", "trl", "slime"), "a dense model, and those of gspo"),
+        given="a dense model, which has as many experts as are active",
         no_op="never: it is another model",
     ),
-    "frozen-router": Recipe(no_op="in a dense model"),
+    "frozen-router": Recipe(
+        given="routers whose weights have no gradient", no_op="in a dense model"
+    ),
 }
 
 
@@ -219,7 +238,9 @@ class Card:
     @property
     def rows(self) -> dict[str, str]:
         """Everything but the docstring, by name."""
+        given = {"with": self.recipe.given} if self.recipe.given else {}
         return {
+            **given,
             "paper": self.arm.paper or "your own",
             "denominator": self.denominator,
             "aggregation": self.aggregation,

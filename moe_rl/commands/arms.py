@@ -53,6 +53,7 @@ def _print_table() -> None:
     for card in all_cards():
         name = first.setdefault(card.formula, card.arm.name)
         formula = card.formula if name == card.arm.name else f"that of {name}"
+        formula += f", with {card.recipe.given}" if card.recipe.given else ""
         rest = (card.arm.paper, card.defaults, card.no_op)
         table.add_row(card.arm.name, card.settings, formula, *rest)
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _WIDTH)

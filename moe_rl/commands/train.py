@@ -44,12 +44,14 @@ class Train(BaseSettings, Command):
         """Check, train, and print where the results are."""
         from moe_rl.commands.progress import print_cold_start, run_progress
         from moe_rl.run_folder.log import is_complete, run_name
-        from moe_rl.training.run import resolve, train
+        from moe_rl.training.run import idle, resolve, train
 
         config = resolve(self.settings)
         if self.dry_run:
             print(json.dumps(config.to_dict(), indent=2))
             return 0
+        if (note := idle(config)) and is_main_rank():
+            complain(note)
         folder = self.out or Path("runs") / run_name(config)
         complete = is_complete(folder)  # training such a run changes nothing
         try:

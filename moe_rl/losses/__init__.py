@@ -63,6 +63,8 @@ class Algorithm(NamedTuple):
     """Divide group advantages by their standard deviation."""
     reads_routers: bool = False
     """Whether the loss reads `LossInputs.router_shift`."""
+    weighs_engine: bool = False
+    """Whether all that it adds to GRPO is read from the ratio of old to rollout log-probs."""
     sha256: str | None = None
     """Of the file of a user's own loss."""
     learns_value: bool = False
@@ -83,10 +85,10 @@ ALGORITHMS: dict[str, Algorithm] = {
     "dapo": Algorithm(dapo_loss, aggregation="token_mean"),
     "ppo": Algorithm(ppo_loss, aggregation="token_mean", learns_value=True),
     "cispo": Algorithm(cispo_loss, aggregation="token_mean"),
-    "tis": Algorithm(tis_loss),
-    "mis": Algorithm(mis_loss),
-    "geo_rs": Algorithm(geo_rs_loss),
-    "icepop": Algorithm(icepop_loss),
+    "tis": Algorithm(tis_loss, weighs_engine=True),
+    "mis": Algorithm(mis_loss, weighs_engine=True),
+    "geo_rs": Algorithm(geo_rs_loss, weighs_engine=True),
+    "icepop": Algorithm(icepop_loss, weighs_engine=True),
     "dppo_tv": Algorithm(dppo_tv_loss, aggregation="fixed_length", scale_advantages=False),
     "gmpo": Algorithm(gmpo_loss),
     "sapo": Algorithm(sapo_loss),

@@ -45,6 +45,24 @@ def resolve(config: RunConfig) -> RunConfig:
     return _resolve(config)[0]
 
 
+def idle(config: RunConfig) -> str | None:
+    """What of a resolved config changes nothing, in a sentence; None where all of it matters."""
+    from moe_rl.losses.custom import choose_algorithm
+
+    algorithm = choose_algorithm(config.algorithm, config.loss, config.loss_sha256)
+    if algorithm.weighs_engine and config.old_logprobs == "rollout":
+        return (
+            f"algorithm={config.algorithm} with old_logprobs=rollout is GRPO: what it weighs, the "
+            "trainer's old log-probs over the engine's, is 1; use old_logprobs=trainer"
+        )
+    if algorithm.reads_routers and config.model.checkpoint is None and config.model.is_dense:
+        return (
+            f"algorithm={config.algorithm} on a dense model weighs nothing: no router chooses; use "
+            "num_experts above experts_per_token"
+        )
+    return None
+
+
 def _resolve(config: RunConfig) -> tuple[RunConfig, Task]:
     """The resolved run and its task, which reads the dataset once for both."""
     config = config.named()

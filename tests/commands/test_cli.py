@@ -114,6 +114,25 @@ def test_dry_runs_print_and_write_nothing(tmp_path: Path, here: Here) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "--algorithm tis --old-logprobs rollout",
+            "algorithm=tis with old_logprobs=rollout is GRPO",
+        ),
+        ("--algorithm rspo --num-experts 2", "algorithm=rspo on a dense model weighs nothing"),
+        ("--algorithm tis", ""),
+        ("--algorithm rspo", ""),
+        ("--algorithm dual_clip --old-logprobs rollout", ""),
+    ],
+)
+def test_a_method_that_changes_nothing_here_is_named(words: str, said: str, here: Here) -> None:
+    done = here("train", *TINY, *words.split(), "--out", "run")
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"moe-rl: {said}") if said else not done.stderr
+
+
 def test_help_lists_every_setting(here: Here) -> None:
     shown = here("train", "--help").stdout
     names = re.findall(r'"(\w+)": (?!\{)', json.dumps(RunConfig().to_dict(), indent=1))
