@@ -40,7 +40,7 @@ def reward_side_by_side(steps: pd.DataFrame, settings: list[str]) -> Figure:
                 axes.tick_params(bottom=False, labelbottom=False)
                 style.say(axes, "not run")
             if row == 0:
-                axes.set_title(style.wrapped(arm_label(arm), 16))
+                axes.set_title(style.wrapped(arm_label(arm), 17))
         style.whole_numbers(panels[row * len(arms)])
         if len(settings) > 1:
             panels[row * len(arms)].set_ylabel(style.wrapped(setting, 17))
