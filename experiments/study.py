@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from moe_rl.config import SCHEMA, ConfigError, RoutingReplay, RunConfig
-from moe_rl.experiments.arms import arm_config, run_of
+from moe_rl.experiments.arms import arm_config, check_arms, run_of
 from moe_rl.run_folder.log import write_json
 
 # Seeds below 21 were looked at while the settings were chosen.
@@ -96,6 +96,28 @@ class StudyPlan:
                 raise ConfigError(f"seeds={seed}: the study has {', '.join(map(str, own))}")
         some = tuple(config for config in self.configs if config.seed in seeds)
         return dataclasses.replace(self, configs=some)
+
+    def with_arms(self, names: Sequence[str]) -> "StudyPlan":
+        """These arms alone, in all settings and seeds that the study has them in.
+
+        One that the study lacks, or a user's own loss, has a run wherever GRPO has: GRPO's, with
+        what the arm changes.
+
+        Raises:
+            ConfigError: there is no such arm.
+        """
+        chosen: list[RunConfig] = []
+        for name in dict.fromkeys(names):
+            own = [config for config in self.configs if config.arm == name]
+            if not own:
+                check_arms([name])
+                own = [
+                    arm_config(name, grpo, replay=replay_for(grpo), seed=grpo.seed)
+                    for grpo in self.configs
+                    if grpo.arm == "grpo"
+                ]
+            chosen += own
+        return dataclasses.replace(self, configs=seed_by_seed(chosen))
 
     def write(self, root: Path, command: str) -> None:
         """Write study.json into the study folder `root`; `command` says how to make it again.

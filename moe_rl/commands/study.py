@@ -22,6 +22,10 @@ class Study(StudyOptions, Command):
     seeds: tuple[int, ...] | None = None
     """Run these seeds of the plan alone, in a study folder of their own; `moe-rl pool` joins what
     several machines have run. Default: all of them."""
+    arms: tuple[str, ...] | None = None
+    """Run these arms alone, in a study folder of their own: of the study, of the table (`moe-rl
+    arms`), or your own losses as FILE.py:FUNCTION, wherever the study runs GRPO. Default: all of
+    the study's."""
     out: Path | None = None
     """Study folder. Default: runs/NAME."""
 
@@ -31,4 +35,6 @@ class Study(StudyOptions, Command):
 
         root = self.out or Path("runs") / self.name
         study = study_plan(self.name, root)
+        if self.arms is not None:
+            study = study.with_arms(self.arms)
         return run_study(study if self.seeds is None else study.of_seeds(self.seeds), root, self)

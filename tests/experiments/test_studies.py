@@ -63,6 +63,24 @@ def test_arms_of_a_setting_are_compared_on_equal_terms(name: StudyName) -> None:
     assert {len(terms) for terms in by_setting.values()} == {1}
 
 
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_runs_any_arm_wherever_it_runs_grpo(name: StudyName) -> None:
+    """An arm of its own as it has it, another as GRPO's run with what the arm changes."""
+    study = plan_of(name)
+    grpo = {(c.setting, c.seed): c for c in study.configs if c.arm == "grpo"}
+    if not grpo:
+        return
+    some = study.with_arms(["grpo", "sapo", "grpo"])
+    assert [c for c in some.configs if c.arm == "grpo"] == list(grpo.values())
+    theirs = {(c.setting, c.seed): c for c in some.configs if c.arm == "sapo"}
+    assert theirs.keys() >= grpo.keys() or "sapo" in {c.arm for c in study.configs}
+    for place in theirs.keys() & grpo.keys():
+        change = {"algorithm": "sapo", "arm": "sapo"}
+        assert theirs[place] == grpo[place].replace(**change)
+    with pytest.raises(ConfigError, match="no such arm"):
+        study.with_arms(["gropo"])
+
+
 def test_remedies_run_every_arm_and_eight_seeds_of_the_main_ones() -> None:
     study = plan_of("remedies")
     for setting in ("routing-noise", "stale", "small-updates", "mild-stale"):

@@ -149,3 +149,28 @@ def test_coverage_is_the_share_of_response_pairs_with_a_record(replay: str, cold
     line = learner.update(dataclasses.replace(experience, replay=lost), 0, 0)
     pairs = int(mask.sum()) * lost.shape[2]
     assert line["replay/coverage"] == pytest.approx(1 - 1 / pairs, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("replay", "changes", "split"),
+    [
+        ("disabled", {}, True),
+        ("disabled", {"old_passes": 2}, False),
+        ("disabled", {"old_logprobs": "rollout"}, True),
+        ("R2", {}, True),
+        ("R2", {"old_logprobs": "rollout"}, False),
+        ("R3", {}, True),
+        ("R3", {"old_passes": 2}, False),
+        ("R3", {"old_logprobs": "rollout"}, True),
+    ],
+)
+def test_a_log_ratio_is_split_only_where_old_log_probs_have_the_routes_that_are_replayed(
+    replay: str, changes: dict[str, Any], split: bool, cold: Path, tmp_path: Path
+) -> None:
+    """There weights contribute nothing until they move; elsewhere noise would count as theirs."""
+    config = tiny(replay, router_noise=0.5, updates_per_rollout=1, **changes)
+    line = last_line(config, tmp_path / "run", cold)
+    assert ("ratio/weight_part" in line) == split
+    if split:
+        assert line["ratio/weight_part"] == pytest.approx(0, abs=1e-8)
+        assert line["ratio/routing_part"] > 1e-5
