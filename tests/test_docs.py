@@ -167,10 +167,11 @@ def test_the_commands_of_your_own_loss_run(
     code, commands = re.findall(r"^```(?:python)?\n(.*?)^```", page, flags=re.M | re.S)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_loss.py").write_text(code)
-    train_it, reproduce, card = (line.split()[1:] for line in commands.splitlines())
+    train_it, *studies, card = (line.split()[1:] for line in commands.splitlines())
     assert main([*train_it, "--steps", "1", "--sft-steps", "2"]) == 0
-    assert main([*reproduce, "--dry-run"]) == 0
-    assert "symmetric_mask seed 3" in capsys.readouterr().out
+    for study, seed in zip(studies, (3, 22), strict=True):
+        assert main([*study, "--dry-run"]) == 0
+        assert f"symmetric_mask seed {seed}" in capsys.readouterr().out
     assert main(card) == 0
     assert "low 0.5, high 2" in capsys.readouterr().out
 
