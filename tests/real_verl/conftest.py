@@ -7,9 +7,8 @@ the tests' folder is on the path, and that name would be the package where there
 import os
 from importlib.util import find_spec
 
-# Before verl is imported: it looks for its platform once.
-os.environ["VERL_PLATFORM"] = "cpu"
-os.environ["VERL_USE_EXTERNAL_MODULES"] = "real_verl.cpu_platform,real_verl.cpu_engine"
-
 complete = find_spec("verl") and find_spec("transfer_queue")
 collect_ignore_glob = [] if complete else ["test_*.py"]
+if complete:  # before verl is imported: it looks for its platform once
+    os.environ["VERL_PLATFORM"] = "cpu"
+    os.environ["VERL_USE_EXTERNAL_MODULES"] = "real_verl.cpu_platform,real_verl.cpu_engine"
