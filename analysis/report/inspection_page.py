@@ -36,9 +36,6 @@ def write_inspection_page(
         drawn.append(
             ("scatter", "Engine and trainer", plots.engine_against_trainer(found["scatter"]))
         )
-    if beside:
-        together = plots.side_by_side({**beside, out.name: found})
-        drawn.append(("beside", "Beside other batches", together))
     if found["by_layer"]:
         drawn.append(("layers", "Routers that differ", plots.routers_by_layer(found["by_layer"])))
     if found["pairs"]:
@@ -47,6 +44,9 @@ def write_inspection_page(
         drawn.append(("branches", "Where a gradient comes from", plots.branches(found["metrics"])))
     if found["history"]:
         drawn.append(("history", "What was logged", plots.history(found["history"])))
+    if beside:
+        together = plots.side_by_side({**beside, out.name: found})
+        drawn.append(("beside", "Beside other batches", together))
     context = {
         "name": name,
         "found": found,
