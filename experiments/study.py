@@ -90,10 +90,14 @@ class StudyPlan:
         Raises:
             ConfigError: it has no run of one of them.
         """
+        if not seeds:
+            raise ConfigError("seeds: none is given; name some of the study's, or leave it out")
         own = sorted({config.seed for config in self.configs})
         for seed in seeds:
             if seed not in own:
-                raise ConfigError(f"seeds={seed}: the study has {', '.join(map(str, own))}")
+                raise ConfigError(
+                    f"seeds={seed}: the study has {', '.join(map(str, own))}; use some of these"
+                )
         some = tuple(config for config in self.configs if config.seed in seeds)
         return dataclasses.replace(self, configs=some)
 

@@ -117,7 +117,7 @@ def load_study(path: str | Path) -> StudyRuns:
     files = root.glob("runs/*/*/*/config.json") if study else root.rglob("steps.jsonl")
     folders = sorted(file.parent for file in files)
     if not folders:
-        missing = "run folders under runs/" if study else "study.json and any run folder"
+        missing = "run folders under runs/" if study else "study.json and no run folder"
         raise AnalysisError(f"{root}: found no {missing} (config.json + steps.jsonl); {_HOW}")
 
     rows, steps, updates = [], [], []

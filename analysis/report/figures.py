@@ -130,13 +130,13 @@ RESTARTS_FIGURE = FigureSpec(
 TWIST_FIGURE = FigureSpec(
     key="twist",
     title="One thing changed",
-    caption="GRPO as in the paper, with its unbounded branch bounded (dual clip), and with the "
-    "sampling engine's log-probs in the ratio's denominator. Left: reward. Middle: share of tokens "
-    "whose ratio exceeds t, before the first collapse of a main arm on the same seed, and its mean "
-    "(median over seeds); the lowest tick stands for 0, and in the shaded region lies no ratio "
-    "over the policy that sampled, unless it learnt from these very tokens. Right: share of the "
-    "gradient's mass, the sum of |dL/dlogprob| over tokens, in the branch that the paper's "
-    "surrogate leaves unbounded. "
+    caption="GRPO as in the paper, and with one thing changed: its unbounded branch bounded (dual "
+    "clip), or, where it was run, the sampling engine's log-probs in the ratio's denominator. "
+    "Left: reward. Middle: share of tokens whose ratio exceeds t, before the first collapse of a "
+    "main arm on the same seed, and the mean ratio (median over seeds); the lowest tick stands for "
+    "0, and in the shaded region lies no ratio over the policy that sampled, unless it learnt from "
+    "these very tokens. Right: share of the gradient's mass, the sum of |dL/dlogprob| over tokens, "
+    "in the branch that the paper's surrogate leaves unbounded, until a run collapses. "
     f"{SEEDS}",
     draw=lambda study, measures: tails.twist(study.steps, study.updates, measures),
     needs=("reward", "ratio/survival_10", branches.UNBOUNDED),

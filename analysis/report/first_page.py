@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from pydantic import TypeAdapter
 
 from moe_rl.analysis.data.load import is_dense
-from moe_rl.analysis.data.stats import iqm, separation
+from moe_rl.analysis.data.stats import separation
 from moe_rl.analysis.plots.tails import TWIST_ARMS
 from moe_rl.analysis.report.page import bounds, number, share
 from moe_rl.analysis.verdicts import rules
@@ -45,7 +44,7 @@ SIGNALS = {
 class Cell:
     """What becomes of one arm in one setting."""
 
-    final: float  # interquartile mean of the final reward over seeds
+    final: float  # mean of the final reward over seeds, to which every collapse counts
     verdict: str = ""  # REPRODUCED where the arm is enough; none for GRPO, which is to be cured
     by_gain: bool = False  # judged by the gain over GRPO, as the mild setting lacks the arm
 
@@ -66,6 +65,7 @@ class Answer:
     question: str
     words: list[str]  # a paragraph a setting
     cures: Cures | None = None
+    details: list[str] = field(default_factory=list)  # folded away
 
 
 def answers(measures: pd.DataFrame, cures: pd.DataFrame) -> list[Answer]:
@@ -147,11 +147,11 @@ def _column(runs: pd.DataFrame, verdicts: Mapping[str, str]) -> dict[str, Cell]:
     grpo = runs[runs["arm"] == "grpo"]
     if grpo.empty or not _is_ill(runs, verdicts):
         return {}
-    cells = {"grpo": Cell(_iqm(grpo))}
+    cells = {"grpo": Cell(float(grpo["final"].mean()))}
     for arm, own in _compared(runs).groupby("arm"):
         name = str(arm)
         verdict = verdicts.get(name) or rules.restores(runs, name).verdict
-        cells[name] = Cell(_iqm(own), verdict, by_gain=name not in verdicts)
+        cells[name] = Cell(float(own["final"].mean()), verdict, by_gain=name not in verdicts)
     return cells
 
 
@@ -300,12 +300,8 @@ def _heavier_and_holds(rows: pd.DataFrame) -> bool:
     return bool(holds and bounded["mean_ratio"] > grpo["mean_ratio"])
 
 
-def _iqm(runs: pd.DataFrame) -> float:
-    return float(iqm(np.asarray(runs["final"], dtype=float)))
-
-
 def _final(runs: pd.DataFrame) -> str:
-    return f"{_iqm(runs):.2f}"
+    return f"{runs['final'].mean():.2f}"
 
 
 def _count(runs: pd.DataFrame, column: str) -> str:

@@ -83,9 +83,7 @@ def _control_sentence(claims: pd.DataFrame) -> str:
 
 
 def _verdict_sentence(claims: pd.DataFrame) -> str:
-    """The paper's claims that could be judged by verdict, those that were reproduced first and by
-    name.
-    """
+    """The paper's claims that could be judged by name, those that were reproduced first."""
     asked = claims["source"].str.startswith("GSPO") & (claims["n"] > 0)
     paper = claims[asked & in_question(claims)]
     if paper.empty:
@@ -99,7 +97,9 @@ def _verdict_sentence(claims: pd.DataFrame) -> str:
     words += f": {'; '.join(named[REPRODUCED])}." if named[REPRODUCED] else "."
     if named[NOT_REPRODUCED]:
         words += f" Not reproduced: {'; '.join(named[NOT_REPRODUCED])}."
-    return f"{words} Inconclusive: {len(named[INCONCLUSIVE])}."
+    if named[INCONCLUSIVE]:
+        words += f" Open: {'; '.join(named[INCONCLUSIVE])}."
+    return words
 
 
 def map_headline(study: StudyRuns, measures: pd.DataFrame) -> str:

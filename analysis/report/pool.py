@@ -208,7 +208,9 @@ def _check_seeds(runs: pd.DataFrame) -> None:
             )
     for key, own in runs.groupby(KEYS, sort=False)["part"]:
         if len(own) > 1:
-            raise AnalysisError(f"{own.iloc[0]}: two runs of {' / '.join(map(str, key))}")
+            raise AnalysisError(
+                f"{own.iloc[0]}: two runs of {' / '.join(map(str, key))}; give a folder once"
+            )
 
 
 def _check_configs(runs: pd.DataFrame) -> None:

@@ -87,7 +87,7 @@ def both(first: Judgement, second: Judgement) -> tuple[str, str]:
     for verdict in (NOT_REPRODUCED, INCONCLUSIVE):
         reasons = [finding.reason for finding in findings if finding.verdict == verdict]
         if reasons:
-            return verdict, "; ".join(reasons)
+            return verdict, "; ".join(dict.fromkeys(reasons))
     return REPRODUCED, "; ".join(finding.reason for finding in findings)
 
 

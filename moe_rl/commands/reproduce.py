@@ -55,5 +55,5 @@ class Reproduce(StudyOptions, Command):
     def _run(self, seeds: tuple[int, ...]) -> int:
         from moe_rl.experiments.quick import quick
 
-        study = quick(arms=self.arms, seeds=seeds, families=self.family)
+        study = quick(arms=self.arms, seeds=seeds, families=self.family, extend=self.extend)
         return run_study(study, self.out, self)

@@ -18,7 +18,8 @@ INTERRUPTED = "finished runs are kept, the same command continues from there"
 def run_study(study: "StudyPlan", root: Path, options: StudyOptions) -> int:
     """Run what is not complete yet, then report; returns the exit code, 1 if a run failed."""
     from moe_rl.experiments.executors import make_executor
-    from moe_rl.experiments.runner import check_study, run_all
+    from moe_rl.experiments.runner import check_study, run_all, run_folder
+    from moe_rl.run_folder.log import is_complete
 
     study = _pin_losses(study)
     configs = study.configs
@@ -37,11 +38,13 @@ def run_study(study: "StudyPlan", root: Path, options: StudyOptions) -> int:
     study.write(root, shlex.join(["moe-rl", *sys.argv[1:]]))
     prepare_cold_starts(configs, options.cold_start_cache)
     jobs = options.jobs or executor.default_jobs()
+    new = sum(not is_complete(run_folder(root, config)) for config in configs)
     failures = run_all(configs, root, jobs=jobs, executor=executor)
     for failure in failures:
         print(f"{failure.folder}: {failure.reason}", file=sys.stderr)
     report_study(root)
-    print(f"{len(configs)} runs, cold starts and report: {(time.monotonic() - start) / 60:.1f} min")
+    runs = f"{len(configs)} runs" if new == len(configs) else f"{new} new of {len(configs)} runs"
+    print(f"{runs}, cold starts and report: {(time.monotonic() - start) / 60:.1f} min")
     return 1 if failures else 0
 
 

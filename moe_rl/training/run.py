@@ -55,11 +55,14 @@ def idle(config: RunConfig) -> str | None:
             f"algorithm={config.algorithm} with old_logprobs=rollout is GRPO: what it weighs, the "
             "trainer's old log-probs over the engine's, is 1; use old_logprobs=trainer"
         )
-    if algorithm.reads_routers and config.model.checkpoint is None and config.model.is_dense:
-        return (
-            f"algorithm={config.algorithm} on a dense model weighs nothing: no router chooses; use "
-            "num_experts above experts_per_token"
-        )
+    name = f"algorithm={config.algorithm}" if config.loss is None else f"loss={config.loss}"
+    replays = config.routing_replay != "disabled"
+    if config.model.checkpoint is None and config.model.is_dense:
+        fix = "no router chooses; use num_experts above experts_per_token"
+        if algorithm.reads_routers:
+            return f"{name} on a dense model reads routers that never move: {fix}"
+        if replays:
+            return f"routing_replay={config.routing_replay} on a dense model replays nothing: {fix}"
     return None
 
 

@@ -104,7 +104,7 @@ def test_a_missing_folder_names_the_command_that_makes_one(tmp_path):
 
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(AnalysisError, match=r"found no study\.json and any run folder"):
+    with pytest.raises(AnalysisError, match=r"found no study\.json and no run folder"):
         load_study(tmp_path)
 
 

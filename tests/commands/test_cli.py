@@ -121,7 +121,14 @@ def test_dry_runs_print_and_write_nothing(tmp_path: Path, here: Here) -> None:
             "--algorithm tis --old-logprobs rollout",
             "algorithm=tis with old_logprobs=rollout is GRPO",
         ),
-        ("--algorithm rspo --num-experts 2", "algorithm=rspo on a dense model weighs nothing"),
+        (
+            "--algorithm rspo --num-experts 2",
+            "algorithm=rspo on a dense model reads routers that never move",
+        ),
+        (
+            "--routing-replay R2 --num-experts 2",
+            "routing_replay=R2 on a dense model replays nothing",
+        ),
         ("--algorithm tis", ""),
         ("--algorithm rspo", ""),
         ("--algorithm dual_clip --old-logprobs rollout", ""),
