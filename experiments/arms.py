@@ -307,6 +307,8 @@ def check_arms(names: Sequence[str]) -> None:
                 f"arms={name!r}: {function} is an arm of the table, and reports would draw both as "
                 "one; rename the function"
             )
+        if name.endswith(".py"):
+            raise ConfigError(f"arms={name!r}: which function of it? give {name}:FUNCTION")
         if name not in ARMS and not OWN_LOSS.fullmatch(name):
             nearest = difflib.get_close_matches(name, ARMS, n=3, cutoff=0.0)
             raise ConfigError(

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from moe_rl.commands.options import Command, StudyOptions
 from moe_rl.commands.studies import INTERRUPTED, run_study
-from moe_rl.config import Family
+from moe_rl.config import ConfigError, Family
 from moe_rl.experiments.study import FIVE_SEEDS
 
 
@@ -16,7 +16,7 @@ class Reproduce(StudyOptions, Command):
 
     interrupted: ClassVar[str] = INTERRUPTED
 
-    arms: tuple[str, ...] = ()
+    arms: tuple[str, ...] | None = None
     """Arms to compare: names that `moe-rl arms` lists, or your own loss as FILE.py:FUNCTION.
     Default: grpo, grpo+replay, gspo, and one run of grpo+dual-clip."""
     seeds: tuple[int, ...] = FIVE_SEEDS
@@ -36,6 +36,8 @@ class Reproduce(StudyOptions, Command):
         from moe_rl.experiments.quick import twice_as_many
         from moe_rl.experiments.study import read_plan
 
+        if self.arms == ():
+            raise ConfigError("arms: none is given; name some, or leave the option out")
         more = twice_as_many(self.seeds)
         if read_plan(self.out).get("seeds") == list(more):  # an earlier call went on
             return self._run(more)
@@ -55,5 +57,5 @@ class Reproduce(StudyOptions, Command):
     def _run(self, seeds: tuple[int, ...]) -> int:
         from moe_rl.experiments.quick import quick
 
-        study = quick(arms=self.arms, seeds=seeds, families=self.family, extend=self.extend)
+        study = quick(arms=self.arms or (), seeds=seeds, families=self.family, extend=self.extend)
         return run_study(study, self.out, self)

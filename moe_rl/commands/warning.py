@@ -1,5 +1,7 @@
 """`moe-rl warning`: which signal of the first steps tells a coming collapse?"""
 
+import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from moe_rl.commands.options import Command
-from moe_rl.config import ConfigError
-from moe_rl.run_folder.log import check_can_be_made
+from moe_rl.config import SCHEMA, ConfigError
+from moe_rl.run_folder.log import check_can_be_made, write_json
 
 if TYPE_CHECKING:
     from moe_rl.analysis.data.load import StudyRuns
@@ -30,6 +32,8 @@ class Warning(Command):
 
     def run(self) -> int:
         """Write them, and say what predicts."""
+        import pandas as pd
+
         from moe_rl.analysis.plots.warning import auc_by_signal
         from moe_rl.analysis.warning import evaluate
         from moe_rl.analysis.warning.thresholds import make_thresholds, read_thresholds
@@ -61,6 +65,12 @@ class Warning(Command):
         stated.to_csv(self.out / "stated.csv", index=False, float_format="%.6g")
         thresholds = make_thresholds(runs, names, self.horizon, aucs, left_out)
         thresholds.write(self.out / "thresholds.json")
+        table = [[run.setting, run.arm, run.seed, run.collapse_step] for run in runs]
+        columns = ["setting", "arm", "seed", "collapse_step"]
+        pd.DataFrame(table, columns=columns).to_csv(self.out / "runs.csv", index=False)
+        plan = {"name": "warning", "mode": "warning", "studies": names, "settings": counted}
+        told = {"command": shlex.join(["moe-rl", *sys.argv[1:]]), "analysis": evaluate.__doc__}
+        write_json(self.out / "study.json", {"schema": SCHEMA} | plan | told)
         auc_by_signal(aucs).savefig(self.out / "auc.png", dpi=200)
         print(f"{len(runs)} runs, {len(counted)} settings with collapses and survivors")
         for horizon, own in aucs.groupby("horizon"):

@@ -52,6 +52,8 @@ def read_batch(path: Path | str) -> RecordedBatch:
                 last = read_batch(batches[-1])
                 note = f"{batches[-1].name}, the last of {len(batches)} batches in the folder"
                 return replace(last, notes=(note, *last.notes))
+            if (path / "inspection.json").is_file():
+                raise ConfigError("an inspection, not a batch; give this folder to --beside")
             files = sorted(path.rglob(_JSONL))
             if not files:
                 raise ConfigError(

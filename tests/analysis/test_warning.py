@@ -341,7 +341,8 @@ def test_from_studies_to_the_verdict_on_a_run(tmp_path: Path, capsys: Any) -> No
     assert main(["warning", str(study), "--out", str(out)]) == 0
     assert "tells only the arm: " in capsys.readouterr().out
     assert {file.name for file in out.iterdir()} == {
-        *("auc.csv", "alarms.csv", "stated.csv", "auc.png", "thresholds.json")
+        *("auc.csv", "alarms.csv", "stated.csv", "auc.png", "thresholds.json"),
+        *("study.json", "runs.csv"),
     }
     again = ["--tried", str(out / "thresholds.json"), "--out", str(tmp_path / "again")]
     assert main(["warning", str(study), *again]) == 0

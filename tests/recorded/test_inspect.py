@@ -484,6 +484,8 @@ def test_a_batch_is_drawn_beside_others(tmp_path: Path, capsys: pytest.CaptureFi
         assert main([*given, str(tmp_path / out), "--beside", *folders]) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "fourth").exists()
+    assert main(["inspect", str(tmp_path / "third")]) == 2
+    assert "give this folder to --beside" in capsys.readouterr().err
 
 
 def test_trl_s_log_is_read_by_our_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
