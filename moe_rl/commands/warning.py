@@ -69,8 +69,8 @@ class Warning(Command):
         columns = ["setting", "arm", "seed", "collapse_step"]
         pd.DataFrame(table, columns=columns).to_csv(self.out / "runs.csv", index=False)
         plan = {"name": "warning", "mode": "warning", "studies": names, "settings": counted}
-        told = {"command": shlex.join(["moe-rl", *sys.argv[1:]]), "analysis": evaluate.__doc__}
-        write_json(self.out / "study.json", {"schema": SCHEMA} | plan | told)
+        about = {"command": shlex.join(["moe-rl", *sys.argv[1:]]), "analysis": evaluate.__doc__}
+        write_json(self.out / "study.json", {"schema": SCHEMA} | plan | about)
         auc_by_signal(aucs).savefig(self.out / "auc.png", dpi=200)
         print(f"{len(runs)} runs, {len(counted)} settings with collapses and survivors")
         for horizon, own in aucs.groupby("horizon"):
