@@ -104,9 +104,13 @@ def machine(run: Mapping[str, Any]) -> str:
     return ", ".join(value for value in found if isinstance(value, str))
 
 
-def before_collapse(frame: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `steps` or `updates` before `window_end` of their run."""
-    return frame[~(frame["step"].to_numpy(float) >= _of_run(frame, measures, "window_end"))]
+def before_collapse(
+    frame: pd.DataFrame, measures: pd.DataFrame, end: str = "window_end"
+) -> pd.DataFrame:
+    """The rows of `steps` or `updates` before `end` of their run: `window_end` for all arms over
+    the same steps, `collapse_step` for each run as long as it lasts.
+    """
+    return frame[~(frame["step"].to_numpy(float) >= _of_run(frame, measures, end))]
 
 
 def _window_end(measures: pd.DataFrame) -> NDArray[np.float64]:

@@ -49,7 +49,9 @@ def twist(steps: pd.DataFrame, updates: pd.DataFrame, measures: pd.DataFrame) ->
     figure, panels = style.grid(3, columns=3, height=2.1, sharex=False, sharey=False)
     rows = before_collapse(updates, measures)
     rows = rows[rows["arm"].isin(arms)]
-    unbounded = style.per_step(with_gradient(_until_own_collapse(updates, measures)), UNBOUNDED)
+    # A run that has collapsed has few groups with a gradient, whose shares jump.
+    alive = before_collapse(updates, measures, "collapse_step")
+    unbounded = style.per_step(with_gradient(alive), UNBOUNDED)
     for arm in arms:
         style.draw_arm(panels[0], steps, arm, "step", "reward")
         style.draw_arm(panels[2], unbounded, arm, "step", UNBOUNDED)
@@ -65,14 +67,6 @@ def twist(steps: pd.DataFrame, updates: pd.DataFrame, measures: pd.DataFrame) ->
     style.step_axis(panels[2])
     style.legend(figure, arms)
     return figure
-
-
-def _until_own_collapse(updates: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:
-    """Without what a run does once it has collapsed, when few of its groups have a gradient."""
-    ends = measures.set_index(["arm", "seed"])["collapse_step"].astype(float)
-    own = pd.MultiIndex.from_frame(updates[["arm", "seed"]])
-    last = ends.reindex(own).fillna(np.inf).to_numpy()
-    return updates[updates["step"].to_numpy() <= last]
 
 
 def _lowest(rows: pd.DataFrame, prefix: str) -> float:

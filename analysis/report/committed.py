@@ -26,26 +26,26 @@ SIMILAR_KL = (0.25, 0.35)  # router noise that parts two passes as far as the hi
 
 def make_answers(results: Path = RESULTS) -> list[Answer]:
     """The answers of the tables in `results` and of the committed thresholds."""
-    cause, _, _ = _answers(results, CAUSE)
-    _, cures, _ = _answers(results, CURES)
+    old_data, remedies = _runs(results, CAUSE), _runs(results, CURES)
+    cause, _, _ = answers(old_data, cures_table(old_data))
+    _, cures, _ = answers(remedies, cures_table(remedies))
     ill = [words for words in cause.words if STABLE not in words]
     cured = [words for words in cures.words if NO_CURE not in words]
     return [
-        replace(cause, words=[_routers_or_not(results), _old_data(results)], details=ill),
+        replace(cause, words=[_routers_or_not(results), _old_data(old_data)], details=ill),
         replace(cures, words=[f"{CURES}: {words}" for words in cured]),
         Answer(QUESTIONS[2], [_watch(results)]),
     ]
 
 
-def _answers(results: Path, study: str) -> list[Answer]:
-    measures = pool([results / study])[0].runs
-    return answers(measures, cures_table(measures))
+def _runs(results: Path, study: str) -> pd.DataFrame:
+    return pool([results / study])[0].runs
 
 
 def _routers_or_not(results: Path) -> str:
     """GRPO's runs that collapse where passes disagree: over routes, or over what no router sees."""
-    hidden = _of_grpo(results, "disagreement", ["grpo", "dense"])
-    routed = _of_grpo(results, "tolerance", ["grpo"])
+    hidden = _of_grpo(_runs(results, "disagreement"), ["grpo", "dense"])
+    routed = _of_grpo(_runs(results, "tolerance"), ["grpo"])
     routed = routed[routed["router_noise"].isin(SIMILAR_KL)]
     ended, spared = (f"{runs['collapsed'].sum()} of {len(runs)}" for runs in (routed, hidden))
     return (
@@ -54,9 +54,9 @@ def _routers_or_not(results: Path) -> str:
     )
 
 
-def _old_data(results: Path) -> str:
+def _old_data(measures: pd.DataFrame) -> str:
     """The MoE beside the dense control without noise: on old data, and with small updates."""
-    runs = _of_grpo(results, CAUSE, ["grpo", "dense"])
+    runs = _of_grpo(measures, ["grpo", "dense"])
 
     def told(*settings: str) -> list[str]:
         some = runs[runs["setting"].isin(settings)]
@@ -75,8 +75,7 @@ def _old_data(results: Path) -> str:
     )
 
 
-def _of_grpo(results: Path, study: str, arms: list[str]) -> pd.DataFrame:
-    runs = pool([results / study])[0].runs
+def _of_grpo(runs: pd.DataFrame, arms: list[str]) -> pd.DataFrame:
     return runs[runs["complete"] & runs["arm"].isin(arms)]
 
 
@@ -88,13 +87,14 @@ def _watch(results: Path) -> str:
     tried = pd.read_csv(results / "warning" / "tried.csv").set_index(["setting", "signal"])
     row, alarms = later.loc[rules.horizon, best.signal], tried.loc["all", best.signal]
     within = bounds(row["within_arm_low"], row["within_arm_high"])
+    chance = ", no better than chance" if row["within_arm_low"] <= 0.5 else ""
     return (
         f"warning: of the first {rules.horizon} steps the {SIGNALS[best.signal].label} tells best "
         f"(AUC {best.auc:.2f} {bounds(best.auc_low, best.auc_high)} over settings; on later seeds "
         f"{row['auc']:.2f} {bounds(row['auc_low'], row['auc_high'])}, among runs of one arm "
-        f"{row['within_arm']:.2f} {within}, no better than chance). There its alarm came before "
-        f"{alarms['hits']:.0f} of {alarms['collapses']:.0f} collapses, hardly any of them without "
-        f"noise, and in {alarms['false_alarms']:.0f} of {alarms['survivors']:.0f} runs without."
+        f"{row['within_arm']:.2f} {within}{chance}). There its alarm came before "
+        f"{alarms['hits']:.0f} of {alarms['collapses']:.0f} collapses and in "
+        f"{alarms['false_alarms']:.0f} of {alarms['survivors']:.0f} runs without."
     )
 
 

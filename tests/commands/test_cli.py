@@ -170,7 +170,7 @@ def test_calibrate_finds_the_noise(here: Here) -> None:
 
 @pytest.mark.slow
 def test_an_interrupted_map_goes_on_where_it_stopped(tmp_path: Path, here: Here) -> None:
-    command = ["map", "--preset", "tiny", "--out", "map", "--arms", "grpo"]
+    command = ["map", "--preset", "tiny", "--out", "map", "--arms", "grpo", "gspo"]
     command += ["--learning-rates", "1e-3", "--updates", "4", "--noises", "0"]
     command += ["--seeds", "1", "2", "--jobs", "1"]
     process = subprocess.Popen(
@@ -195,6 +195,6 @@ def test_an_interrupted_map_goes_on_where_it_stopped(tmp_path: Path, here: Here)
     result = here(*command)
     assert result.returncode == 0, result.stderr
     assert "complete already" in result.stdout
-    assert len(list(tmp_path.glob("map/runs/*/*/*/summary.json"))) == 2
+    assert len(list(tmp_path.glob("map/runs/*/*/*/summary.json"))) == 4
     assert all(path.stat().st_mtime_ns == at for path, at in finished.items())
     assert (tmp_path / "map" / "report" / "index.html").is_file()
